@@ -1,0 +1,50 @@
+# Everything from a fresh machine that has Python 3.11+, make and git: `make demo`, `make test`.
+# Each target sets up .venv by itself; when nothing is missing that takes no time.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+# Remade when the requirements change
+READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-slow test-extra test-gpu lint format bench clean setup
+
+demo: setup
+	$(PY) demo/run_demo.py
+
+test: setup
+	$(PY) -m pytest
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+test-extra: setup
+	$(PY) -m pip install -q elpv-dataset --no-deps
+	$(PY) -m pytest -m extra
+
+test-gpu: setup
+	$(PY) -m pytest -m gpu
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup
+	$(PY) benchmarks/bench_loader.py
+	$(PY) benchmarks/bench_logging.py
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; pass PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_data output_dir

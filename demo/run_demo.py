@@ -1,0 +1,58 @@
+"""The demo behind `make demo`: pre-trains a tiny MAE on the demo set and shows what it learned.
+
+    python demo/run_demo.py [--output_dir demo_output] [--epochs 12]
+
+Prints every command that it runs, so that they can be repeated by hand.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+SIZES = ["--input_size", "64", "--patch_size", "8"]
+
+
+def run(*command: str) -> None:
+    """Prints and runs a command of this repository; stops the demo if it fails."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    result = subprocess.run([sys.executable, *command], cwd=REPO)
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", default="demo_output", help="remade each time")
+    parser.add_argument("--epochs", default=12, type=int)
+    args = parser.parse_args()
+    start = time.time()
+    output = (REPO / args.output_dir).resolve()
+    if output.exists() and not (output / "log.txt").exists():
+        sys.exit(f"run_demo.py: error: --output_dir {output} exists and is no demo's; pass another")
+    shutil.rmtree(output, ignore_errors=True)
+
+    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, "--decoder_depth", "2",
+        "--batch_size", "64", "--epochs", str(args.epochs), "--warmup_epochs", "2", "--blr", "4e-3",
+        "--vis_freq", "4", "--print_freq", "10",
+        "--output_dir", str(output), "--log_dir", str(output))  # fmt: skip
+
+    records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    held_out = [record["val_loss"] for record in records if "val_loss" in record]
+    picture = output / f"reconstruction-{records[-1]['epoch']}.png"
+    print(f"\nDone in {time.time() - start:.0f} s.")
+    first, last = records[0]["train_loss"], records[-1]["train_loss"]
+    print(f"training loss:  {first:.4f} in the first epoch, {last:.4f} in the last")
+    print(f"held-out loss:  {held_out[0]:.4f} after the first epoch, {held_out[-1]:.4f} at the end")
+    print(f"look at:        {picture}")
+
+
+if __name__ == "__main__":
+    main()

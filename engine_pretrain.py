@@ -1,0 +1,138 @@
+"""One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+
+import torch
+
+from util import lr_sched
+from util.args import TrainingError
+from util.curves import StepCurves
+from util.distributed import all_reduce_sum, get_rank, get_world_size
+from util.metrics import MetricLogger, SmoothedValue
+from util.precision import autocast, resolve_amp_dtype
+from util.rng import seed_step
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
+from util.visualize import fixed_noise
+
+
+def train_one_epoch(
+    model: torch.nn.Module,
+    data_loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    loss_scaler,
+    log_writer=None,
+    args: Namespace | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch; no step waits for the device.
+
+    Args:
+        data_loader: batches whose first item is images (N, C, H, W): uint8, normalised here with `args.mean`
+            and `args.std`, or float, taken as they are. Has a length. If its sampler has `start_batch`, it
+            begins there.
+        loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
+        log_writer: TensorBoard writer, or None.
+        args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std,
+            amp_dtype, clip_grad, print_freq.
+
+    Returns:
+        Averages over the epoch and all processes: lr, loss, grad_norm.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    model.train()
+    device = torch.device(device)
+    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
+    mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
+    seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
+    steps = len(data_loader)
+    start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
+
+    metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
+    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    curves = StepCurves(log_writer)
+    loss_sum = torch.zeros((), device=device)  # not finite from the first bad loss on
+    optimizer.zero_grad()
+
+    for step, batch in enumerate(
+        metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start), start
+    ):
+        if step % args.accum_iter == 0:
+            lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
+        if seed is not None:
+            seed_step(seed, get_rank(), epoch, step)
+
+        images = normalize_batch(batch[0], device, mean, std)
+        with autocast(device, amp_dtype):
+            loss, _, _ = model(images, mask_ratio=args.mask_ratio)
+
+        # The last window of an epoch may be shorter; its gradients are averaged over what it has
+        window = min(args.accum_iter, steps - step // args.accum_iter * args.accum_iter)
+        update = (step + 1) % args.accum_iter == 0 or step + 1 == steps
+        grad_norm = loss_scaler(
+            loss / window,
+            optimizer,
+            clip_grad=getattr(args, "clip_grad", None),
+            parameters=model.parameters(),
+            update_grad=update,
+        )
+        if update:
+            optimizer.zero_grad()
+
+        loss = loss.detach()
+        metrics.update(
+            lr=max(group["lr"] for group in optimizer.param_groups), loss=loss, grad_norm=grad_norm
+        )
+        if update:
+            curves.add(epoch + step / steps, train_loss=loss, lr=lr)
+
+        loss_sum += loss
+        if (
+            device.type == "cpu" or step % print_freq == 0 or step + 1 == steps
+        ):  # elsewhere reading it would wait
+            check_finite(loss_sum, epoch, step)
+            if step % print_freq == 0:
+                curves.write()
+
+    check_finite(loss_sum, epoch, step)
+    curves.write()
+    metrics.synchronize_between_processes()
+    return metrics.averages()
+
+
+def check_finite(loss_sum: torch.Tensor, epoch: int, step: int) -> None:
+    """Raises TrainingError if a loss up to here was NaN or infinite. Waits for the device."""
+    if not torch.isfinite(loss_sum):
+        raise TrainingError(
+            f"the loss became {loss_sum.item()} in epoch {epoch} at or before step {step}; nothing was saved "
+            "since. Resume from the last checkpoint with a lower --blr, --clip_grad 1.0 or --amp_dtype bf16"
+        )
+
+
+@torch.no_grad()
+def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, args: Namespace) -> float:
+    """Reconstruction loss over held-out images, each masked the same way every time.
+
+    Args:
+        data_loader: batches (images, labels, indices); each process gives its own share of the images.
+        model: the bare model, not its wrapper; left in training mode as it was.
+        args: mask_ratio, amp_dtype, mean, std.
+
+    Returns:
+        Mean loss over all images of all processes.
+    """
+    was_training = model.training
+    model.eval()
+    length = model.patch_embed.num_patches
+    total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
+    for images, _, indices in data_loader:
+        noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
+        with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
+            loss, _, _ = model(normalize_batch(images, device, args.mean, args.std), args.mask_ratio, noise)
+        total += torch.stack([loss * len(images), loss.new_tensor(len(images))])
+    model.train(was_training)
+    loss_total, count = all_reduce_sum(total).tolist()
+    return loss_total / max(count, 1)

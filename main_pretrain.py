@@ -1,0 +1,214 @@
+"""Pre-trains a masked autoencoder (MAE, arXiv 2111.06377).
+
+Look at it run, with no data and no GPU (makes a small demo set):
+    python main_pretrain.py --model mae_vit_tiny_patch16 --input_size 64 --patch_size 8 --epochs 10
+
+On your images, one GPU:
+    python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --norm_pix_loss --batch_size 256
+
+ViT-L on ImageNet as in the paper, 8 GPUs (effective batch 64 x 8 x 8 = 4096):
+    torchrun --nproc_per_node 8 main_pretrain.py --data_path IMAGENET --model mae_vit_large_patch16 \
+        --norm_pix_loss --batch_size 64 --accum_iter 8 --epochs 800 --warmup_epochs 40 --blr 1.5e-4
+
+Go on after an interruption: the same command with --resume auto.
+"""
+
+import argparse
+import math
+import time
+from datetime import timedelta
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch.nn.parallel import DistributedDataParallel
+
+import models_mae
+from engine_pretrain import evaluate, train_one_epoch
+from util.args import (
+    ArgumentParser,
+    UserError,
+    add_data_args,
+    add_distributed_args,
+    add_run_args,
+    check_common_args,
+    image_size,
+    run_script,
+)
+from util.checkpoint import check_output_dir, load_model, save_model
+from util.datasets import build_pretrain_dataset, build_val_dataset
+from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, log, shut_down
+from util.lr_sched import scale_learning_rate
+from util.metrics import log_arguments, make_log_writer, write_log
+from util.pictures import pick_images, write_pictures
+from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.rng import seed_all
+from util.sampler import EpochSampler, build_loader
+from util.transforms import channel_stats
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; `add_help=False`, so that launchers can take it as a parent."""
+    parser = argparse.ArgumentParser("MAE pre-training", add_help=False)
+    # fmt: off
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model", default="mae_vit_large_patch16", choices=models_mae.MODELS, metavar="MODEL",
+         help=f"one of {', '.join(models_mae.MODELS)}")
+    flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
+    flag("--mask_ratio", default=0.75, type=float, help="share of patches to remove")
+    flag("--norm_pix_loss", action="store_true", help="predict each patch normalised by its own statistics")
+    flag("--patch_size", type=int, help="default: the model's")
+    flag("--decoder_embed_dim", type=int, help="default: the model's")
+    flag("--decoder_depth", type=int, help="default: the model's")
+    flag("--decoder_num_heads", type=int, help="default: the model's")
+
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--batch_size", default=64, type=int, help="images per process and micro-step")
+    flag("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    flag("--epochs", default=400, type=int)
+    flag("--warmup_epochs", default=40, type=int)
+    flag("--blr", default=1e-3, type=float, help="base learning rate: lr = blr * effective batch / 256")
+    flag("--lr", default=None, type=float, help="absolute learning rate, instead of --blr")
+    flag("--min_lr", default=0.0, type=float, help="lower bound of the cosine")
+    flag("--weight_decay", default=0.05, type=float)
+    flag("--clip_grad", default=None, type=float, help="largest gradient norm (default: no clipping)")
+
+    flag = parser.add_argument_group("pre-training").add_argument
+    flag("--loader", default="default", choices=["default", "reference"],
+         help="default: fast uint8 pipeline; reference: Pillow and torchvision, float32")
+    flag("--save_freq", default=20, type=int, help="epochs between checkpoints; the last is always saved")
+    flag("--vis_freq", default=20, type=int,
+         help="epochs between reconstruction pictures and held-out losses (0: never)")
+    # fmt: on
+
+    add_data_args(parser)
+    add_run_args(parser)
+    add_distributed_args(parser)
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read or written."""
+    check_common_args(args)
+    if not 0 < args.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
+    for flag, least in [("save_freq", 1), ("vis_freq", 0)]:
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+
+
+def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
+    """The named model with the sizes that the flags override; raises UserError for sizes that do not fit."""
+    sizes = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+    overrides = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    for name, value in overrides.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    try:
+        model = models_mae.MODELS[args.model](
+            img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides
+        )
+    except ValueError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
+    if int(model.patch_embed.num_patches * (1 - args.mask_ratio)) < 1:
+        raise UserError(
+            f"--mask_ratio {args.mask_ratio}: keeps none of {model.patch_embed.num_patches} patches"
+        )
+    return model
+
+
+def main(args: argparse.Namespace) -> None:
+    init_distributed_mode(args)
+    check_args(args)
+    device = resolve_device(args.device, args.gpu)
+    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
+    log_arguments(args)
+
+    # Data: no padding and no partial batch in training; every held-out image counts once
+    dataset = build_pretrain_dataset(args)
+    sampler = EpochSampler(len(dataset), get_world_size(), get_rank(), args.seed, batch_size=args.batch_size)
+    pin_mem = args.pin_mem and device.type == "cuda"
+    loader = build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_mem, drop_last=True)
+    steps_per_epoch = len(loader)
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"--batch_size {args.batch_size}: {get_world_size()} x {args.batch_size} is more than the "
+            f"{len(dataset)} images of the set, so that no batch would be full"
+        )
+    val_dataset = build_val_dataset(args) if args.vis_freq else None
+    val_loader = None
+    if val_dataset is not None:
+        val_sampler = EpochSampler(len(val_dataset), get_world_size(), get_rank(), shuffle=False)
+        val_loader = build_loader(val_dataset, val_sampler, args.batch_size, args.num_workers, pin_mem)
+    pictures = pick_images(val_dataset or dataset) if args.vis_freq and is_main_process() else None
+
+    # Model
+    seed_all(args.seed)
+    model_without_ddp = model = build_model(args).to(device)
+    if args.distributed:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # Optimizer: biases and norms are not decayed
+    effective_batch = scale_learning_rate(args, get_world_size())
+    groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
+
+    # Resume
+    check_output_dir(args.output_dir, model_without_ddp)
+    load_model(args, model_without_ddp, optimizer, loss_scaler)
+    log_writer = make_log_writer(args.log_dir)
+
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    log(f"data: {dataset.describe()}; held out: {val_dataset.describe() if val_dataset else 'none'}")
+    log(f"model: {args.model}, {millions:.1f} M parameters")
+    log(f"device: {device}, precision: {amp_dtype or torch.float32}")
+    log(
+        f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
+        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}"
+    )
+
+    # Training
+    start_time = time.time()
+    updates_per_epoch = math.ceil(steps_per_epoch / args.accum_iter)
+    for epoch in range(args.start_epoch, args.epochs):
+        first = args.start_step if epoch == args.start_epoch else 0
+        last = steps_per_epoch
+        if args.max_steps:
+            last = min(last, (args.max_steps - epoch * updates_per_epoch) * args.accum_iter)
+        if first >= last:
+            break
+        sampler.set_epoch(epoch, first, last)
+        stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args)
+        dataset.report_bad_images()
+
+        if last < steps_per_epoch:  # --max_steps ends inside the epoch
+            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=last)
+            break
+        final = epoch + 1 == args.epochs or (epoch + 1) * updates_per_epoch == args.max_steps
+        if final or epoch % args.save_freq == 0:
+            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
+
+        record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
+        if args.vis_freq and (final or epoch % args.vis_freq == 0):
+            if val_loader is not None:
+                record["val_loss"] = evaluate(val_loader, model_without_ddp, device, args)
+                log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
+            if pictures is not None:
+                write_pictures(model_without_ddp, pictures, args, epoch, record.get("val_loss"), log_writer)
+        if log_writer is not None:
+            if "val_loss" in record:
+                log_writer.add_scalar("val_loss", record["val_loss"], int((epoch + 1) * 1000))
+            log_writer.flush()
+        write_log(args.output_dir, record)
+
+    if args.max_steps:
+        log(f"stopped by --max_steps {args.max_steps}")
+    log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
+    if log_writer is not None:
+        log_writer.close()
+    shut_down()
+
+
+if __name__ == "__main__":
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))

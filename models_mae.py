@@ -1,0 +1,284 @@
+"""Masked autoencoder with a vision-transformer backbone ("Masked Autoencoders Are Scalable Vision Learners",
+arXiv 2111.06377).
+
+    python models_mae.py     sends one image through the base model and prints the shape of every step
+
+Shape letters: N images, C channels, H x W pixels, p patch size, L = (H / p) * (W / p) patches, K kept
+patches, D encoder width, E decoder width.
+"""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block, PatchEmbed
+from torch import nn
+
+from util.pos_embed import get_2d_sincos_pos_embed
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Encoder over the visible patches, light decoder over all of them.
+
+    Args:
+        img_size: pixels, an int or (height, width); multiples of the patch size.
+        patch_size: side of a square patch in pixels.
+        in_chans: channels of the images.
+        embed_dim, depth, num_heads: the encoder's width, number of blocks and heads.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder.
+        mlp_ratio: hidden width of the blocks' MLPs over their width.
+        norm_layer: constructor of the normalisations.
+        norm_pix_loss: the target is each patch with its mean removed and its variance made one.
+
+    Raises:
+        ValueError: sizes that do not divide (image by patch, width by heads or by 4).
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        decoder_embed_dim=512,
+        decoder_depth=8,
+        decoder_num_heads=16,
+        mlp_ratio=4.0,
+        norm_layer=nn.LayerNorm,
+        norm_pix_loss=False,
+    ):
+        super().__init__()
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.norm_pix_loss = norm_pix_loss
+
+        # Encoder
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = self.patch_embed.num_patches + 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+
+        # Decoder
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Fixed position tables; everything else drawn as the paper's appendix says."""
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            values = get_2d_sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size, cls_token=True)
+            table.copy_(torch.from_numpy(values).unsqueeze(0))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        # The patch convolution is a linear layer on flattened patches and is drawn as one
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, L, p * p * C); inside a patch: row, column, channel."""
+        (rows, columns), p = self.patch_embed.grid_size, self.patch_size
+        x = imgs.reshape(len(imgs), self.in_chans, rows, p, columns, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, p * p * self.in_chans)
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, L, p * p * C) -> (N, C, H, W); the inverse of `patchify`."""
+        (rows, columns), p = self.patch_embed.grid_size, self.patch_size
+        x = x.reshape(len(x), rows, columns, p, p, self.in_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.in_chans, rows * p, columns * p)
+
+    def random_masking(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """Keeps a random part of every sample's tokens.
+
+        Args:
+            x: tokens (N, L, D).
+            mask_ratio: share of tokens to remove; int(L * (1 - mask_ratio)) stay.
+            noise: (N, L); the smallest values are kept. Default: uniform.
+
+        Returns:
+            Kept tokens (N, K, D) in shuffled order; mask (N, L) float, 0 kept and 1 removed, in image order;
+            ids_restore (N, L), the place of each token in the shuffle.
+        """
+        n, length, dim = x.shape
+        keep = int(length * (1 - mask_ratio))
+        if noise is None:
+            noise = torch.rand(n, length, device=x.device)
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # (N, L)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)  # (N, L)
+        ids_keep = ids_shuffle[:, :keep]  # (N, K)
+        x = torch.gather(x, 1, ids_keep.unsqueeze(-1).expand(-1, -1, dim))  # (N, K, D)
+        mask = (ids_restore >= keep).float()  # (N, L)
+        return x, mask, ids_restore
+
+    def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        x = self.patch_embed(imgs)  # (N, L, D)
+        x = x + self.pos_embed[:, 1:]  # before masking: a token keeps its place
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, K, D)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """Latent (N, 1 + K, D) -> predicted patches (N, L, p * p * C)."""
+        x = self.decoder_embed(latent)  # (N, 1 + K, E)
+        n, length = ids_restore.shape
+        mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1)
+        patches = torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1)  # (N, L, E), shuffled
+        patches = torch.gather(
+            patches, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2])
+        )  # image order
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1 + L, E)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
+
+    def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean squared error per removed patch, a scalar in at least float32 whatever autocast says.
+
+        Args:
+            imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch was removed.
+        """
+        target = self.patchify(imgs)  # (N, L, p * p * C)
+        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        if self.norm_pix_loss:
+            mean = target.mean(dim=-1, keepdim=True)
+            variance = target.var(dim=-1, keepdim=True)  # unbiased
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (N, L)
+        return (loss * mask).sum() / mask.sum()
+
+    def forward(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+        """Masks, encodes, decodes and scores a batch.
+
+        Args:
+            imgs: (N, C, H, W), normalised.
+            mask_ratio: share of patches to remove.
+            noise: (N, L) fixes the masking, the smallest values are kept; default: drawn anew.
+
+        Returns:
+            loss (scalar), pred (N, L, p * p * C), mask (N, L) with 0 = kept, 1 = removed.
+        """
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, decoder_num_heads) -> None:
+    """Raises ValueError for sizes that no model can have."""
+    if img_size[0] % patch_size or img_size[1] % patch_size:
+        raise ValueError(
+            f"image size {img_size[0]}x{img_size[1]} is not divisible by the patch size {patch_size}"
+        )
+    for name, width, heads in [
+        ("encoder", embed_dim, num_heads),
+        ("decoder", decoder_embed_dim, decoder_num_heads),
+    ]:
+        if width % heads:
+            raise ValueError(f"{name} width {width} is not divisible by its {heads} heads")
+        if width % 4:
+            raise ValueError(f"{name} width {width} is not divisible by 4, as its position table needs")
+
+
+def mae_vit(defaults: dict, **kwargs) -> MaskedAutoencoderViT:
+    """A named model: its sizes, which `kwargs` override."""
+    return MaskedAutoencoderViT(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
+
+
+SMALL_DECODER = dict(decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)
+
+
+def mae_vit_tiny_patch16(**kwargs) -> MaskedAutoencoderViT:
+    return mae_vit(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, **SMALL_DECODER), **kwargs)
+
+
+def mae_vit_small_patch16(**kwargs) -> MaskedAutoencoderViT:
+    return mae_vit(dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, **SMALL_DECODER), **kwargs)
+
+
+def mae_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    return mae_vit(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), **kwargs)
+
+
+def mae_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    return mae_vit(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), **kwargs)
+
+
+def mae_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    return mae_vit(dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16), **kwargs)
+
+
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+
+MODELS = {
+    "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
+    "mae_vit_small_patch16": mae_vit_small_patch16,
+    "mae_vit_base_patch16": mae_vit_base_patch16,
+    "mae_vit_large_patch16": mae_vit_large_patch16,
+    "mae_vit_huge_patch14": mae_vit_huge_patch14,
+    "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
+    "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
+    "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
+}
+
+
+@torch.no_grad()
+def print_shapes(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> None:
+    """Sends one random image through `model` and prints the name and shape of every step."""
+    imgs = torch.randn(1, model.in_chans, *model.img_size)
+    latent, mask, ids_restore = model.forward_encoder(imgs, mask_ratio)
+    decoded = model.decoder_embed(latent)
+    pred = model.forward_decoder(latent, ids_restore)
+    tokens = model.patch_embed(imgs)
+    steps = [
+        ("image (N, C, H, W)", imgs),
+        ("target patches, patchify (N, L, p*p*C)", model.patchify(imgs)),
+        ("patch tokens, patch_embed (N, L, D)", tokens),
+        ("position table, pos_embed (1, 1+L, D)", model.pos_embed),
+        ("kept tokens, random_masking (N, K, D)", model.random_masking(tokens, mask_ratio)[0]),
+        ("mask, 1 = removed (N, L)", mask),
+        ("place in the shuffle, ids_restore (N, L)", ids_restore),
+        (f"latent, class token + {len(model.blocks)} blocks + norm (N, 1+K, D)", latent),
+        ("decoder tokens, decoder_embed (N, 1+K, E)", decoded),
+        (
+            "with mask tokens, in image order (N, 1+L, E)",
+            decoded.new_empty(1, 1 + mask.shape[1], decoded.shape[2]),
+        ),
+        (f"prediction, {len(model.decoder_blocks)} blocks + norm + linear (N, L, p*p*C)", pred),
+        ("predicted image, unpatchify (N, C, H, W)", model.unpatchify(pred)),
+        ("loss", model.forward_loss(imgs, pred, mask)),
+    ]
+    for name, tensor in steps:
+        print(f"{name:60s} {tuple(tensor.shape)}")
+    print(f"{int(mask.sum())} of {mask.shape[1]} patches removed, loss {steps[-1][1].item():.4f}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print_shapes(mae_vit_base_patch16())

@@ -1,0 +1,159 @@
+"""Vision Transformer classifier for fine-tuning, linear probing and feature extraction.
+
+The encoder has the parameter names of `models_mae.MaskedAutoencoderViT`, so that a pre-trained file loads with
+`strict=False`; on top come pooling, a norm and a linear head ("An Image is Worth 16x16 Words", arXiv 2010.11929,
+and MAE, arXiv 2111.06377, appendix A).
+
+The two ways of pooling are spelled out here instead of left to timm's `VisionTransformer`, whose meaning of
+`global_pool` and of the norm that goes with it changed between versions; only its block and patch embedding are used.
+"""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block, PatchEmbed
+from torch import nn
+
+
+class VisionTransformer(nn.Module):
+    """ViT classifier.
+
+    Arguments are timm's, and `global_pool`:
+        global_pool: False: final `norm`, then the class token. True: mean over the patch tokens (class token left
+            out), then `fc_norm`; there is no `norm` then.
+        img_size: int or (height, width) in pixels, divisible by patch_size (int or pair); in_chans: image channels.
+        num_classes: outputs of the head; 0 leaves the head out (logits are then the features).
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer: the blocks.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
+        drop_rate: dropout before the head; proj_drop_rate and attn_drop_rate: dropout inside the blocks.
+
+    Raises ValueError when sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        global_pool=False,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=1000,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_rate=0.0,
+        proj_drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        _check_sizes(img_size, patch_size, embed_dim, num_heads)
+        self.global_pool = bool(global_pool)
+        self.num_classes = num_classes
+        self.embed_dim = self.num_features = embed_dim
+
+        # The order of registration is that of the optimizer's parameter groups, which is part of what a
+        # checkpoint's optimizer state means: `head` comes before `fc_norm`, but after `norm`.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                norm_layer=norm_layer,
+            )
+            for i in range(depth)
+        )
+        if not self.global_pool:
+            self.norm = norm_layer(embed_dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if self.global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Initialises for training from scratch: truncated normal (std 0.02), biases 0, norms 1 / 0."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self):
+        """Names of the parameters that weight decay leaves alone although they have more than one dimension."""
+        return {"pos_embed", "cls_token"}
+
+    def forward_tokens(self, x):
+        """Images (N, C, H, W) -> tokens after the last block, before any norm: (N, 1 + L, D), class token first."""
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward_features(self, x):
+        """Images (N, C, H, W) -> pooled, normed features (N, D)."""
+        x = self.forward_tokens(x)
+        if self.global_pool:
+            return self.fc_norm(x[:, 1:].mean(dim=1))
+        return self.norm(x)[:, 0]
+
+    def forward(self, x):
+        """Images (N, C, H, W), normalised -> logits (N, num_classes)."""
+        return self.head(self.head_drop(self.forward_features(x)))
+
+
+def _check_sizes(img_size, patch_size, embed_dim, num_heads):
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    patch_h, patch_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if height % patch_h or width % patch_w:
+        raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")
+    if embed_dim % num_heads:
+        raise ValueError(f"width {embed_dim} is not divisible by the number of heads {num_heads}")
+
+
+def _named(defaults, kwargs):
+    return VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
+
+
+def vit_tiny_patch16(**kwargs):
+    """192 wide, 12 blocks, 3 heads: 5.5 M parameters without the head. For CPUs and small data sets."""
+    return _named(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3), kwargs)
+
+
+def vit_small_patch16(**kwargs):
+    """384 wide, 12 blocks, 6 heads: 21.7 M parameters without the head."""
+    return _named(dict(patch_size=16, embed_dim=384, depth=12, num_heads=6), kwargs)
+
+
+def vit_base_patch16(**kwargs):
+    """768 wide, 12 blocks, 12 heads: 85.8 M parameters without the head (the paper's ViT-B)."""
+    return _named(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), kwargs)
+
+
+def vit_large_patch16(**kwargs):
+    """1024 wide, 24 blocks, 16 heads: 303 M parameters without the head (the paper's ViT-L)."""
+    return _named(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), kwargs)
+
+
+def vit_huge_patch14(**kwargs):
+    """1280 wide, 32 blocks, 16 heads, patch 14: 631 M parameters without the head (the paper's ViT-H)."""
+    return _named(dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16), kwargs)
+
+
+# What `--model` may be: the names are argparse's choices.
+MODELS = {
+    function.__name__: function
+    for function in (vit_tiny_patch16, vit_small_patch16, vit_base_patch16, vit_large_patch16, vit_huge_patch14)
+}

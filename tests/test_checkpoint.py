@@ -1,0 +1,176 @@
+"""Checkpoints: whole or not at all, nothing executed, clear words on what does not fit."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from golden_utils import GOLDEN, TINY_MAE
+
+import models_mae
+from util import checkpoint, state_dict
+from util.args import UserError
+
+
+def make_model(**changes):
+    return models_mae.mae_vit(TINY_MAE, **changes)
+
+
+def make_args(folder, **changes):
+    return argparse.Namespace(
+        **{"output_dir": str(folder), "resume": "auto", "keep_checkpoints": 0, **changes}
+    )
+
+
+def save(folder, epoch, step=0, model=None, **args):
+    model = model or make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    return checkpoint.save_model(make_args(folder, **args), epoch, model, model, optimizer, None, step=step)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_round_trip_and_reference_keys(tmp_path):
+    model = make_model()
+    path = save(tmp_path, 3, model=model, lr=0.1)
+    content = checkpoint.load_checkpoint(path)
+    assert set(content) == {"model", "optimizer", "epoch", "scaler", "args"}
+    assert content["epoch"] == 3 and content["args"]["lr"] == 0.1 and type(content["args"]) is dict
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in content["model"].items())
+    assert names(tmp_path) == ["checkpoint-3.pth"]
+
+
+def test_resume_auto_takes_the_newest_readable_one(tmp_path, capsys):
+    for epoch in (0, 9, 10):
+        save(tmp_path, epoch)
+    (tmp_path / "checkpoint-10.pth").write_bytes((tmp_path / "checkpoint-10.pth").read_bytes()[:5000])
+    (tmp_path / "checkpoint-11.pth").write_bytes(b"")
+    args = make_args(tmp_path)
+    checkpoint.load_model(args, make_model(), None, None)
+    assert args.start_epoch == 10 and args.start_step == 0
+    out = capsys.readouterr()
+    assert "checkpoint-9.pth, going on at epoch 10" in out.out
+    assert "checkpoint-11.pth" in out.err and "checkpoint-10.pth" in out.err and "passed over" in out.err
+
+
+def test_resume_auto_without_checkpoints_starts_afresh(tmp_path, capsys):
+    args = make_args(tmp_path / "new", start_epoch=0)
+    assert checkpoint.load_model(args, make_model(), None, None) is None and args.start_epoch == 0
+    assert "starting from scratch" in capsys.readouterr().out
+
+
+def test_a_checkpoint_inside_an_epoch_is_newer_than_the_epoch_before_and_replaced_by_its_end(tmp_path):
+    save(tmp_path, 0)
+    save(tmp_path, 1, step=5)
+    save(tmp_path, 1, step=7)
+    assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1-step7.pth"]
+    args = make_args(tmp_path)
+    checkpoint.load_model(args, make_model(), None, None)
+    assert (args.start_epoch, args.start_step) == (1, 7)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1.pth"]
+
+
+def test_keep_checkpoints(tmp_path):
+    for epoch in range(5):
+        save(tmp_path, epoch, keep_checkpoints=2)
+    assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth"]
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_nothing_in_a_file_is_executed(tmp_path, writer):
+    path, trap = tmp_path / "evil.pth", tmp_path / "executed"
+    if writer == "torch":
+        torch.save({"model": {}, "args": Malice(trap)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": Malice(trap)}))
+    with pytest.raises(UserError, match=r"evil\.pth: cannot be read as a checkpoint") as error:
+        checkpoint.load_checkpoint(path)
+    assert not trap.exists() and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04" + b"x" * 200])
+def test_rubbish(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth: cannot be read as a checkpoint"):
+        checkpoint.load_checkpoint(tmp_path / "x.pth")
+
+
+def test_missing_files_other_addresses_and_other_content(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="only https"):
+        checkpoint.load_checkpoint("http://example.org/x.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        checkpoint.load_checkpoint(tmp_path / "list.pth")
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 0)
+    before = (tmp_path / "checkpoint-0.pth").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert save(tmp_path, 0) is None
+    assert (tmp_path / "checkpoint-0.pth").read_bytes() == before and names(tmp_path) == ["checkpoint-0.pth"]
+    assert "NO CHECKPOINT WAS WRITTEN" in capsys.readouterr().err
+
+
+def test_another_architecture_is_named(tmp_path):
+    path = save(tmp_path, 0, model=make_model(decoder_embed_dim=32, decoder_depth=3))
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(make_args(tmp_path, resume=str(path)), make_model(), None, None)
+    text = str(error.value)
+    assert "another architecture" in text and "decoder_pred.weight" not in text.split("unexpected")[1]
+    assert (
+        "(192, 32) in the file, (192, 16) in the model" in text
+        or "mask_token: (1, 1, 32) in the file" in text
+    )
+    assert "12 unexpected keys (decoder_blocks.2.norm1.weight" in text and "\n" not in text
+
+
+def test_encoder_only_files_are_refused_with_their_kind(tmp_path):
+    state = {k: v for k, v in make_model().state_dict().items() if "decoder" not in k and k != "mask_token"}
+    torch.save({"model": state}, tmp_path / "encoder.pth")
+    with pytest.raises(UserError, match=r"encoder\.pth: holds an encoder only; .*decoder is needed"):
+        checkpoint.load_model(
+            make_args(tmp_path, resume=str(tmp_path / "encoder.pth")), make_model(), None, None
+        )
+
+
+def test_kinds_and_prefixes():
+    state = make_model().state_dict()
+    assert state_dict.describe_kind(state) == "full MAE (encoder and decoder)"
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    assert list(state_dict.strip_prefixes(wrapped)) == list(state)
+    assert state_dict.describe_kind({"head.weight": 0, "patch_embed.proj.weight": 0}).startswith("classifier")
+    assert state_dict.describe_kind({"x": 0}) == "not a vision transformer"
+
+
+def test_the_references_checkpoint_loads_with_a_plain_dict_of_args():
+    content = checkpoint.load_checkpoint(GOLDEN / "checkpoint-0.pth")
+    assert content["epoch"] == 0 and content["args"]["accum_iter"] == 2 and type(content["args"]) is dict
+
+
+def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir .*cannot be written"):
+        checkpoint.check_output_dir(str(tmp_path / "file" / "x"), make_model())
+    usage = checkpoint.shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="0 MB are free, a checkpoint needs"):
+        checkpoint.check_output_dir(str(tmp_path / "out"), make_model())

@@ -1,0 +1,1 @@
+"""Shared parts of the pre-training, fine-tuning and probing scripts; one thing has one home here."""

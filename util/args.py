@@ -1,0 +1,135 @@
+"""Command-line parts that the main scripts share, and how a user's mistake is reported."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is one line that says what, where and what to do. Exit code 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on, through no mistake of the command line: one line. Exit code 1."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with one line on errors instead of the whole usage text."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; its `given` lists the names that were on it, the others have their defaults."""
+    args = parser.parse_args(argv)
+    absent = object()
+    probe = argparse.Namespace(**dict.fromkeys(vars(args), absent))
+    parser.parse_args(argv, probe)
+    args.given = [name for name, value in vars(probe).items() if value is not absent]
+    return args
+
+
+def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
+    """Calls `main(args)` with the command line; errors meant for users become one line and an exit code."""
+    args = parse_args(parser)
+    try:
+        main(args)
+    except (UserError, TrainingError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """argparse type of image sizes in pixels: "224" is 224 x 224, "32x128" is 32 high and 128 wide."""
+    numbers = [int(part) for part in text.lower().split("x")]
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(text)
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+image_size.__name__ = "image size (224, or 32x128 for height x width)"
+
+
+def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image size as `image_size` returns it."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def default_workers() -> int:
+    """Loader processes by default: one per usable core, at most 10."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(10, cores)
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Where the images are and how they are read."""
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
+    # fmt: off
+    flag("--data_path", "--data", default=None, metavar="PATH",
+         help="ImageFolder root with train/ (and val/), a folder of images, or a text file that lists "
+              "images; default: a small demo set, made on first use")
+    flag("--in_chans", default=3, type=int, help="channels of the images")
+    flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
+    flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
+    flag("--bad_images", default="error", choices=["error", "skip"],
+         help="a file that is no image: stop, or skip it (at most 1 %% of the set)")
+    flag("--num_workers", default=default_workers(), type=int,
+         help="loader processes (default: one per core, at most 10)")
+    flag("--pin_mem", action="store_true", help="pin batches in memory for faster copies to the GPU")
+    flag("--no_pin_mem", action="store_false", dest="pin_mem")
+    # fmt: on
+    group.set_defaults(pin_mem=True)
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    """Where results go, what they start from, which device and precision computes them."""
+    flag = parser.add_argument_group("run").add_argument
+    # fmt: off
+    flag("--output_dir", default="./output_dir", help="folder of checkpoints and log.txt")
+    flag("--log_dir", default="./output_dir", help="folder of TensorBoard curves")
+    flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
+    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
+         help="mixed precision; auto: bf16 where the GPU has it, else fp16; none on CPU")
+    flag("--seed", default=0, type=int)
+    flag("--resume", default="", metavar="auto|FILE|URL",
+         help="go on from a checkpoint; auto: the newest good one in --output_dir, if any")
+    flag("--start_epoch", default=0, type=int, metavar="N")
+    flag("--max_steps", default=0, type=int, metavar="N",
+         help="save and stop after N optimizer steps in all (0: no limit)")
+    flag("--keep_checkpoints", default=0, type=int, metavar="N", help="keep the newest N only (0: all)")
+    flag("--print_freq", default=20, type=int, metavar="N", help="steps between log lines")
+    # fmt: on
+
+
+def add_distributed_args(parser: argparse.ArgumentParser) -> None:
+    """Processes; normally the launcher's environment says all of it."""
+    group = parser.add_argument_group("distributed training")
+    group.add_argument("--world_size", default=1, type=int, help="number of processes")
+    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="set by old launchers")
+    group.add_argument("--dist_on_itp", action="store_true", help="started by OpenMPI")
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
+
+
+def check_common_args(args: argparse.Namespace) -> None:
+    """Raises UserError for values of the shared flags that cannot work."""
+    at_least = {
+        "batch_size": 1,
+        "accum_iter": 1,
+        "epochs": 1,
+        "print_freq": 1,
+        "in_chans": 1,
+        "num_workers": 0,
+    }
+    at_least |= {"keep_checkpoints": 0, "max_steps": 0, "start_epoch": 0, "warmup_epochs": 0}
+    for flag, least in at_least.items():
+        value = getattr(args, flag, least)
+        if value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    if getattr(args, "clip_grad", None) is not None and args.clip_grad <= 0:
+        raise UserError(f"--clip_grad {args.clip_grad}: must be above 0; leave it out for no clipping")

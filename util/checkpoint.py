@@ -1,0 +1,238 @@
+"""Checkpoints: written so that a kill loses nothing, read so that nothing in them is executed.
+
+`checkpoint-{epoch}.pth` is written when an epoch is complete: a dict of 'model', 'optimizer', 'epoch',
+'scaler' and 'args' (a plain dict), as the reference's. A run that stops inside an epoch writes
+`checkpoint-{epoch}-step{n}.pth`: the same, where 'epoch' is the last complete epoch (-1: none) and 'step' the
+number of micro-steps done of the next.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from util.args import UserError
+from util.distributed import get_world_size, is_main_process, log, warn
+from util.state_dict import check_state, model_state
+
+_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Writes `content` to a temporary file in the same folder, flushes it to disk and renames it.
+
+    At any moment `path` holds the old file or the whole new one.
+
+    Raises:
+        OSError: the folder cannot be written or is full; the temporary file is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, RuntimeError):  # what torch makes of a full disk
+            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(source: str | Path) -> dict:
+    """Reads a checkpoint file or https URL to CPU tensors, executing nothing (`weights_only=True`).
+
+    The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
+    tensors}.
+
+    Raises:
+        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read.
+    """
+    source = str(source)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if source.startswith("https://"):
+                hashed = re.search(r"-[0-9a-f]{8,}\.", source.rsplit("/", 1)[-1]) is not None
+                content = torch.hub.load_state_dict_from_url(
+                    source, map_location="cpu", check_hash=hashed, weights_only=True
+                )
+            elif "://" in source:
+                raise UserError(f"{source}: only https:// addresses and files can be loaded")
+            elif source.endswith(".safetensors"):
+                from safetensors.torch import load_file  # comes with timm
+
+                content = {"model": load_file(source)}
+            else:
+                content = torch.load(source, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "Weights only load failed" in reason or "Unsupported" in reason:
+            reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
+        raise UserError(f"{source}: cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, not a checkpoint")
+    if isinstance(content.get("args"), argparse.Namespace):
+        content["args"] = vars(content["args"])
+    return content
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a folder, the furthest in training first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in Path(output_dir).iterdir():
+            if match := _NAME.fullmatch(path.name):
+                epoch, step = int(match[1]), match[2]
+                found.append(((epoch, int(step)) if step else (epoch + 1, 0), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint of a folder and its content; unreadable ones are passed over with a
+    warning.
+    """
+    for path in list_checkpoints(output_dir):
+        try:
+            content = load_checkpoint(path)
+            if "model" in content:
+                return path, content
+            warn(f"{path}: holds no model; passed over")
+        except UserError as error:
+            warn(f"{error}; passed over for the one before")
+    return None
+
+
+def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
+    """Makes the folder; raises UserError unless a checkpoint of `model` with AdamW's state fits into it."""
+    if not output_dir or not is_main_process():
+        return
+    probe = Path(output_dir) / f".write-test-{os.getpid()}"
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
+    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(f"--output_dir {output_dir}: {free / 2**20:.0f} MB are free, "
+                        f"a checkpoint needs {needed / 2**20:.0f} MB")  # fmt: skip
+
+
+def save_model(
+    args, epoch, model, model_without_ddp, optimizer, loss_scaler, step: int = 0, **extra
+) -> Path | None:
+    """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
+
+    Args:
+        epoch: the epoch just completed or, with `step`, the one that is under way.
+        step: micro-steps done of that epoch when it is not complete.
+        extra: further entries.
+
+    Returns the path, or None on other processes and when it could not be written: then a warning says so,
+    older checkpoints are as they were and training can go on.
+    """
+    if not is_main_process() or not args.output_dir:
+        return None
+    content = {
+        "model": model_without_ddp.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch - 1 if step else epoch,
+        "scaler": loss_scaler.state_dict() if loss_scaler is not None else {},
+        "args": {name: value for name, value in vars(args).items() if name != "given"},
+        **extra,
+    }
+    if step:
+        content.update(step=step, world_size=get_world_size())
+    path = Path(args.output_dir) / (
+        f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
+    )
+    try:
+        save_checkpoint(path, content)
+    except OSError as error:
+        warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on, make room")
+        return None
+    _remove_old(path, getattr(args, "keep_checkpoints", 0))
+    return path
+
+
+def _remove_old(newest: Path, keep: int) -> None:
+    """Removes mid-epoch checkpoints other than `newest`, and all but the newest `keep` others."""
+    complete = 0
+    for path in list_checkpoints(newest.parent):
+        inside_epoch = _NAME.fullmatch(path.name)[2] is not None
+        complete += not inside_epoch
+        if path != newest and (inside_epoch or (keep and complete > keep)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
+    """Restores a run from `args.resume` (auto, file or URL); sets `args.start_epoch` and `args.start_step`.
+
+    Returns the loaded content, or None when there was nothing to resume.
+
+    Raises:
+        UserError: unreadable, of another architecture, or without what resuming needs.
+    """
+    args.start_step = 0
+    if not args.resume:
+        return None
+    if args.resume == "auto":
+        newest = find_newest(args.output_dir) if args.output_dir else None
+        if newest is None:
+            log(f"resume: no checkpoint in {args.output_dir}, starting from scratch")
+            return None
+        source, content = newest
+    else:
+        source, content = args.resume, load_checkpoint(args.resume)
+    state = model_state(content)
+    check_state(model_without_ddp, state, f"--resume {source}")
+    model_without_ddp.load_state_dict(state)
+    if "optimizer" not in content or "epoch" not in content:
+        log(f"resume: {source} holds weights only; optimizer and epoch start anew")
+        return content
+    if not getattr(args, "eval", False):
+        if optimizer is not None:
+            _load_optimizer(optimizer, content["optimizer"], source)
+        if loss_scaler is not None:
+            loss_scaler.load_state_dict(content.get("scaler") or {})
+    args.start_epoch, args.start_step = content["epoch"] + 1, content.get("step", 0)
+    if args.start_step and content.get("world_size") != get_world_size():
+        raise UserError(
+            f"--resume {source}: was saved mid-epoch by {content.get('world_size')} processes and cannot "
+            f"go on with {get_world_size()}; resume from a complete epoch"
+        )
+    where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
+    log(f"resume: {source}, going on at {where}")
+    return content
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--resume {source}: its optimizer state does not fit: {error}") from None
+    for group, value in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = value  # how a step is computed belongs to this machine, not to the checkpoint

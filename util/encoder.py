@@ -1,0 +1,234 @@
+"""Takes the encoder out of any kind of weights file, and says exactly what was taken and what was not.
+
+Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and fine-tuned
+files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or `.safetensors`, with or without
+the prefixes of DistributedDataParallel and torch.compile.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from util.args import UserError, size_pair
+from util.checkpoint import load_checkpoint
+from util.pos_embed import interpolate_pos_embed
+from util.state_dict import compare_state, describe_kind, model_state
+
+# Parameters that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
+_OPTIONAL = ("head.", "fc_norm.", "norm.")
+_ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+# Hugging Face's names (of its files, then of its newer modules) -> ours, inside a block
+_HF_BLOCK = {
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_HF_OUTER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+    "classifier.weight": "head.weight",
+    "classifier.bias": "head.bias",
+}
+_HF_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+_HF_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
+
+
+@dataclass
+class LoadReport:
+    """What `load_encoder` did.
+
+    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial values).
+    unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of head tensors for
+    another number of classes. resized: ((rows, columns) in the file, in the model) of the position table, or None.
+    """
+
+    source: str
+    kind: str
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    resized: tuple | None = None
+
+    def __str__(self) -> str:
+        lines = [f"encoder: {self.source} ({self.kind})"]
+        if self.resized:
+            (rows, columns), (new_rows, new_columns) = self.resized
+            lines.append(f"  position table: {rows}x{columns} patches, resized to {new_rows}x{new_columns}")
+        lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
+        lines.append(f"  unexpected keys, not used ({len(self.unexpected)}): {_shorten(self.unexpected)}")
+        if self.dropped:
+            lines.append(f"  for other classes, not used ({len(self.dropped)}): {', '.join(self.dropped)}")
+        return "\n".join(lines)
+
+
+def _shorten(keys: list[str]) -> str:
+    """All keys, those of a list of blocks as `decoder_blocks.* (96)`."""
+    counts = Counter(re.sub(r"\.\d+\..*", ".*", key) for key in keys)
+    return ", ".join(f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()) or "none"
+
+
+def load_encoder(model: torch.nn.Module, source: str, flag: str = "--finetune") -> LoadReport:
+    """Loads the encoder (and a head that fits) of the file or https URL `source` into `model`, in place.
+
+    Position tables are resized bicubically when the patch grid differs.
+
+    Raises:
+        UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the file's kind.
+    """
+    content = load_checkpoint(source)
+    state, kind = encoder_state(content)
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys() or not _count_blocks(state):
+        some = ", ".join(list(state)[:3]) or "no tensors"
+        raise UserError(f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
+                        f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth")  # fmt: skip
+    report = LoadReport(source, kind)
+    own = model.state_dict()
+    for key in [k for k in state if k.startswith("head.")]:
+        if key in own and own[key].shape != state[key].shape:
+            report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
+    _fit_pos_embed(model, state, content, report, flag)
+    missing, unexpected, mismatched = compare_state(model, state)
+    lost = [k for k in missing if not k.startswith(_OPTIONAL)]
+    foreign = [k for k in unexpected if k.startswith(_ENCODER)]
+    if mismatched or lost or foreign:
+        raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
+    dropped = {text.split(":")[0] for text in report.dropped}
+    report.missing = [key for key in missing if key not in dropped]
+    report.unexpected = unexpected
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
+    """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
+    state = model_state(content)
+    kind = describe_kind(state)
+    if kind.startswith("Hugging Face") or any(_HF_LAYER.search(key) for key in state):
+        if not kind.startswith("Hugging Face"):
+            kind = "Hugging Face ViT, encoder only"
+        if "classifier.weight" in state:
+            kind = "Hugging Face ViT classifier"
+        return from_hugging_face(state), kind
+    if "head.1.weight" in state:
+        kind = "linear probe (encoder, BatchNorm, head)"
+    return state, kind
+
+
+def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of a Hugging Face ViT or ViTMAE encoder under this code's names; q, k and v become one tensor.
+
+    Keys of the decoder and others that the encoder does not have keep their names.
+    """
+    result, parts = {}, {}
+    for key, value in state.items():
+        name = key.removeprefix("vit.")
+        layer = None if key.startswith("decoder.") else _HF_LAYER.fullmatch(name)
+        if name in _HF_OUTER:
+            result[_HF_OUTER[name]] = value
+        elif layer and (qkv := _HF_QKV.fullmatch(layer[2])):
+            parts.setdefault((layer[1], layer[3]), {})[qkv[1][0]] = value
+        elif layer and layer[2] in _HF_BLOCK:
+            result[f"blocks.{layer[1]}.{_HF_BLOCK[layer[2]]}.{layer[3]}"] = value
+        else:
+            result[key] = value
+    for (number, kind), values in parts.items():
+        if values.keys() == set("qkv"):
+            result[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat([values[letter] for letter in "qkv"])
+    return result
+
+
+def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
+    """(rows, columns) of the patch grid that a checkpoint's position table was made for, where its flags say so."""
+    info = content.get("model_info") or content.get("args") or {}
+    size = info.get("input_size") if isinstance(info, dict) else None
+    if not isinstance(size, int | tuple | list):
+        return None
+    patch_h, patch_w = state["patch_embed.proj.weight"].shape[-2:]
+    height, width = size_pair(size)
+    grid = (height // patch_h, width // patch_w)
+    # The reference stored a size that it did not use: believed only where it fits the table
+    return grid if grid[0] * grid[1] == state["pos_embed"].shape[1] - 1 else None
+
+
+def _fit_pos_embed(model, state, content, report, flag) -> None:
+    table, width = state["pos_embed"], model.pos_embed.shape[2]
+    if table.ndim != 3 or table.shape[2] != width:
+        return  # another width: reported with the other shapes
+    grid = stored_grid(content, state)
+    try:
+        if interpolate_pos_embed(model, state, grid):
+            side = round((table.shape[1] - 1) ** 0.5)
+            report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
+    except ValueError as error:
+        raise UserError(f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
+                        "training arguments or the --input_size it was trained with") from None  # fmt: skip
+
+
+def _count_blocks(state: dict) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+
+def _kind_of_useless(content: dict, kind: str) -> str:
+    if "model" not in content and {"param_groups", "state"} <= content.keys():
+        return "an optimizer's state"
+    return kind
+
+
+def _misfit_text(model, state, where, kind, differences) -> str:
+    """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
+    patch = state["patch_embed.proj.weight"].shape
+    own = model.patch_embed.proj.weight.shape
+    hints = []
+    if patch[0] != own[0] or _count_blocks(state) != len(model.blocks):
+        hints.append("--model")
+    if len(patch) == 4 and patch[1] != own[1]:
+        hints.append(f"--in_chans {patch[1]}")
+    if patch[-1] != own[-1]:
+        hints.append(f"--patch_size {patch[-1]}")
+    some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+    return (
+        f"{where} ({kind}): its encoder ({_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, "
+        f"{patch[1] if len(patch) == 4 else '?'} channels) does not fit the model ({len(model.blocks)} blocks, width "
+        f"{own[0]}, patch {own[-1]}, {own[1]} channels): {some}. Check {' and '.join(hints) or '--model'}"
+    )
+
+
+def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:
+    """Freezes all but the end of a `models_vit.VisionTransformer` (partial fine-tuning, arXiv 2111.06377, 4.3).
+
+    Args:
+        number: None trains everything; 0 the head only; 0.5 also the final norm and the last block's MLP with its
+            norm; 1, 2, ... the final norm and that many last blocks.
+
+    Raises:
+        UserError: not such a number, or more blocks than there are.
+    """
+    if number is None:
+        return
+    depth = len(model.blocks)
+    if number != 0.5 and (number < 0 or number != int(number) or number > depth):
+        raise UserError(f"--trainable_blocks {number:g}: must be 0, 0.5 or a whole number up to the model's {depth}")
+    model.requires_grad_(False)
+    parts = [model.head]
+    if number:
+        parts.append(model.fc_norm if model.global_pool else model.norm)
+    if number == 0.5:
+        parts += [model.blocks[-1].norm2, model.blocks[-1].mlp]
+    elif number:
+        parts += model.blocks[depth - int(number) :]
+    for part in parts:
+        part.requires_grad_(True)
+    if number == depth:  # everything
+        model.requires_grad_(True)

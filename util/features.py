@@ -1,0 +1,98 @@
+"""Frozen features of whole data sets: for k-NN, and to train a probe's head without running the encoder again."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+
+from util.distributed import get_world_size
+from util.evaluation import in_groups
+from util.precision import autocast, resolve_amp_dtype
+from util.transforms import normalize_batch
+
+
+def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: bool = True) -> torch.Tensor:
+    """Features (N, D) of normalised images (N, C, H, W), with no patch masked.
+
+    Args:
+        model: a `models_mae.MaskedAutoencoderViT` (its encoder and final norm are used) or a
+            `models_vit.VisionTransformer` (its own pooling is used, `global_pool` is not).
+        global_pool: mean over the patch tokens, else the class token.
+    """
+    if hasattr(model, "forward_features"):
+        return model.forward_features(images)
+    x = model.patch_embed(images) + model.pos_embed[:, 1:]
+    cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
+    x = torch.cat([cls_token, x], dim=1)
+    for block in model.blocks:
+        x = block(x)
+    x = model.norm(x)
+    return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
+
+
+@torch.no_grad()
+def extract_features(
+    feature_fn: Callable[[torch.Tensor], torch.Tensor], data_loader: Iterable, device, args=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of every sample of a loader, of all processes, in the order of the data set.
+
+    Args:
+        feature_fn: normalised images on `device` -> (N, D).
+        data_loader: batches (images, labels[, indices]), dealt over processes by `util.evaluation.EvalSampler`.
+        args: if given: amp_dtype, mean, std.
+
+    Returns:
+        features float32 (n, D) and labels int64 (n,), on the CPU.
+    """
+    device = torch.device(device)
+    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+    rows = []
+    for images, labels, indices in in_groups(data_loader):
+        with autocast(device, amp_dtype):
+            features = feature_fn(normalize_batch(images, device, mean, std))
+        rows.append((features.float().cpu(), labels, indices))
+    columns = _gather([torch.cat(parts) for parts in zip(*rows, strict=True)] if rows else None)
+    order = torch.argsort(columns[2], stable=True)
+    return columns[0][order], columns[1][order]
+
+
+def _gather(columns: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    """Joins the CPU tensors of all processes along the first dimension; None: this process has none."""
+    if get_world_size() == 1:
+        if columns is None:
+            raise ValueError("the loader gave no samples")
+        return columns
+    shapes = [None] * get_world_size()
+    own = [(tuple(c.shape), str(c.dtype)) for c in columns] if columns else None
+    dist.all_gather_object(shapes, own)
+    template = next(shape for shape in shapes if shape)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    joined = []
+    for i, (shape, dtype) in enumerate(template):
+        counts = [s[i][0][0] if s else 0 for s in shapes]
+        padded = torch.zeros(max(counts), *shape[1:], dtype=getattr(torch, dtype.removeprefix("torch.")))
+        if columns:
+            padded[: len(columns[i])] = columns[i]
+        padded = padded.to(device)
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        joined.append(torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)]))
+    return joined
+
+
+class CachedFeatures(torch.utils.data.Dataset):
+    """A data set of features: sample i of epoch e is view e % V of image i, as the ordinary path would augment anew.
+
+    features: float32 (V, n, D), one per augmented view; labels: int64 (n,).
+    """
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor):
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.features[epoch % len(self.features), index], int(self.labels[index]), index

@@ -1,0 +1,254 @@
+"""Finds the images of a data set, whatever its layout, and looks at each file before training starts."""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from util.args import UserError
+from util.image_io import IMG_EXTENSIONS, printable, probe_image
+
+MAX_PROBES = 100_000  # files looked at before the start; of larger sets, as many, evenly spread
+_THREADS = 16  # they wait for the disk or the network, not for the processor
+
+
+class PathList(Sequence):
+    """File names in one buffer: some 40 bytes each, and no Python objects.
+
+    A list of strings takes three times that, and forked workers end up with a copy each, page by page,
+    because reading an object changes its reference count. `[i]` is `root` joined with the stored name.
+    """
+
+    def __init__(self, names: Iterable[str], root: str = ""):
+        buffer, ends = bytearray(), array("q", [0])
+        for name in names:
+            buffer += os.fsencode(name)
+            ends.append(len(buffer))
+        self.root, self._buffer, self._ends = root, bytes(buffer), np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return os.path.join(self.root, self.name(index))
+
+    def name(self, index: int) -> str:
+        """The name as stored, relative to `root`."""
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"file {index} of {len(self)}")
+        return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1]])
+
+    def take(self, indices: Iterable[int]) -> "PathList":
+        """A new list of some of the files."""
+        return PathList((self.name(i) for i in indices), self.root)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._buffer) + self._ends.nbytes
+
+
+@dataclass
+class ImageFiles:
+    """The images of one split.
+
+    source: the folder that was searched, or the list of files. root: that folder, or the list's.
+    labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
+    ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
+    """
+
+    source: str
+    root: str
+    paths: PathList
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+    ignored: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """What was found, in one line."""
+        classes = f" in {len(self.classes)} classes" if self.classes else ""
+        notes = [f"{self.ignored:,} other files ignored"] if self.ignored else []
+        if self.skipped:
+            names = ", ".join(printable(os.path.basename(path)) for path, _ in self.skipped[:5])
+            more = ", ..." if len(self.skipped) > 5 else ""
+            notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}{more}")
+        notes = f" ({'; '.join(notes)})" if notes else ""
+        return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
+
+
+def bad_limit(count: int) -> int:
+    """How many of `count` images may be unreadable with `--bad_images skip`: 1 %, and one of a small set."""
+    return max(1, count // 100)
+
+
+def find_images(data_path: str | Path, split: str = "train", bad_images: str = "error") -> ImageFiles | None:
+    """Finds the images of a split and looks at the first bytes of each.
+
+    `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
+    folder of images, nested in any way; or a text file that lists one image a line, relative to its own
+    folder (blank lines and lines that start with # are passed over). There are labels where the folder of
+    the split has no images of its own and each folder in it that holds files holds images. Hidden files and
+    folders are passed over, links are followed. The order is ImageFolder's.
+
+    Args:
+        split: the subfolder; for "train" `data_path` itself where there is no such folder.
+        bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set.
+
+    Returns:
+        None when there is no split of that name.
+
+    Raises:
+        UserError: nothing there, no images, a folder that cannot be read, or files that are no images.
+    """
+    root = os.fspath(data_path)
+    place = f"--data_path {printable(root) or repr(root)}"
+    if os.path.isdir(root):
+        if os.path.isdir(os.path.join(root, split)):
+            root = os.path.join(root, split)
+            place = f"--data_path {printable(root)}"
+        elif split != "train":
+            return None
+        files = _search(root, place)
+    elif not os.path.isfile(root):
+        what = "neither a folder nor a file" if os.path.exists(root) else "does not exist"
+        raise UserError(f"{place}: {what}")
+    elif split != "train":
+        return None
+    else:
+        paths = _read_list(root, place)
+        files = ImageFiles(root, paths.root, paths)
+    return _check(files, place, bad_images)
+
+
+def _walk(root: str, place: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields (folder relative to `root`, names of its visible files) for `root` and all folders in it.
+
+    A link to a folder is followed unless it leads back to one that it lies in.
+    """
+    stack = [("", ())]
+    while stack:
+        folder, above = stack.pop()
+        path = os.path.join(root, folder) if folder else root
+        try:
+            info = os.stat(path)
+            identity = (info.st_dev, info.st_ino)
+            if identity in above:
+                continue
+            names = []
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        stack.append((os.path.join(folder, entry.name), (*above, identity)))
+                    else:
+                        names.append(entry.name)
+        except OSError as error:
+            raise UserError(f"{place}: cannot read the folder {printable(path)}: {error.strerror}") from None
+        yield folder, names
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _search(root: str, place: str) -> ImageFiles:
+    """Images, and labels if there are any, of a folder; the order is that of torchvision's ImageFolder."""
+    folders, others = [], Counter()
+    holds_images, holds_files = set(), set()  # names of the folders in `root` that do, "" for itself
+    for folder, names in _walk(root, place):
+        top = folder.split(os.sep, 1)[0]
+        images = []
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in IMG_EXTENSIONS:
+                images.append(name)
+            else:
+                others[extension] += 1
+        if names:
+            holds_files.add(top)
+        if images:
+            holds_images.add(top)
+            # as bytes: a million names as strings would take 80 MB while the others are found
+            folders.append((top, folder, len(images), b"\0".join(map(os.fsencode, sorted(images)))))
+    if not folders:
+        wanted = " ".join(IMG_EXTENSIONS)
+        raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
+    folders.sort(key=lambda f: f[:2])
+    paths = PathList(
+        (os.path.join(folder, os.fsdecode(n)) for _, folder, _, names in folders for n in names.split(b"\0")),
+        root,
+    )
+    files = ImageFiles(root, root, paths, ignored=sum(others.values()))
+    if "" not in holds_images and holds_files - {""} == holds_images:
+        files.classes = sorted(holds_images)
+        number = {name: i for i, name in enumerate(files.classes)}
+        files.labels = np.repeat(
+            np.array([number[top] for top, *_ in folders], dtype=np.int32),
+            [count for _, _, count, _ in folders],
+        )
+    return files
+
+
+def _count(others: Counter) -> str:
+    """What is in a folder without images, in words."""
+    if not others:
+        return "no files at all"
+    kinds = [f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common(4)]
+    return f"{sum(others.values()):,} other files ({', '.join(kinds)}{', ...' if len(others) > 4 else ''})"
+
+
+def _read_list(path: str, place: str) -> PathList:
+    """The images that a text file lists."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(65536)
+            if b"\0" in text:
+                raise UserError(f"{place}: neither a folder nor a list of images (unpack archives first)")
+            text += file.read()
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error.strerror}") from None
+    lines = (line.strip() for line in text.removeprefix(b"\xef\xbb\xbf").splitlines())
+    folder = os.path.dirname(path) or "."
+    paths = PathList((os.fsdecode(line) for line in lines if line and not line.startswith(b"#")), folder)
+    if not len(paths):
+        raise UserError(f"{place}: lists no images; one path a line, relative to the list's folder")
+    return paths
+
+
+def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
+    """Looks at the files' first bytes; what is no image is an error, or left out."""
+    count = len(files.paths)
+    indices = np.linspace(0, count - 1, min(count, MAX_PROBES)).astype(np.int64)
+
+    def probe(part: np.ndarray) -> list[tuple[int, str]]:
+        return [(int(i), reason) for i in part if (reason := probe_image(files.paths[i]))]
+
+    parts = np.array_split(indices, max(1, len(indices) // 256))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bad = [found for part in pool.map(probe, parts) for found in part]
+    if not bad:
+        return files
+    names = ", ".join(f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad[:3])
+    summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
+    summary += ", ..." if len(bad) > 3 else ""
+    if bad_images != "skip":
+        raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")
+    if len(bad) > bad_limit(len(indices)) or len(bad) == count:
+        raise UserError(f"{summary}; --bad_images skip allows 1 % (here {bad_limit(len(indices))})")
+    files.skipped = [(files.paths[i], reason) for i, reason in bad]
+    keep = np.setdiff1d(np.arange(count), [i for i, _ in bad])
+    files.paths = files.paths.take(keep)
+    files.labels = None if files.labels is None else files.labels[keep]
+    return files

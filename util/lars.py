@@ -1,0 +1,61 @@
+"""LARS optimizer for linear probing with large batches (arXiv 1708.03888), in the form MoCo v3 and MAE use it."""
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum; no scaling and no decay for 1-D tensors (biases, norms).
+
+    For a tensor p with more than one dimension and gradient g: u = g + weight_decay * p, then
+    u *= trust_coefficient * |p| / |u| (left as it is where either norm is 0). For all tensors then
+    mu = momentum * mu + u and p -= lr * mu. The momentum buffer is called `mu` in the state.
+
+    Written with `torch._foreach_*`: a fixed handful of kernels per step whatever the number of tensors, and no
+    device-host synchronisation.
+    """
+
+    def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, trust_coefficient=0.001):
+        defaults = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Does one step; returns the loss when a `closure` that evaluates it is given, else None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = self._scaled_gradients(params, group)
+            for p in params:
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+            buffers = [self.state[p]["mu"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+    @staticmethod
+    def _scaled_gradients(params, group):
+        """Gradients of `params` in order; those of matrices decayed and scaled by the trust ratio."""
+        updates = [p.grad for p in params]
+        matrices = [i for i, p in enumerate(params) if p.ndim > 1]
+        if not matrices:
+            return updates
+        weights = [params[i] for i in matrices]
+        decayed = torch._foreach_add([updates[i] for i in matrices], weights, alpha=group["weight_decay"])
+        weight_norms = torch._foreach_norm(weights)
+        update_norms = torch._foreach_norm(decayed)
+        ratios = [
+            torch.where((w > 0) & (u > 0), group["trust_coefficient"] * w / u, 1.0)
+            for w, u in zip(weight_norms, update_norms, strict=True)
+        ]
+        for i, update in zip(matrices, torch._foreach_mul(decayed, ratios), strict=True):
+            updates[i] = update
+        return updates

@@ -1,0 +1,36 @@
+"""The learning-rate schedule of MAE: linear warm-up, then a half-cycle cosine, set at every step."""
+
+import math
+from argparse import Namespace
+
+import torch
+
+
+def learning_rate(epoch: float, args: Namespace) -> float:
+    """Learning rate at a fractional epoch.
+
+    Reads `lr`, `min_lr`, `warmup_epochs`, `epochs` of `args`. Source: arXiv 2111.06377, appendix A.1.
+    """
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args: Namespace) -> float:
+    """Sets every group's learning rate for a fractional epoch, times its `lr_scale` if it has one; returns
+    it.
+    """
+    lr = learning_rate(epoch, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def scale_learning_rate(args: Namespace, world_size: int) -> int:
+    """Sets `args.lr` = blr * effective batch / 256 unless `--lr` was given; returns the effective batch size.
+    """
+    effective_batch = args.batch_size * args.accum_iter * world_size
+    if args.lr is None:
+        args.lr = args.blr * effective_batch / 256
+    return effective_batch

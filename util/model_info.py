@@ -1,0 +1,109 @@
+"""What a classifier's checkpoint says about its model, so that evaluating it needs no flags repeated."""
+
+from argparse import Namespace
+
+import torch
+
+import models_vit
+from util.args import UserError, size_pair
+from util.encoder import encoder_state, stored_grid
+
+# Entry of a checkpoint's `model_info` -> the flag that says the same
+FLAGS = {
+    "model": "--model",
+    "global_pool": "--global_pool/--cls_token",
+    "input_size": "--input_size",
+    "patch_size": "--patch_size",
+    "in_chans": "--in_chans",
+    "nb_classes": "--nb_classes",
+    "mean": "--mean",
+    "std": "--std",
+}
+
+
+def make_model_info(args: Namespace, class_names: list[str]) -> dict:
+    """The checkpoint entry `model_info`: how to build the model and prepare images, and what its classes are called."""
+    info = {name: getattr(args, name) for name in FLAGS}
+    return {**info, "input_size": size_pair(args.input_size), "class_names": list(class_names)}
+
+
+def read_model_info(content: dict) -> dict:
+    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
+    if isinstance(content.get("model_info"), dict):
+        return dict(content["model_info"])
+    state, _ = encoder_state(content)
+    weight, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if weight is None or table is None:
+        return {}
+    info = {"in_chans": weight.shape[1], "patch_size": weight.shape[-1]}
+    grid, side = stored_grid(content, state), round((table.shape[1] - 1) ** 0.5)
+    if grid is None and side * side == table.shape[1] - 1:
+        grid = (side, side)
+    if grid is not None:
+        info["input_size"] = (grid[0] * weight.shape[-2], grid[1] * weight.shape[-1])
+    if "fc_norm.weight" in state or "norm.weight" in state:
+        info["global_pool"] = "fc_norm.weight" in state
+    for key in ("head.weight", "head.1.weight"):
+        if key in state:
+            info["nb_classes"] = state[key].shape[0]
+    if (name := _model_name(state)) is not None:
+        info["model"] = name
+    return info
+
+
+def _model_name(state: dict[str, torch.Tensor]) -> str | None:
+    """The named model with this width and depth (no two share them)."""
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    for name, constructor in models_vit.MODELS.items():
+        with torch.device("meta"):
+            model = constructor()
+        if (model.embed_dim, len(model.blocks)) == (state["cls_token"].shape[-1], depth):
+            return name
+    return None
+
+
+def adopt_model_info(args: Namespace, info: dict, source: str) -> None:
+    """Sets the flags that the user did not give to what a checkpoint says.
+
+    `args.given` (a set of names, from `util.args`) tells which flags were on the command line.
+
+    Raises:
+        UserError: a flag that was given says something else than the checkpoint.
+    """
+    given = getattr(args, "given", set())
+    for name, flag in FLAGS.items():
+        stored = info.get(name)
+        if stored is None:
+            continue
+        own = getattr(args, name, None)
+        if name in given and own is not None and _plain(name, own) != _plain(name, stored):
+            raise UserError(f"{flag}: {_say(name, own)} was given, but {source} was trained with "
+                            f"{_say(name, stored)}; leave the flag out")  # fmt: skip
+        setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
+
+
+def _plain(name: str, value):
+    if name == "input_size":
+        return size_pair(value)
+    if isinstance(value, list | tuple):
+        return [round(float(v), 6) for v in value]
+    return value
+
+
+def _say(name: str, value) -> str:
+    if name == "global_pool":
+        return "global pooling" if value else "the class token"
+    if name == "input_size":
+        return "x".join(map(str, size_pair(value)))
+    return str(value)
+
+
+def check_class_names(info: dict, class_names: list[str], source: str, data_path) -> None:
+    """Raises UserError when a checkpoint's classes are not those of the data set, in number or in name."""
+    stored, count = info.get("class_names"), info.get("nb_classes")
+    if count is not None and len(class_names) > count:
+        raise UserError(f"{source}: has {count} classes, but {data_path} has {len(class_names)}")
+    if stored and list(stored) != list(class_names):
+        differing = sorted(set(stored) ^ set(class_names)) or ["the order"]
+        raise UserError(f"{source}: its {len(stored)} classes are not the {len(class_names)} of {data_path} "
+                        f"(differing: {', '.join(differing[:5])})")  # fmt: skip

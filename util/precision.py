@@ -1,0 +1,97 @@
+"""Device, mixed precision and the scaled backward pass."""
+
+import contextlib
+
+import torch
+
+from util.args import UserError
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a `--device` value; "auto" takes cuda, else mps, else cpu.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--device {name}: not usable here ({reason}); --device auto takes what there is"
+        ) from None
+    return device
+
+
+def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of an `--amp_dtype` value; None means full precision.
+
+    "auto" is bf16 on GPUs that compute in it, else fp16; full precision on CPU and on mps.
+
+    Raises:
+        UserError: fp16 on a CPU, where torch has no scaler for it.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp_dtype fp16: not on CPU; take bf16 or none")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Context of the forward pass: autocast in `dtype`, or nothing for None."""
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+
+
+class NativeScalerWithGradNormCount:
+    """Backward pass and optimizer step, with loss scaling where fp16 needs it.
+
+    Args:
+        enabled: scale the loss (fp16 only). Default: when a GPU is there, as forks expect.
+        device: type of the device that computes, "cuda" or other.
+    """
+
+    state_dict_key = "amp_scaler"
+
+    def __init__(self, enabled: bool | None = None, device: str = "cuda"):
+        enabled = torch.cuda.is_available() if enabled is None else enabled
+        self._scaler = torch.amp.GradScaler(device, enabled=enabled)
+
+    def __call__(
+        self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True
+    ) -> torch.Tensor | None:
+        """Adds the gradients of `loss`; with `update_grad` also clips to `clip_grad` and steps.
+
+        Returns the gradients' total norm before clipping, a tensor on the device, when `parameters` are given
+        and a step was made; else None.
+        """
+        self._scaler.scale(loss).backward(create_graph=create_graph)
+        if not update_grad:
+            return None
+        norm = None
+        if parameters is not None:
+            parameters = [p for p in parameters if p.grad is not None]
+            self._scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        return norm
+
+    def state_dict(self) -> dict:
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes a saved scaler state; an empty one (saved without scaling) or a disabled scaler changes
+        nothing.
+        """
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)

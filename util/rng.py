@@ -1,0 +1,63 @@
+"""Random numbers that depend on positions, not on history.
+
+Every draw of a run is a function of (seed, where we are): a sample's augmentation of (seed, epoch, index), a
+step's masking of (seed, rank, epoch, step). Nothing has to be saved to resume exactly, and the number of
+loader workers cannot change a result.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def derive_seed(*numbers: int) -> int:
+    """Mixes integers into one seed of 63 bits (splitmix64 steps); other numbers or another order, another
+    seed.
+    """
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's (all devices') global generators."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def seed_step(seed: int, rank: int, epoch: int, step: int) -> None:
+    """Seeds the global generators for one micro-step: masking, drop path, mixup.
+
+    Called before each micro-step, it makes the step independent of everything drawn before, so that a resumed
+    run draws what an undisturbed one would have drawn. Costs some ten microseconds and no device
+    synchronisation.
+    """
+    seed_all(derive_seed(seed, rank, epoch, step))
+
+
+@contextlib.contextmanager
+def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's CPU generators for one sample and restores them afterwards.
+
+    For transforms that draw from global generators (torchvision, timm), in a worker or in the main process.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    mixed = derive_seed(seed, epoch, index)
+    random.seed(mixed)
+    np.random.seed(mixed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed would reseed the accelerators too
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
