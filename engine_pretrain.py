@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import torch
 
 from util import lr_sched
-from util.args import TrainingError
 from util.curves import StepCurves
-from util.distributed import all_reduce_sum, get_rank, get_world_size
+from util.distributed import all_reduce_sum, get_rank, get_world_size, without_gradient_traffic
+from util.guard import RunGuard
 from util.metrics import MetricLogger, SmoothedValue
 from util.precision import autocast, resolve_amp_dtype
 from util.rng import seed_step
@@ -25,6 +25,7 @@ def train_one_epoch(
     loss_scaler,
     log_writer=None,
     args: Namespace | None = None,
+    guard: RunGuard | None = None,
 ) -> dict[str, float]:
     """Trains for one epoch; no step waits for the device.
 
@@ -36,6 +37,7 @@ def train_one_epoch(
         log_writer: TensorBoard writer, or None.
         args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std,
             amp_dtype, clip_grad, print_freq.
+        guard: saves by the clock, ends the loop on signals, and handles losses that are not finite.
 
     Returns:
         Averages over the epoch and all processes: lr, loss, grad_norm.
@@ -44,72 +46,57 @@ def train_one_epoch(
         TrainingError: the loss is not finite.
     """
     model.train()
+    guard = guard or RunGuard(args)
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
     mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
     seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
-    steps = len(data_loader)
+    steps, accum_iter = len(data_loader), args.accum_iter
     start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
 
     metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metrics.load_state_dict(guard.take_meters())
     curves = StepCurves(log_writer)
-    loss_sum = torch.zeros((), device=device)  # not finite from the first bad loss on
     optimizer.zero_grad()
 
-    for step, batch in enumerate(
-        metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start), start
-    ):
-        if step % args.accum_iter == 0:
+    batches = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start)
+    for step, batch in enumerate(batches, start):
+        if step % accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
         if seed is not None:
             seed_step(seed, get_rank(), epoch, step)
+        # The last window of an epoch may be shorter; its gradients are averaged over what it has
+        window = min(accum_iter, steps - step // accum_iter * accum_iter)
+        update = (step + 1) % accum_iter == 0 or step + 1 == steps
 
         images = normalize_batch(batch[0], device, mean, std)
-        with autocast(device, amp_dtype):
-            loss, _, _ = model(images, mask_ratio=args.mask_ratio)
-
-        # The last window of an epoch may be shorter; its gradients are averaged over what it has
-        window = min(args.accum_iter, steps - step // args.accum_iter * args.accum_iter)
-        update = (step + 1) % args.accum_iter == 0 or step + 1 == steps
-        grad_norm = loss_scaler(
-            loss / window,
-            optimizer,
-            clip_grad=getattr(args, "clip_grad", None),
-            parameters=model.parameters(),
-            update_grad=update,
-        )
-        if update:
-            optimizer.zero_grad()
+        with without_gradient_traffic(model, not update):
+            with autocast(device, amp_dtype):
+                loss, _, _ = model(images, mask_ratio=args.mask_ratio)
+            grad_norm = loss_scaler(
+                loss / window,
+                optimizer,
+                clip_grad=getattr(args, "clip_grad", None),
+                parameters=model.parameters(),
+                update_grad=update,
+            )
 
         loss = loss.detach()
-        metrics.update(
-            lr=max(group["lr"] for group in optimizer.param_groups), loss=loss, grad_norm=grad_norm
-        )
+        metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
+        guard.watch(batch, loss, epoch, step)
         if update:
+            optimizer.zero_grad()
             curves.add(epoch + step / steps, train_loss=loss, lr=lr)
+            if guard.after_update(epoch, step + 1, grad_norm, metrics):
+                break
+        if step % print_freq == 0:
+            curves.write()
 
-        loss_sum += loss
-        if (
-            device.type == "cpu" or step % print_freq == 0 or step + 1 == steps
-        ):  # elsewhere reading it would wait
-            check_finite(loss_sum, epoch, step)
-            if step % print_freq == 0:
-                curves.write()
-
-    check_finite(loss_sum, epoch, step)
+    guard.read_all()
     curves.write()
     metrics.synchronize_between_processes()
     return metrics.averages()
-
-
-def check_finite(loss_sum: torch.Tensor, epoch: int, step: int) -> None:
-    """Raises TrainingError if a loss up to here was NaN or infinite. Waits for the device."""
-    if not torch.isfinite(loss_sum):
-        raise TrainingError(
-            f"the loss became {loss_sum.item()} in epoch {epoch} at or before step {step}; nothing was saved "
-            "since. Resume from the last checkpoint with a lower --blr, --clip_grad 1.0 or --amp_dtype bf16"
-        )
 
 
 @torch.no_grad()

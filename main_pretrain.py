@@ -34,9 +34,10 @@ from util.args import (
     image_size,
     run_script,
 )
-from util.checkpoint import check_output_dir, load_model, save_model
+from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
 from util.datasets import build_pretrain_dataset, build_val_dataset
 from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, log, shut_down
+from util.guard import RunGuard
 from util.lr_sched import scale_learning_rate
 from util.metrics import log_arguments, make_log_writer, write_log
 from util.pictures import pick_images, write_pictures
@@ -151,12 +152,12 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer: biases and norms are not decayed
     effective_batch = scale_learning_rate(args, get_world_size())
     groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
 
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
-    load_model(args, model_without_ddp, optimizer, loss_scaler)
+    resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
     log_writer = make_log_writer(args.log_dir)
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -169,26 +170,24 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Training
+    def save(epoch: int, step: int = 0, meters: list | None = None) -> None:
+        save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=step, meters=meters)
+
+    guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
+    guard.catch_signals()
     start_time = time.time()
-    updates_per_epoch = math.ceil(steps_per_epoch / args.accum_iter)
     for epoch in range(args.start_epoch, args.epochs):
-        first = args.start_step if epoch == args.start_epoch else 0
-        last = steps_per_epoch
-        if args.max_steps:
-            last = min(last, (args.max_steps - epoch * updates_per_epoch) * args.accum_iter)
-        if first >= last:
+        if args.max_steps and epoch * math.ceil(steps_per_epoch / args.accum_iter) >= args.max_steps:
             break
-        sampler.set_epoch(epoch, first, last)
-        stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args)
+        sampler.set_epoch(epoch, args.start_step if epoch == args.start_epoch else 0)
+        stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
         dataset.report_bad_images()
-
-        if last < steps_per_epoch:  # --max_steps ends inside the epoch
-            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=last)
+        if guard.inside_epoch:
             break
-        final = epoch + 1 == args.epochs or (epoch + 1) * updates_per_epoch == args.max_steps
-        if final or epoch % args.save_freq == 0:
-            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler)
 
+        final = epoch + 1 == args.epochs or bool(guard.stopped and not guard.signal)
+        if final or guard.stopped or epoch % args.save_freq == 0:
+            save(epoch)
         record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
         if args.vis_freq and (final or epoch % args.vis_freq == 0):
             if val_loader is not None:
@@ -201,7 +200,11 @@ def main(args: argparse.Namespace) -> None:
                 log_writer.add_scalar("val_loss", record["val_loss"], int((epoch + 1) * 1000))
             log_writer.flush()
         write_log(args.output_dir, record)
+        if guard.stopped:
+            break
 
+    finish_saving()
+    guard.leave()
     if args.max_steps:
         log(f"stopped by --max_steps {args.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")

@@ -1,11 +1,12 @@
 """Vision Transformer classifier for fine-tuning, linear probing and feature extraction.
 
-The encoder has the parameter names of `models_mae.MaskedAutoencoderViT`, so that a pre-trained file loads with
-`strict=False`; on top come pooling, a norm and a linear head ("An Image is Worth 16x16 Words", arXiv 2010.11929,
-and MAE, arXiv 2111.06377, appendix A).
+The encoder has the parameter names of `models_mae.MaskedAutoencoderViT`, so that a pre-trained file loads
+with `strict=False`; on top come pooling, a norm and a linear head ("An Image is Worth 16x16 Words", arXiv
+2010.11929, and MAE, arXiv 2111.06377, appendix A).
 
 The two ways of pooling are spelled out here instead of left to timm's `VisionTransformer`, whose meaning of
-`global_pool` and of the norm that goes with it changed between versions; only its block and patch embedding are used.
+`global_pool` and of the norm that goes with it changed between versions; only its block and patch embedding
+are used.
 """
 
 from functools import partial
@@ -19,9 +20,10 @@ class VisionTransformer(nn.Module):
     """ViT classifier.
 
     Arguments are timm's, and `global_pool`:
-        global_pool: False: final `norm`, then the class token. True: mean over the patch tokens (class token left
-            out), then `fc_norm`; there is no `norm` then.
-        img_size: int or (height, width) in pixels, divisible by patch_size (int or pair); in_chans: image channels.
+        global_pool: False: final `norm`, then the class token. True: mean over the patch tokens (class token
+            left out), then `fc_norm`; there is no `norm` then.
+        img_size: int or (height, width) in pixels, divisible by patch_size (int or pair).
+        in_chans: channels of the images.
         num_classes: outputs of the head; 0 leaves the head out (logits are then the features).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer: the blocks.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
@@ -81,7 +83,7 @@ class VisionTransformer(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Initialises for training from scratch: truncated normal (std 0.02), biases 0, norms 1 / 0."""
+        """Initialises for a run from scratch: truncated normal (std 0.02), biases 0, norms 1 / 0."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -91,11 +93,11 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def no_weight_decay(self):
-        """Names of the parameters that weight decay leaves alone although they have more than one dimension."""
+        """Parameters that are not decayed although they have more than one dimension."""
         return {"pos_embed", "cls_token"}
 
     def forward_tokens(self, x):
-        """Images (N, C, H, W) -> tokens after the last block, before any norm: (N, 1 + L, D), class token first."""
+        """Images (N, C, H, W) -> tokens of the last block, no norm (N, 1 + L, D), class token first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
@@ -118,7 +120,9 @@ def _check_sizes(img_size, patch_size, embed_dim, num_heads):
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     patch_h, patch_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if height % patch_h or width % patch_w:
-        raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")
+        raise ValueError(
+            f"image size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}"
+        )
     if embed_dim % num_heads:
         raise ValueError(f"width {embed_dim} is not divisible by the number of heads {num_heads}")
 
@@ -155,5 +159,11 @@ def vit_huge_patch14(**kwargs):
 # What `--model` may be: the names are argparse's choices.
 MODELS = {
     function.__name__: function
-    for function in (vit_tiny_patch16, vit_small_patch16, vit_base_patch16, vit_large_patch16, vit_huge_patch14)
+    for function in (
+        vit_tiny_patch16,
+        vit_small_patch16,
+        vit_base_patch16,
+        vit_large_patch16,
+        vit_huge_patch14,
+    )
 }

@@ -8,7 +8,9 @@ from PIL import Image
 from util.crop import RandomResizedCrop
 
 
-@pytest.mark.parametrize("case", facts()["linprobe_crop"], ids=lambda c: f"{c['width']}x{c['height']}-{c['seed']}")
+@pytest.mark.parametrize(
+    "case", facts()["linprobe_crop"], ids=lambda c: f"{c['width']}x{c['height']}-{c['seed']}"
+)
 def test_golden_boxes(case):
     image = Image.new("RGB", (case["width"], case["height"]))
     torch.manual_seed(case["seed"])

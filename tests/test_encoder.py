@@ -85,7 +85,10 @@ def same_features(path, mae, **changes):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            vit.forward_features(images), encoder_features(mae.eval(), images, global_pool=False), rtol=0, atol=1e-6
+            vit.forward_features(images),
+            encoder_features(mae.eval(), images, global_pool=False),
+            rtol=0,
+            atol=1e-6,
         )
     return report
 
@@ -206,7 +209,9 @@ def test_rectangular_table_needs_the_files_arguments(tmp_path):
 
 
 def test_no_usable_encoder(tmp_path):
-    torch.save({"model": {"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}}, tmp_path / "resnet.pth")
+    torch.save(
+        {"model": {"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}}, tmp_path / "resnet.pth"
+    )
     with pytest.raises(UserError, match=r"--finetune .*resnet.pth.*not a vision transformer .*conv1.weight"):
         load_encoder(make_vit(), str(tmp_path / "resnet.pth"))
     optimizer = torch.optim.AdamW(make_vit().parameters())

@@ -59,13 +59,19 @@ def test_golden_trajectory():
                 NativeScalerWithGradNormCount(enabled=False), 0.5, None, writer, make_args(),
             )
         )  # fmt: skip
-    assert [x for x, _ in writer.scalars["loss"]] == [x for x, _ in writer.scalars["lr"]] == [333, 833, 1333, 1833]
+    assert (
+        [x for x, _ in writer.scalars["loss"]]
+        == [x for x, _ in writer.scalars["lr"]]
+        == [333, 833, 1333, 1833]
+    )
     np.testing.assert_allclose([v for _, v in writer.scalars["loss"]], expected["scalars/loss"], rtol=1e-6)
     np.testing.assert_allclose([v for _, v in writer.scalars["lr"]], expected["scalars/lr"], rtol=1e-9)
     np.testing.assert_allclose([s["lr"] for s in stats], expected["epoch_stats"][:, 0], rtol=1e-9)
     np.testing.assert_allclose([s["loss"] for s in stats], expected["epoch_stats"][:, 1], rtol=1e-6)
     for name, parameter in model.named_parameters():
-        np.testing.assert_allclose(parameter.detach().norm(), expected[f"final_norm/{name}"], rtol=1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            parameter.detach().norm(), expected[f"final_norm/{name}"], rtol=1e-9, err_msg=name
+        )
     model.eval()
     with torch.no_grad():
         np.testing.assert_allclose(model(loader[0][0]), expected["final/logits"], rtol=1e-8, atol=1e-10)
@@ -74,7 +80,10 @@ def test_golden_trajectory():
 def random_loader(batches=3, size=4, classes=7):
     generator = torch.Generator().manual_seed(0)
     return [
-        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(classes, (size,), generator=generator))
+        (
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+        )
         for _ in range(batches)
     ]
 
@@ -84,7 +93,17 @@ def run_epoch(model, loader, criterion=None, max_norm=0, mixup_fn=None, **change
     args = make_args(lr=0.1, warmup_epochs=0, epochs=1000000, **changes)
     scaler = NativeScalerWithGradNormCount(enabled=False)
     return train_one_epoch(
-        model, criterion or nn.CrossEntropyLoss(), loader, optimizer, "cpu", 0, scaler, max_norm, mixup_fn, None, args
+        model,
+        criterion or nn.CrossEntropyLoss(),
+        loader,
+        optimizer,
+        "cpu",
+        0,
+        scaler,
+        max_norm,
+        mixup_fn,
+        None,
+        args,
     )
 
 
@@ -124,7 +143,9 @@ def test_mixup_makes_soft_targets_and_depends_on_the_step_only():
         np.random.seed(disturb)
         torch.manual_seed(disturb)
         copies = [(images.clone(), labels) for images, labels in loader]
-        return run_epoch(model, copies, SoftTargetCrossEntropy(), mixup_fn=mixup, accum_iter=1, seed=5)["loss"]
+        return run_epoch(model, copies, SoftTargetCrossEntropy(), mixup_fn=mixup, accum_iter=1, seed=5)[
+            "loss"
+        ]
 
     assert run(1) == run(2)
 
@@ -141,7 +162,9 @@ def test_evaluate_prints_the_references_line(capsys):
     assert set(stats) == {"acc1", "acc5", "loss"}
     line = f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
     assert capsys.readouterr().out.strip().endswith(line)
-    assert closing_line(dict(acc1=83.6644, acc5=96.53, loss=0.7309)) == "* Acc@1 83.664 Acc@5 96.530 loss 0.731"
+    assert (
+        closing_line(dict(acc1=83.6644, acc5=96.53, loss=0.7309)) == "* Acc@1 83.664 Acc@5 96.530 loss 0.731"
+    )
 
 
 def test_batch_of_three_items_is_accepted():

@@ -157,7 +157,7 @@ def test_uint8_batches_are_normalised_with_the_given_statistics():
 def test_non_finite_loss_stops_with_a_clear_error():
     _, model, optimizer, loader = make_run()
     loader[3] = (loader[3][0] * float("nan"), None)
-    with pytest.raises(TrainingError, match="loss became nan in epoch 0 at or before step 3"):
+    with pytest.raises(TrainingError, match="epoch 0, step 3: the loss is nan"):
         train_one_epoch(
             model, loader, optimizer, "cpu", 0, NativeScalerWithGradNormCount(), None, make_args()
         )

@@ -1,4 +1,4 @@
-"""Labelled data: the recipes' transforms, class checks, and draws that depend on (seed, epoch, index) only."""
+"""Labelled data: the recipes' transforms, class checks, draws that depend on the position only."""
 
 import random
 from argparse import Namespace
@@ -12,15 +12,8 @@ from torchvision import transforms
 
 from util.args import UserError
 from util.datasets import build_dataset as build_dataset_by_its_old_name
-from util.finetune_data import (
-    build_dataset,
-    check_classes,
-    count_classes,
-    eval_transform,
-    labelled_images,
-    probe_transform,
-    train_transform,
-)
+from util.finetune_data import build_dataset, check_classes, count_classes, labelled_images
+from util.finetune_transforms import eval_transform, probe_transform, train_transform
 from util.rng import sample_seed
 from util.sampler import EpochSampler, build_loader
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -32,7 +25,9 @@ def make_folder(root, classes=("cat", "dog"), per_class=3, splits=("train", "val
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(per_class):
-                Image.fromarray(rs.randint(0, 256, (*size, 3), dtype=np.uint8)).save(root / split / name / f"{i}.png")
+                Image.fromarray(rs.randint(0, 256, (*size, 3), dtype=np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
     return root
 
 
@@ -113,7 +108,11 @@ def test_rectangular_and_long_strips(tmp_path):
     assert picture[0, 16, 0].item() == pytest.approx(1 / 16, abs=0.02)
     assert picture[0, 16, -1].item() == pytest.approx(15 / 16, abs=0.02)
     Image.fromarray(np.zeros((4, 20000, 3), dtype=np.uint8)).save(tmp_path / "strip.png")
-    assert eval_transform(make_args(tmp_path, input_size=224))(str(tmp_path / "strip.png")).shape == (3, 224, 224)
+    assert eval_transform(make_args(tmp_path, input_size=224))(str(tmp_path / "strip.png")).shape == (
+        3,
+        224,
+        224,
+    )
     for transform in (train_transform(args), probe_transform(args)):
         assert transform(str(tmp_path / "wide.png")).shape == (3, 32, 128)
 
@@ -148,7 +147,9 @@ def test_randaugment_on_thousands_of_draws(tmp_path):
     make_folder(tmp_path, per_class=1, splits=("train",), size=(20, 20))
     for mean in (None, [0.5]):
         channels = 3 if mean is None else 1
-        args = make_args(tmp_path, input_size=16, in_chans=channels, mean=mean, aa="rand-m10-mstd0.5-inc1-p1.0")
+        args = make_args(
+            tmp_path, input_size=16, in_chans=channels, mean=mean, aa="rand-m10-mstd0.5-inc1-p1.0"
+        )
         transform = train_transform(args)
         random.seed(0)
         np.random.seed(0)
@@ -217,7 +218,9 @@ def test_empty_class_folder(tmp_path, content):
 def test_labels_out_of_range(tmp_path):
     make_folder(tmp_path, classes=("a", "b", "c"))
     args = make_args(tmp_path, nb_classes=2)
-    with pytest.raises(UserError, match="--nb_classes 2: .* has 3 classes, so labels up to 2 would be out of range"):
+    with pytest.raises(
+        UserError, match=r"--nb_classes 2: .* has 3 classes, so labels up to 2 would be out of range"
+    ):
         count_classes(args, build_dataset(True, args))
 
 
@@ -225,5 +228,5 @@ def test_unreadable_image_is_named(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "val" / "dog" / "0.png").write_bytes((tmp_path / "val" / "dog" / "1.png").read_bytes()[:200])
     dataset = build_dataset(False, make_args(tmp_path))
-    with pytest.raises(UserError, match="dog/0.png"):
+    with pytest.raises(UserError, match=r"dog/0.png"):
         list(build_loader(dataset, range(len(dataset)), 2))

@@ -7,8 +7,10 @@ from golden_utils import TINY, TINY_MAE
 
 import models_mae
 import models_vit
-from util.features import CachedFeatures, encoder_features, extract_features
+from util.evaluation import EvalSampler
+from util.features import FeatureLoader, encoder_features, extract_features
 from util.knn import knn_accuracy, knn_from_features
+from util.sampler import EpochSampler
 
 
 def plain_knn(train, train_labels, val, k, temperature):
@@ -85,8 +87,17 @@ def test_features_do_not_depend_on_the_batch_size_and_come_in_order():
     assert torch.equal(labels, results[0][1])
 
 
-def test_cached_views_follow_the_epoch():
-    data = CachedFeatures(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([5, 6, 7]))
-    assert len(data) == 3
-    assert [data[(epoch, 1)][0].tolist() for epoch in range(3)] == [[2, 3], [8, 9], [2, 3]]
-    assert data[(0, 2)][1:] == (7, 2) and data[2][0].tolist() == [4, 5]
+def test_cached_views_follow_the_epoch_and_the_sampler():
+    features, labels = torch.arange(20.0).reshape(2, 5, 2), torch.tensor([5, 6, 7, 8, 9])
+    sampler = EpochSampler(5, seed=1, batch_size=2)
+    loader = FeatureLoader(features, labels, sampler, 2, drop_last=True)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler]
+        batches = list(loader)
+        assert len(loader) == len(batches) == 2 and loader.sampler is sampler
+        assert torch.cat([b[2] for b in batches]).tolist() == order
+        for images, targets, indices in batches:
+            assert torch.equal(images, features[epoch % 2][indices]) and torch.equal(targets, labels[indices])
+    whole = list(FeatureLoader(features[:1], labels, EvalSampler(5), 2))
+    assert [len(b[1]) for b in whole] == [2, 2, 1]

@@ -63,7 +63,8 @@ def test_state_dict_keys_and_shapes(name):
 
 def test_position_tables():
     data = golden("pos_embed")
-    np.testing.assert_array_equal(get_2d_sincos_pos_embed(48, 4, cls_token=True), data["full_d48_g4"])
+    full = get_2d_sincos_pos_embed(48, 4, cls_token=True)
+    np.testing.assert_allclose(full, data["full_d48_g4"], rtol=0, atol=4e-16)  # numpy's sine moves by a bit
     for dim, grid in [(48, 4), (768, 14), (1280, 16), (512, 14)]:
         table = get_2d_sincos_pos_embed(dim, grid, cls_token=True)
         sums = [

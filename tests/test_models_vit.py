@@ -1,4 +1,4 @@
-"""The classifier: golden features and logits, the reference's keys and shapes, sizes beyond the reference's."""
+"""The classifier: golden features and logits, the reference's keys and shapes, other sizes."""
 
 from functools import partial
 

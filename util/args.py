@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+EXIT_REQUEUE = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): schedulers can be told to requeue on it
+
 
 class UserError(Exception):
     """A mistake of the user's: its text is one line that says what, where and what to do. Exit code 2."""
@@ -12,6 +14,10 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on, through no mistake of the command line: one line. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after it saved its state; the same command with --resume auto goes on. Exit code 75."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -39,6 +45,9 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     except (UserError, TrainingError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Interrupted as signal:
+        print(f"{parser.prog}: {signal}: saved; the same command with --resume auto goes on", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -103,6 +112,10 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     flag("--max_steps", default=0, type=int, metavar="N",
          help="save and stop after N optimizer steps in all (0: no limit)")
     flag("--keep_checkpoints", default=0, type=int, metavar="N", help="keep the newest N only (0: all)")
+    flag("--save_minutes", default=0, type=float, metavar="N",
+         help="also save inside epochs, when N minutes have passed since the last save (0: no)")
+    flag("--skip_nonfinite", default=0, type=int, metavar="N",
+         help="go on without the step after up to N losses in a row that are not finite (0: stop)")
     flag("--print_freq", default=20, type=int, metavar="N", help="steps between log lines")
     # fmt: on
 
@@ -126,7 +139,7 @@ def check_common_args(args: argparse.Namespace) -> None:
         "in_chans": 1,
         "num_workers": 0,
     }
-    at_least |= {"keep_checkpoints": 0, "max_steps": 0, "start_epoch": 0, "warmup_epochs": 0}
+    at_least |= {"keep_checkpoints": 0, "max_steps": 0, "start_epoch": 0, "save_minutes": 0, "skip_nonfinite": 0, "warmup_epochs": 0}
     for flag, least in at_least.items():
         value = getattr(args, flag, least)
         if value < least:

@@ -18,7 +18,9 @@ import torch
 from util.args import UserError
 from util.distributed import get_world_size, is_main_process, log, warn
 from util.state_dict import check_state, model_state
+from util.writer import BackgroundWriter
 
+_writer = BackgroundWriter()
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 
 
@@ -140,17 +142,20 @@ def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
 
 
 def save_model(
-    args, epoch, model, model_without_ddp, optimizer, loss_scaler, step: int = 0, **extra
+    args, epoch, model, model_without_ddp, optimizer, loss_scaler, step: int = 0, best: bool = False, **extra
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
+
+    The caller waits until the state is copied to memory; `finish_saving` waits for the file. When it cannot be
+    written a warning says so, older checkpoints are as they were, and training can go on.
 
     Args:
         epoch: the epoch just completed or, with `step`, the one that is under way.
         step: micro-steps done of that epoch when it is not complete.
-        extra: further entries.
+        best: also make it `checkpoint-best.pth`.
+        extra: further entries, those that are not None.
 
-    Returns the path, or None on other processes and when it could not be written: then a warning says so,
-    older checkpoints are as they were and training can go on.
+    Returns the path, or None on other processes.
     """
     if not is_main_process() or not args.output_dir:
         return None
@@ -160,20 +165,41 @@ def save_model(
         "epoch": epoch - 1 if step else epoch,
         "scaler": loss_scaler.state_dict() if loss_scaler is not None else {},
         "args": {name: value for name, value in vars(args).items() if name != "given"},
-        **extra,
+        **{name: value for name, value in extra.items() if value is not None},
     }
     if step:
-        content.update(step=step, world_size=get_world_size())
-    path = Path(args.output_dir) / (
-        f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
-    )
-    try:
-        save_checkpoint(path, content)
-    except OSError as error:
-        warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on, make room")
-        return None
-    _remove_old(path, getattr(args, "keep_checkpoints", 0))
+        world_size = get_world_size()
+        position = {"step": step, "world_size": world_size, "samples": step * args.batch_size * world_size}
+        content.update(position, effective_batch=args.batch_size * args.accum_iter * world_size)
+    path = Path(args.output_dir) / (f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth")
+
+    def write(copy: dict) -> None:
+        try:
+            save_checkpoint(path, copy)
+            if best:
+                _keep_best(path)
+        except OSError as error:
+            warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on, make room")
+        else:
+            _remove_old(path, getattr(args, "keep_checkpoints", 0))
+
+    _writer.start(write, content)
     return path
+
+
+def finish_saving() -> None:
+    """Returns when the last checkpoint is on disk (or its failure has been warned about)."""
+    _writer.wait()
+
+
+def _keep_best(path: Path) -> None:
+    """Makes `checkpoint-best.pth` the same file as the checkpoint at `path`, in one step."""
+    temporary = path.with_name(f".checkpoint-best.pth.tmp-{os.getpid()}")
+    try:
+        os.link(path, temporary)  # takes no room, and outlives the removal of the other name
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name("checkpoint-best.pth"))
 
 
 def _remove_old(newest: Path, keep: int) -> None:
@@ -218,21 +244,35 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
         if loss_scaler is not None:
             loss_scaler.load_state_dict(content.get("scaler") or {})
     args.start_epoch, args.start_step = content["epoch"] + 1, content.get("step", 0)
-    if args.start_step and content.get("world_size") != get_world_size():
-        raise UserError(
-            f"--resume {source}: was saved mid-epoch by {content.get('world_size')} processes and cannot "
-            f"go on with {get_world_size()}; resume from a complete epoch"
-        )
+    if args.start_step:
+        args.start_step = _position(args, content, source)
     where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
     log(f"resume: {source}, going on at {where}")
     return content
 
 
+def _position(args, content: dict, source) -> int:
+    """Micro-steps done of the epoch under way, counted with this run's batch size and processes."""
+    if "samples" not in content:
+        return content["step"]
+    effective_batch = args.batch_size * args.accum_iter * get_world_size()
+    if effective_batch != content["effective_batch"]:
+        raise UserError(
+            f"--resume {source}: was saved inside an epoch with an effective batch of {content['effective_batch']}, "
+            f"now it is {effective_batch}; keep batch size x processes x --accum_iter, or resume from a whole epoch"
+        )
+    return content["samples"] // (args.batch_size * get_world_size())
+
+
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
-    fused = [group.get("fused") for group in optimizer.param_groups]
+    # How a step is computed belongs to this machine, not to the checkpoint; torch places the state accordingly
+    groups = [
+        {**saved, "fused": own.get("fused")}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
+    ]
     try:
-        optimizer.load_state_dict(state)
+        if len(groups) != len(state["param_groups"]):
+            raise ValueError(f"{len(state['param_groups'])} parameter groups, not {len(groups)}")
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise UserError(f"--resume {source}: its optimizer state does not fit: {error}") from None
-    for group, value in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"] = value  # how a step is computed belongs to this machine, not to the checkpoint

@@ -21,7 +21,9 @@ class StepCurves:
 
     def write(self) -> None:
         """Averages the tensors over the processes (all must call it) and writes what has gathered."""
-        tensors = [value for _, values in self.rows for value in values.values() if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for _, values in self.rows for value in values.values() if isinstance(value, torch.Tensor)
+        ]
         if tensors and (self.writer is not None or get_world_size() > 1):
             means = iter(all_reduce_mean(torch.stack(tensors)).tolist())
             for x, values in self.rows:

@@ -121,7 +121,7 @@ class ImageDataset(torch.utils.data.Dataset):
         paths = self.bad_paths()
         if len(paths) > self._reported:
             names = ", ".join(map(printable, paths[:5])) + (", ..." if len(paths) > 5 else "")
-            warn(f"{len(paths)} images so far could not be decoded, others took their place: {names}")
+            warn(f"could not decode {len(paths)} of the images so far, others took their place: {names}")
             self._reported = len(paths)
 
     def describe(self) -> str:

@@ -1,7 +1,7 @@
 """The built-in demo set: drawn pictures as JPEG files in an ImageFolder, made when first needed.
 
-2,000 training and 500 validation pictures of 10 classes (drawn by `util/demo_scene.py`), the same bytes each time
-with the same NumPy and Pillow. `python -m util.demo_data [DIR]` makes it by hand.
+2,000 training and 500 validation pictures of 10 classes, drawn by `util/demo_scene.py`: the same bytes each
+time with the same NumPy and Pillow. `python -m util.demo_data [DIR]` makes the set by hand.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def ensure_demo_data(root=None, log=None, train=TRAIN, val=VAL, workers=None) ->
     """Path of the complete demo set, an ImageFolder root with `train` and `val`; makes it where it is not.
 
     It is drawn in a work folder beside `root` and renamed when complete: a run that was killed leaves no half
-    set, and runs that start together all end with a good one (where the system has locks, they wait for the first).
+    set, and runs that start together all end with a good one (with locks, they wait for the first).
 
     root: folder of the set, default `demo_root()`; log: called with one line before the drawing starts;
     train, val: pictures per class; workers: processes, default one per usable core, at most 8.
@@ -128,9 +128,9 @@ def remove_leftovers(root: Path, locked: bool) -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path, patience_s: float = 120.0) -> Iterator[bool]:
-    """Waits until no other process of this machine is in here; yields False if no lock can be had.
+    """Waits until no other process of this machine is in here; yields False if there is no lock.
 
-    The lock is the system's on the folder itself: it needs no file and ends with the process, however that ends.
+    The lock is the system's, on the folder itself: it needs no file and ends with the process.
     """
     handle, locked = None, False
     with contextlib.suppress(ImportError, OSError):
@@ -156,9 +156,9 @@ def usable_cores() -> int:
 
 
 def draw_all(folder: Path, train: int, val: int, workers: int) -> None:
-    """Draws all pictures into `folder`, in `workers` processes; this one redoes what any of them failed at.
+    """Draws all pictures into `folder` in `workers` processes; this one redoes what any failed at.
 
-    They are fresh interpreters of this module alone: forked ones could inherit a lock held by torch's threads,
+    They are fresh interpreters of this module alone: forked ones could inherit locks of torch's threads,
     spawned ones would import the main script, and a daemonic process may have neither.
     """
     if workers < 2 or not sys.executable:
@@ -197,9 +197,9 @@ def draw_all(folder: Path, train: int, val: int, workers: int) -> None:
 def draw(
     folder: Path, train: int, val: int, shard: int = 0, shards: int = 1, parent: int | None = None
 ) -> None:
-    """Draws every `shards`-th picture, from number `shard` on, as `folder/split/class/class_0000.jpg`.
+    """Draws every `shards`-th picture, from number `shard` on: `folder/split/class/class_0000.jpg`.
 
-    A picture depends on its split, class and number only. Stops when the process `parent` is no longer the parent.
+    A picture depends on its split, class and number only. Stops if `parent` is no longer the parent process.
     """
     keys = [
         (s, c, n) for s, count in enumerate((train, val)) for c in range(len(CLASSES)) for n in range(count)

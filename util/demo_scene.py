@@ -12,7 +12,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from util.demo_shapes import FAMILIES, UPRIGHT, clutter
+from util.demo_shapes import FAMILIES, TURN, clutter
 from util.demo_textures import TAU, background, blur, colour, contrasting, mix, noise, texture, to_image
 
 CLASSES = tuple(sorted(FAMILIES))
@@ -85,7 +85,11 @@ def paint(picture, parts, matrix, centre, tones, light, rng) -> None:
     y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32) + 0.5
     inverse, (x, y) = np.linalg.inv(matrix).tolist(), (x - float(centre[0]), y - float(centre[1]))
     u, v = (row[0] * x + row[1] * y for row in inverse)
-    patterns = [texture(rng, u, v) * rng.uniform(0, 1), texture(rng, u, v) * rng.uniform(0, 1), None]
+    patterns = [
+        texture(rng, u, v) * rng.uniform(0, 1) ** 2,
+        texture(rng, u, v) * rng.uniform(0, 1) ** 2,
+        None,
+    ]
     gloss = (0.0, 0.3, 0.8)[rng.integers(3)]
     for part, loops in zip(parts, placed, strict=True):
         mask = rasterise(loops, (x0, y0), *size)
@@ -139,15 +143,12 @@ def render(name, rng) -> np.ndarray:
     height, width = np.clip(rng.integers(96, 161) * rng.uniform(0.75, 1.34, 2), 96, 160).astype(int).tolist()
     short, middle = min(height, width), np.array([width, height]) / 2
     picture = background(rng, height, width)
+    picture = mix(np.full((height, width), rng.uniform(0.1, 0.75), np.float32), picture, picture.mean((0, 1)))
     azimuth, elevation = rng.uniform(0, TAU), rng.uniform(0.5, 1.1)
-    light = [
-        math.cos(elevation) * math.cos(azimuth),
-        math.cos(elevation) * math.sin(azimuth),
-        math.sin(elevation),
-    ]
-    light = np.array(light, np.float32)
-    radius = short * rng.uniform(0.27, 0.47)
-    centre = middle + np.maximum(middle - 0.8 * radius, 0) * rng.uniform(-1, 1, 2)
+    flat = np.array([math.cos(azimuth), math.sin(azimuth)]) * math.cos(elevation)
+    light = np.array([*flat, math.sin(elevation)], np.float32)
+    radius = short * rng.uniform(0.38, 0.53)
+    centre = middle + np.maximum(middle - 0.9 * radius, 0) * rng.uniform(-0.7, 0.7, 2)
 
     def scatter(count, around, spread, low, high):
         for _ in range(count):
@@ -155,19 +156,19 @@ def render(name, rng) -> np.ndarray:
             place = around + spread * rng.uniform(-1, 1, 2)
             paint(picture, clutter(rng), matrix, place, [colour(rng) for _ in range(3)], light, rng)
 
-    scatter(rng.integers(2, 8), middle, middle, 0.06 * short, 0.24 * short)
+    scatter(rng.integers(0, 5), middle, middle, 0.05 * short, 0.16 * short)
     if rng.random() < 0.4:  # depth of field: all so far lies behind
         picture = blur(picture, rng.uniform(0.5, 2.5))
     top, left = np.maximum(centre[::-1] - radius / 2, 0).astype(int)
     behind = picture[top : top + int(radius), left : left + int(radius)].mean((0, 1))
     first = contrasting(rng, behind)
     tones = [first, contrasting(rng, first), contrasting(rng, first, 0.5)]
-    angle = rng.normal(0, 0.12) if name in UPRIGHT else rng.uniform(0, TAU)
+    angle = rng.normal(0, TURN[name]) if name in TURN else rng.uniform(0, TAU)
     squash = 1 if name == "ball" else rng.uniform(0.62, 1)
     paint(picture, FAMILIES[name](rng), pose(rng, angle, radius, squash), centre, tones, light, rng)
     bearing = rng.uniform(0, TAU)
     edge = centre + radius * rng.uniform(0.65, 1.0) * np.array([math.cos(bearing), math.sin(bearing)])
-    scatter(rng.integers(0, 3), edge, 0.25 * radius, 0.15 * radius, 0.45 * radius)
+    scatter((0, 0, 1, 1, 2)[rng.integers(5)], edge, 0.25 * radius, 0.15 * radius, 0.45 * radius)
     return expose(picture, rng)
 
 

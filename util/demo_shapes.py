@@ -246,4 +246,9 @@ def clutter(rng) -> list[Part]:
 
 
 FAMILIES = {f.__name__: f for f in (ball, fish, gear, house, leaf, ring, spiral, star, tree, wheel)}
-UPRIGHT = ("house", "tree")  # these stand on the ground, give or take a few degrees; the others turn freely
+TURN = {
+    "fish": 0.5,
+    "leaf": 0.5,
+    "house": 0.12,
+    "tree": 0.12,
+}  # usual turn in radians; the others turn freely

@@ -1,5 +1,6 @@
 """Start-up of one or many processes, the little they exchange, and logging by rank."""
 
+import contextlib
 import os
 import sys
 from argparse import Namespace
@@ -46,6 +47,22 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Maximum of `tensor` over all processes, in place."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(value) -> list:
+    """[value of each process], on every process; `value` is any small Python object."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce_mean(x: float | torch.Tensor) -> float | torch.Tensor:
     """Mean over all processes of a number (returns a float) or a tensor (reduced in place)."""
     if get_world_size() == 1:
@@ -54,6 +71,11 @@ def all_reduce_mean(x: float | torch.Tensor) -> float | torch.Tensor:
         return all_reduce_sum(x) / get_world_size()
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     return (all_reduce_sum(torch.tensor(x, dtype=torch.float64, device=device)) / get_world_size()).item()
+
+
+def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
+    """Context of a micro-step that is not the last of its accumulation window: gradients stay where they are."""
+    return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:

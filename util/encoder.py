@@ -1,8 +1,8 @@
 """Takes the encoder out of any kind of weights file, and says exactly what was taken and what was not.
 
-Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and fine-tuned
-files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or `.safetensors`, with or without
-the prefixes of DistributedDataParallel and torch.compile.
+Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and
+fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or
+`.safetensors`, with or without the prefixes of DistributedDataParallel and torch.compile.
 """
 
 import re
@@ -16,7 +16,7 @@ from util.checkpoint import load_checkpoint
 from util.pos_embed import interpolate_pos_embed
 from util.state_dict import compare_state, describe_kind, model_state
 
-# Parameters that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
+# Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
@@ -49,9 +49,10 @@ _HF_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj
 class LoadReport:
     """What `load_encoder` did.
 
-    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial values).
-    unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of head tensors for
-    another number of classes. resized: ((rows, columns) in the file, in the model) of the position table, or None.
+    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial
+    values). unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of
+    head tensors for another number of classes. resized: ((rows, columns) in the file, in the model) of the
+    position table, or None.
     """
 
     source: str
@@ -85,14 +86,17 @@ def load_encoder(model: torch.nn.Module, source: str, flag: str = "--finetune") 
     Position tables are resized bicubically when the patch grid differs.
 
     Raises:
-        UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the file's kind.
+        UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
+        file's kind.
     """
     content = load_checkpoint(source)
     state, kind = encoder_state(content)
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys() or not _count_blocks(state):
+    if not _has_encoder(state):
         some = ", ".join(list(state)[:3]) or "no tensors"
-        raise UserError(f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
-                        f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth")  # fmt: skip
+        raise UserError(
+            f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
+            f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth"
+        )
     report = LoadReport(source, kind)
     own = model.state_dict()
     for key in [k for k in state if k.startswith("head.")]:
@@ -127,7 +131,7 @@ def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of a Hugging Face ViT or ViTMAE encoder under this code's names; q, k and v become one tensor.
+    """State dict of a Hugging Face ViT or ViTMAE encoder under this code's names; q, k, v become one tensor.
 
     Keys of the decoder and others that the encoder does not have keep their names.
     """
@@ -150,7 +154,7 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
-    """(rows, columns) of the patch grid that a checkpoint's position table was made for, where its flags say so."""
+    """(rows, columns) that a checkpoint's position table was made for, where its stored flags say so."""
     info = content.get("model_info") or content.get("args") or {}
     size = info.get("input_size") if isinstance(info, dict) else None
     if not isinstance(size, int | tuple | list):
@@ -164,7 +168,7 @@ def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
 
 def _fit_pos_embed(model, state, content, report, flag) -> None:
     table, width = state["pos_embed"], model.pos_embed.shape[2]
-    if table.ndim != 3 or table.shape[2] != width:
+    if table.shape[2] != width:
         return  # another width: reported with the other shapes
     grid = stored_grid(content, state)
     try:
@@ -172,8 +176,16 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
             side = round((table.shape[1] - 1) ** 0.5)
             report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
     except ValueError as error:
-        raise UserError(f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
-                        "training arguments or the --input_size it was trained with") from None  # fmt: skip
+        raise UserError(
+            f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
+            "training arguments or the --input_size it was trained with"
+        ) from None
+
+
+def _has_encoder(state: dict) -> bool:
+    shapes = {key: value.ndim for key, value in state.items()}
+    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    return all(shapes.get(key) == rank for key, rank in ranks.items()) and _count_blocks(state) > 0
 
 
 def _count_blocks(state: dict) -> int:
@@ -193,24 +205,25 @@ def _misfit_text(model, state, where, kind, differences) -> str:
     hints = []
     if patch[0] != own[0] or _count_blocks(state) != len(model.blocks):
         hints.append("--model")
-    if len(patch) == 4 and patch[1] != own[1]:
+    if patch[1] != own[1]:
         hints.append(f"--in_chans {patch[1]}")
     if patch[-1] != own[-1]:
         hints.append(f"--patch_size {patch[-1]}")
     some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+    theirs = f"{_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
+    ours = f"{len(model.blocks)} blocks, width {own[0]}, patch {own[-1]}, {own[1]} channels"
     return (
-        f"{where} ({kind}): its encoder ({_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, "
-        f"{patch[1] if len(patch) == 4 else '?'} channels) does not fit the model ({len(model.blocks)} blocks, width "
-        f"{own[0]}, patch {own[-1]}, {own[1]} channels): {some}. Check {' and '.join(hints) or '--model'}"
+        f"{where} ({kind}): its encoder ({theirs}) does not fit the model ({ours}): {some}. "
+        f"Check {' and '.join(hints) or '--model'}"
     )
 
 
 def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:
-    """Freezes all but the end of a `models_vit.VisionTransformer` (partial fine-tuning, arXiv 2111.06377, 4.3).
+    """Freezes all but the end of a `models_vit.VisionTransformer` (arXiv 2111.06377, section 4.3).
 
     Args:
-        number: None trains everything; 0 the head only; 0.5 also the final norm and the last block's MLP with its
-            norm; 1, 2, ... the final norm and that many last blocks.
+        number: None trains everything; 0 the head only; 0.5 also the final norm and the last block's MLP with
+            its norm; 1, 2, ... the final norm and that many last blocks.
 
     Raises:
         UserError: not such a number, or more blocks than there are.
@@ -219,7 +232,9 @@ def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:
         return
     depth = len(model.blocks)
     if number != 0.5 and (number < 0 or number != int(number) or number > depth):
-        raise UserError(f"--trainable_blocks {number:g}: must be 0, 0.5 or a whole number up to the model's {depth}")
+        raise UserError(
+            f"--trainable_blocks {number:g}: must be 0, 0.5 or a whole number up to the model's {depth}"
+        )
     model.requires_grad_(False)
     parts = [model.head]
     if number:

@@ -1,11 +1,11 @@
 """Evaluation that gives the same digits for any batch size and any number of processes, and what it reports.
 
-Two things make the usual evaluation depend on how it is run. (1) A matrix product rounds differently for another
-number of rows, so a sample's logits depend on the batch that it is in. Here the model always sees the very same
-groups of `GROUP` samples (0..31, 32..63, ...), whatever the loader's batch size; whole groups are dealt to the
-processes, and nothing is padded. (2) Floating-point sums depend on the order. Here every sample's loss is collected
-and summed exactly (`math.fsum`), which is the same in any order. What remains outside: another kind of device,
-library version or precision.
+Two things make the usual evaluation depend on how it is run. (1) A matrix product rounds differently for
+another number of rows, so a sample's logits depend on the batch that it is in. Here the model always sees the
+very same groups of `GROUP` samples (0..31, 32..63, ...), whatever the loader's batch size; whole groups are
+dealt to the processes, and nothing is padded. (2) Floating-point sums depend on the order. Here every
+sample's loss is collected and summed exactly (`math.fsum`), which is the same in any order. What remains
+outside: another kind of device, library version or precision.
 """
 
 import csv
@@ -29,17 +29,22 @@ MAX_CLASSES = 100  # of the per-class table and of the confusion picture
 
 
 class EvalSampler(torch.utils.data.Sampler):
-    """Indices of one process's share of an evaluation: every num_replicas-th group of `GROUP`, in order."""
+    """Indices of one process's share of an evaluation: every num_replicas-th group of `GROUP`, in order.
 
-    def __init__(self, length: int, num_replicas: int = 1, rank: int = 0):
+    `epoch`: yields (epoch, index), for data sets whose augmentation depends on the epoch; None: plain
+    indices.
+    """
+
+    def __init__(self, length: int, num_replicas: int = 1, rank: int = 0, epoch: int | None = None):
+        self.epoch = epoch
         self.indices = [
             index
             for start in range(rank * GROUP, length, num_replicas * GROUP)
             for index in range(start, min(start + GROUP, length))
         ]
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
+        return iter(self.indices if self.epoch is None else [(self.epoch, index) for index in self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -49,8 +54,8 @@ class EvalSampler(torch.utils.data.Sampler):
 class Predictions:
     """One entry per sample, in the order of the data set.
 
-    indices, labels: int64 (n,); losses: float64 (n,), cross entropy; top: int64 (n, min(5, K)), the best classes,
-    best first; confidence: float64 (n,), probability of the best class.
+    indices, labels: int64 (n,); losses: float64 (n,), cross entropy; top: int64 (n, min(5, K)), the best
+    classes, best first; confidence: float64 (n,), probability of the best class.
     """
 
     indices: np.ndarray
@@ -61,7 +66,7 @@ class Predictions:
 
 
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cuts a stream of batches (images, labels[, indices]) anew into groups of `GROUP`; the last may be shorter.
+    """Cuts a stream of batches (images, labels[, indices]) into groups of `GROUP`; the last may be shorter.
 
     Without indices the samples are numbered in the order in which they come.
     """
@@ -127,7 +132,9 @@ def _gather(columns: list[torch.Tensor]) -> Predictions:
     if not columns:
         raise ValueError("the evaluation loader gave no samples")
     order = np.argsort(columns[0], kind="stable")
-    return Predictions(**{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=True)})
+    return Predictions(
+        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=True)}
+    )
 
 
 def summarize(predictions: Predictions) -> dict[str, float]:
@@ -149,7 +156,7 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 
 
 def per_class_table(matrix: np.ndarray, class_names: list[str]) -> str:
-    """A text table: per class the samples, how many were right, and the class it was taken for most often else."""
+    """A text table: per class the samples, how many were right, and what it was else taken for most often."""
     width = max(len("class"), *(len(name) for name in class_names))
     lines = [f"{'class':{width}s}  samples  correct  acc (%)  most often taken for"]
     for i, name in enumerate(class_names):
@@ -165,21 +172,22 @@ def per_class_table(matrix: np.ndarray, class_names: list[str]) -> str:
 def write_predictions(path: str | Path, predictions: Predictions, paths, class_names: list[str]) -> None:
     """Writes a CSV file, one line per sample in the order of the data set.
 
-    Columns: path, label, prediction (class names), correct (0 or 1), confidence (probability of the prediction), loss.
+    Columns: path, label, prediction (class names), correct (0 or 1), confidence (probability of the
+    prediction), loss.
     """
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss"])
-        for index, label, loss, best, confidence in zip(
-            predictions.indices, predictions.labels, predictions.losses, predictions.top[:, 0], predictions.confidence,
-            strict=True,
-        ):  # fmt: skip
-            names = class_names[label], class_names[best]
-            writer.writerow([paths[int(index)], *names, int(label == best), f"{confidence:.6f}", f"{loss:.6f}"])
+        for i, index in enumerate(predictions.indices.tolist()):
+            label, best = predictions.labels[i], predictions.top[i, 0]
+            figures = f"{predictions.confidence[i]:.6f}", f"{predictions.losses[i]:.6f}"
+            writer.writerow(
+                [paths[index], class_names[label], class_names[best], int(label == best), *figures]
+            )
 
 
 def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
-    """A picture of a confusion matrix: rows are true classes, columns predictions, shade is the share of the row."""
+    """A confusion matrix as a picture: rows are true classes, columns predictions, shade is the share."""
     count = len(class_names)
     cell = 48 if count <= 12 else 26 if count <= 30 else 14
     font = ImageFont.load_default(size=min(14, cell - 2))
@@ -188,7 +196,9 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
     side = margin + count * cell + 12
     picture = Image.new("RGB", (max(side, 320), side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), "rows: true class, columns: prediction", fill="black", font=ImageFont.load_default(size=13))
+    draw.text(
+        (8, 6), "rows: true class, columns: prediction", fill="black", font=ImageFont.load_default(size=13)
+    )
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     for i in range(count):
         y = margin + i * cell
@@ -207,7 +217,7 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
 
 def _draw_upwards(picture: Image.Image, text: str, bottom_centre: tuple[float, float], font) -> None:
     """Writes `text` rotated, reading upwards from `bottom_centre` (x, y)."""
-    left, top, right, bottom = font.getbbox(text)
+    _, _, right, bottom = font.getbbox(text)
     label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
     ImageDraw.Draw(label).text((0, 0), text, fill="black", font=font)
     label = label.rotate(90, expand=True)

@@ -1,6 +1,7 @@
-"""Frozen features of whole data sets: for k-NN, and to train a probe's head without running the encoder again."""
+"""Frozen features of whole data sets: for k-NN, and to train a probe's head with the encoder run once."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,15 @@ from util.transforms import normalize_batch
 
 
 def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: bool = True) -> torch.Tensor:
-    """Features (N, D) of normalised images (N, C, H, W), with no patch masked.
+    """Features (N, D) of normalised images (N, C, H, W): encoder, final norm, pooling; no patch is masked.
 
     Args:
-        model: a `models_mae.MaskedAutoencoderViT` (its encoder and final norm are used) or a
-            `models_vit.VisionTransformer` (its own pooling is used, `global_pool` is not).
+        model: a `models_mae.MaskedAutoencoderViT`, or a `models_vit.VisionTransformer`. One with `fc_norm`
+            (global pooling) has no final norm over tokens: it gives its own pooled features whatever
+            `global_pool` says.
         global_pool: mean over the patch tokens, else the class token.
     """
-    if hasattr(model, "forward_features"):
+    if hasattr(model, "fc_norm"):
         return model.forward_features(images)
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
@@ -38,7 +40,8 @@ def extract_features(
 
     Args:
         feature_fn: normalised images on `device` -> (N, D).
-        data_loader: batches (images, labels[, indices]), dealt over processes by `util.evaluation.EvalSampler`.
+        data_loader: batches (images, labels[, indices]), dealt over processes by
+            `util.evaluation.EvalSampler`.
         args: if given: amp_dtype, mean, std.
 
     Returns:
@@ -81,18 +84,31 @@ def _gather(columns: list[torch.Tensor] | None) -> list[torch.Tensor]:
     return joined
 
 
-class CachedFeatures(torch.utils.data.Dataset):
-    """A data set of features: sample i of epoch e is view e % V of image i, as the ordinary path would augment anew.
+class FeatureLoader:
+    """A loader of features in memory: batches [features (N, D), labels int64 (N,), indices int64 (N,)].
 
-    features: float32 (V, n, D), one per augmented view; labels: int64 (n,).
+    Sample i of epoch e is view e % V of image i, where the ordinary path would augment the image anew.
+
+    Args:
+        features: float32 (V, n, D), one per view; labels: int64 (n,).
+        sampler: yields indices or (epoch, index), as for images; drop_last: only full batches.
     """
 
-    def __init__(self, features: torch.Tensor, labels: torch.Tensor):
-        self.features, self.labels = features, labels
+    def __init__(
+        self, features: torch.Tensor, labels: torch.Tensor, sampler, batch_size: int, drop_last=False
+    ):
+        self.features, self.labels, self.sampler = features, labels, sampler
+        self.batch_size, self.drop_last = batch_size, drop_last
 
     def __len__(self) -> int:
-        return len(self.labels)
+        count = len(self.sampler)
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        return self.features[epoch % len(self.features), index], int(self.labels[index]), index
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        keys = iter(self.sampler)
+        while batch := list(itertools.islice(keys, self.batch_size)):
+            if self.drop_last and len(batch) < self.batch_size:
+                return
+            epoch = batch[0][0] if isinstance(batch[0], tuple) else 0
+            indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in batch])
+            yield [self.features[epoch % len(self.features)][indices], self.labels[indices], indices]

@@ -230,7 +230,8 @@ def _read_list(path: str, place: str) -> PathList:
 def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
     """Looks at the files' first bytes; what is no image is an error, or left out."""
     count = len(files.paths)
-    indices = np.linspace(0, count - 1, min(count, MAX_PROBES)).astype(np.int64)
+    probes = min(count, MAX_PROBES)
+    indices = np.arange(probes) * (count - 1) // max(1, probes - 1)
 
     def probe(part: np.ndarray) -> list[tuple[int, str]]:
         return [(int(i), reason) for i in part if (reason := probe_image(files.paths[i]))]

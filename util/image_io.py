@@ -26,14 +26,14 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pb
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 # Only what is listed: Pillow would also try formats that run other programs (EPS) or that nobody trains on.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 _JPEG, _NPY = b"\xff\xd8\xff", b"\x93NUMPY"
 _MAGIC = (_JPEG, _NPY, b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WEAK_MAGIC = re.compile(rb"RIFF....WEBP|BM.{4}.*\0|P[1-6][\s#]", re.DOTALL)
 
 # Pillow's remarks about files that it reads all the same: every worker would print them.
-for _text in ("Palette images with", "Corrupt EXIF", "Truncated File", "Metadata Warning", "Image size"):
-    warnings.filterwarnings("ignore", message=_text)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def printable(path: str) -> str:
@@ -78,7 +78,9 @@ def _explain(error: Exception) -> str:
     """The reason in few words, without the path, which the caller adds."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "a damaged header"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, (OSError, ValueError)):
+        return getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {error}"  # what a parser stumbled over
 
 
 def _look(head: bytes) -> str | None:

@@ -1,11 +1,17 @@
 """Weighted k-nearest-neighbour classification on frozen features (DINO, arXiv 2104.14294, appendix F.1)."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 
+from util.args import UserError
+from util.distributed import get_rank, get_world_size, log
+from util.evaluation import EvalSampler
 from util.features import encoder_features, extract_features
+from util.finetune_data import check_classes, labelled_images
+from util.sampler import build_loader
 
 
 def knn_accuracy(
@@ -20,10 +26,10 @@ def knn_accuracy(
     """Accuracy of k-NN on the validation images, with the training images' features as the memory.
 
     Args:
-        model_or_feature_fn: a model of this code (its mode is restored; of a MAE model the mean over the patch
-            tokens is taken), or a function from normalised images to features (N, D).
-        train_loader, val_loader: batches (images, labels[, indices]) without random augmentation; with several
-            processes dealt by `util.evaluation.EvalSampler`.
+        model_or_feature_fn: a model of this code (its mode is restored; of a MAE model the mean over the
+            patch tokens is taken), or a function from normalised images to features (N, D).
+        train_loader, val_loader: batches (images, labels[, indices]) without random augmentation; with
+            several processes dealt by `util.evaluation.EvalSampler`.
         k: neighbours, at most the number of training images is used.
         temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
         args: if given: amp_dtype, mean, std.
@@ -47,7 +53,7 @@ def knn_accuracy(
 def knn_from_features(
     train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
 ) -> dict[str, float]:
-    """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes are taken on `device`."""
+    """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
     memory = F.normalize(train_features.to(device), dim=1)
     memory_labels = train_labels.to(device)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
@@ -65,3 +71,26 @@ def knn_from_features(
         hits1 += int(best[:, 0].sum())
         hits5 += int(best.any(dim=1).sum())
     return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
+
+
+def knn_loaders(args: Namespace) -> tuple | None:
+    """Loaders of `train` and `val` without augmentation; None, with a line that says why, without labels.
+
+    Args:
+        args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
+    """
+    try:
+        datasets = [labelled_images(split, args) for split in ("train", "val")]
+        check_classes(*datasets)
+    except UserError as error:
+        log(f"no k-NN accuracy: {error}")
+        return None
+    return tuple(
+        build_loader(
+            dataset,
+            EvalSampler(len(dataset), get_world_size(), get_rank()),
+            args.batch_size,
+            args.num_workers,
+        )
+        for dataset in datasets
+    )

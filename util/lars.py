@@ -1,17 +1,17 @@
-"""LARS optimizer for linear probing with large batches (arXiv 1708.03888), in the form MoCo v3 and MAE use it."""
+"""LARS, the optimizer of linear probing with large batches (arXiv 1708.03888), in the form MAE uses it."""
 
 import torch
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling with momentum; no scaling and no decay for 1-D tensors (biases, norms).
+    """Layer-wise adaptive rate scaling with momentum; 1-D tensors (biases) are neither scaled nor decayed.
 
     For a tensor p with more than one dimension and gradient g: u = g + weight_decay * p, then
     u *= trust_coefficient * |p| / |u| (left as it is where either norm is 0). For all tensors then
     mu = momentum * mu + u and p -= lr * mu. The momentum buffer is called `mu` in the state.
 
-    Written with `torch._foreach_*`: a fixed handful of kernels per step whatever the number of tensors, and no
-    device-host synchronisation.
+    Written with `torch._foreach_*`: a fixed handful of kernels per step whatever the number of tensors, and
+    no device-host synchronisation.
     """
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, trust_coefficient=0.001):

@@ -4,8 +4,8 @@
 def param_groups_lrd(model, weight_decay=0.05, no_weight_decay_list=(), layer_decay=0.75):
     """Groups the trainable parameters of a ViT by layer and by whether they are decayed.
 
-    1-D tensors (biases, norms) and the names in `no_weight_decay_list` are not decayed. Layer ids: 0 for class token,
-    position table and patch embedding, block i -> i + 1, all else the last (depth + 1).
+    1-D tensors (biases, norms) and the names in `no_weight_decay_list` are not decayed. Layer ids: 0 for
+    class token, position table and patch embedding, block i -> i + 1, all else the last (depth + 1).
 
     Returns optimizer parameter groups with `lr_scale` = layer_decay ** (depth + 1 - id), which
     `util.lr_sched.adjust_learning_rate` multiplies into the learning rate, in the order in which the model's

@@ -4,6 +4,7 @@ them.
 
 import datetime
 import json
+import math
 import resource
 import sys
 import time
@@ -40,11 +41,13 @@ class SmoothedValue:
         self.pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
 
     def flush(self) -> None:
-        """Reads the pending values: one copy from the device for all of them."""
+        """Reads the pending values, one copy from the device for all of them; what is not finite is left out."""
         tensors = [value for value, _ in self.pending if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         for value, n in self.pending:
             value = next(numbers) if isinstance(value, torch.Tensor) else float(value)
+            if not math.isfinite(value):  # handled, and counted, elsewhere; here it would hide all others
+                continue
             self.window.append(value)
             self.total += value * n
             self.count += n
@@ -113,6 +116,18 @@ class MetricLogger:
         for name, value in values.items():
             if value is not None:
                 self.meters[name].update(value)
+
+    def state_dict(self) -> dict[str, list]:
+        """{name: [total, count, values of the window]}, to go on inside an epoch."""
+        for meter in self.meters.values():
+            meter.flush()
+        return {name: [m.total, m.count, list(m.window)] for name, m in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        for name, (total, count, window) in state.items():
+            meter = self.meters[name]
+            meter.total, meter.count = total, count
+            meter.window.extend(window)
 
     def __getattr__(self, name: str) -> SmoothedValue:
         meters = self.__dict__.get("meters", {})

@@ -21,10 +21,18 @@ FLAGS = {
 }
 
 
-def make_model_info(args: Namespace, class_names: list[str]) -> dict:
-    """The checkpoint entry `model_info`: how to build the model and prepare images, and what its classes are called."""
+def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dict:
+    """The checkpoint entry `model_info`: how to build the model, prepare images, and name its classes.
+
+    `recipe`: "finetune", or "linprobe" (the head is BatchNorm and linear layer).
+    """
     info = {name: getattr(args, name) for name in FLAGS}
-    return {**info, "input_size": size_pair(args.input_size), "class_names": list(class_names)}
+    return {
+        **info,
+        "input_size": size_pair(args.input_size),
+        "class_names": list(class_names),
+        "recipe": recipe,
+    }
 
 
 def read_model_info(content: dict) -> dict:
@@ -46,6 +54,7 @@ def read_model_info(content: dict) -> dict:
     for key in ("head.weight", "head.1.weight"):
         if key in state:
             info["nb_classes"] = state[key].shape[0]
+            info["recipe"] = "finetune" if key == "head.weight" else "linprobe"
     if (name := _model_name(state)) is not None:
         info["model"] = name
     return info
@@ -62,23 +71,22 @@ def _model_name(state: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def adopt_model_info(args: Namespace, info: dict, source: str) -> None:
-    """Sets the flags that the user did not give to what a checkpoint says.
-
-    `args.given` (a set of names, from `util.args`) tells which flags were on the command line.
+def adopt_model_info(args: Namespace, info: dict, source: str, given: set[str]) -> None:
+    """Sets the flags that the user did not give to what a checkpoint says; `given`: names of those that were.
 
     Raises:
         UserError: a flag that was given says something else than the checkpoint.
     """
-    given = getattr(args, "given", set())
     for name, flag in FLAGS.items():
         stored = info.get(name)
         if stored is None:
             continue
         own = getattr(args, name, None)
         if name in given and own is not None and _plain(name, own) != _plain(name, stored):
-            raise UserError(f"{flag}: {_say(name, own)} was given, but {source} was trained with "
-                            f"{_say(name, stored)}; leave the flag out")  # fmt: skip
+            raise UserError(
+                f"{flag}: {_say(name, own)} was given, but {source} was trained with "
+                f"{_say(name, stored)}; leave the flag out"
+            )
         setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
 
 
@@ -105,5 +113,7 @@ def check_class_names(info: dict, class_names: list[str], source: str, data_path
         raise UserError(f"{source}: has {count} classes, but {data_path} has {len(class_names)}")
     if stored and list(stored) != list(class_names):
         differing = sorted(set(stored) ^ set(class_names)) or ["the order"]
-        raise UserError(f"{source}: its {len(stored)} classes are not the {len(class_names)} of {data_path} "
-                        f"(differing: {', '.join(differing[:5])})")  # fmt: skip
+        raise UserError(
+            f"{source}: its {len(stored)} classes are not the {len(class_names)} of {data_path} "
+            f"(differing: {', '.join(differing[:5])})"
+        )

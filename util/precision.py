@@ -69,6 +69,8 @@ class NativeScalerWithGradNormCount:
     ) -> torch.Tensor | None:
         """Adds the gradients of `loss`; with `update_grad` also clips to `clip_grad` and steps.
 
+        With `parameters`, no step is made when their gradients' norm is not finite: the model stays as it was.
+
         Returns the gradients' total norm before clipping, a tensor on the device, when `parameters` are given
         and a step was made; else None.
         """
@@ -82,8 +84,16 @@ class NativeScalerWithGradNormCount:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             if clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        if self._scaler.is_enabled() or norm is None:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        elif norm.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
+            # As GradScaler does: the kernel itself makes no step where this is not zero, and nothing waits
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif torch.isfinite(norm):
+            optimizer.step()
         return norm
 
     def state_dict(self) -> dict:

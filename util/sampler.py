@@ -76,9 +76,14 @@ def collate(samples: list[tuple]) -> list[torch.Tensor]:
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread a worker, because there is one worker a core; Ctrl-C is for the main process to handle."""
+    """One thread a worker, because there is one worker a core; signals are for the main process to handle.
+
+    Schedulers signal all processes of a job: a worker that died of it would take the saving process with it.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _prefetch_that_fits(dataset: Dataset, batch_size: int, num_workers: int) -> int:

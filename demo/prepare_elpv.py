@@ -1,0 +1,139 @@
+"""Turns the solar cells of the PyPI package `elpv-dataset` into an ImageFolder with a fixed train/val split.
+
+    pip install elpv-dataset
+    python demo/prepare_elpv.py OUT_DIR
+
+2,624 electroluminescence photographs of solar cells, 300x300, 8-bit grey, each labelled with the probability
+of a defect (0, 1/3, 2/3 or 1) and the type of its module. Here a cell is defective from a probability of 0.5;
+75 % of the cells of each probability and type go to train and 25 % to val, always the same. The files are
+copied as they are. They have their own licence (CC BY-NC-SA 4.0: no commercial use), so this repository holds
+none of them.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.args import ArgumentParser, UserError, run_script
+
+PACKAGE = "elpv_dataset"
+INSTALL = "pip install elpv-dataset"
+CLASSES = ("defective", "functional")
+VAL_SHARE = 0.25
+TERMS = """\
+Licence of the pictures: CC BY-NC-SA 4.0 (no commercial use). Please cite: Buerhop-Lutz et al., EU PVSEC 2018,
+doi 10.4229/35thEUPVSEC20182018-5CV.3.15; Deitsch et al., Solar Energy 185 (2019), doi
+10.1016/j.solener.2019.02.067; Deitsch et al., Machine Vision and Applications 32 (2021), doi
+10.1007/s00138-021-01191-9."""
+
+
+def find_data() -> Path:
+    """Folder of the installed package's labels.csv and images. Raises UserError if it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)  # without importing it: only its files are needed
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package elpv-dataset is not installed in {sys.prefix}: {INSTALL}")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    if not (folder / "labels.csv").is_file():
+        raise UserError(f"elpv-dataset has no data/labels.csv in {folder.parent}; install it anew: {INSTALL}")
+    return folder
+
+
+def read_labels(folder: Path) -> list[tuple[str, float, str]]:
+    """Rows (path below `folder`, probability of a defect, cell type) of labels.csv, one per picture.
+
+    Raises UserError for a row that is not of this form or whose picture is missing.
+    """
+    rows = []
+    for number, line in enumerate((folder / "labels.csv").read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            path, probability, kind = line.split()
+            rows.append((path, float(probability), kind))
+        except ValueError:
+            raise UserError(
+                f"{folder / 'labels.csv'}, line {number}: not 'path probability type': {line!r}"
+            ) from None
+        if not (folder / path).is_file():
+            raise UserError(
+                f"{folder / path} is missing, though labels.csv names it; install anew: {INSTALL}"
+            )
+    if not rows:
+        raise UserError(f"{folder / 'labels.csv'} lists no pictures; install elpv-dataset anew: {INSTALL}")
+    return rows
+
+
+def split_rows(rows: list[tuple[str, float, str]]) -> dict[str, list[tuple[str, float, str]]]:
+    """Rows of "train" and "val": a quarter of each (probability, type) group to val, always the same.
+
+    Groups that do not divide by four are rounded so that val in all has a quarter (largest remainder first).
+    Within a group the order is that of the SHA-256 of the file name: random, yet the same in any Python.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[1], row[2]].append(row)
+    take = {key: int(len(group) * VAL_SHARE) for key, group in groups.items()}
+    missing = round(len(rows) * VAL_SHARE) - sum(take.values())
+    for key in sorted(groups, key=lambda key: (-(len(groups[key]) * VAL_SHARE % 1), key))[:missing]:
+        take[key] += 1
+    split = {"train": [], "val": []}
+    for key in sorted(groups):
+        group = sorted(groups[key], key=lambda row: hashlib.sha256(Path(row[0]).name.encode()).digest())
+        split["val"] += group[: take[key]]
+        split["train"] += group[take[key] :]
+    return split
+
+
+def label(probability: float) -> str:
+    """Class of a cell with this probability of a defect."""
+    return CLASSES[0] if probability >= 0.5 else CLASSES[1]
+
+
+def copy(folder: Path, split: dict, out: Path) -> None:
+    """Copies the pictures to out/split/class/, by way of a folder beside `out`: `out` is whole or not there.
+
+    Raises UserError if `out` is not empty or cannot be written.
+    """
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not an empty folder; name another one, or remove it")
+        for name, rows in split.items():
+            for path, probability, _ in rows:
+                target = work / name / label(probability) / Path(path).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, target)
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Makes the ImageFolder and prints what is in it."""
+    folder, out = find_data(), Path(args.out).expanduser().resolve()
+    split = split_rows(read_labels(folder))
+    copy(folder, split, out)
+    print(TERMS)
+    for name, rows in split.items():
+        counts = {c: sum(label(row[1]) == c for row in rows) for c in CLASSES}
+        kinds = {k: sum(row[2] == k for row in rows) for k in sorted({row[2] for row in rows})}
+        text = ", ".join(f"{n} {k}" for k, n in (counts | kinds).items())
+        print(f"{out / name}: {len(rows)} pictures ({text})")
+    print(f"use it: python main_pretrain.py --data_path {out}")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", metavar="OUT_DIR", help="folder to make; it must not exist, or be empty")
+    run_script(main, parser)

@@ -1,0 +1,135 @@
+"""One epoch of supervised training (fine-tuning, probing), and exact evaluation."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+
+import torch
+
+from util import lr_sched
+from util.curves import StepCurves
+from util.distributed import get_rank, get_world_size, log, without_gradient_traffic
+from util.evaluation import predict_samples, summarize
+from util.guard import RunGuard
+from util.metrics import MetricLogger, SmoothedValue
+from util.precision import autocast, resolve_amp_dtype
+from util.rng import seed_step
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
+
+
+def train_one_epoch(
+    model: torch.nn.Module,
+    criterion: torch.nn.Module,
+    data_loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    loss_scaler,
+    max_norm: float | None = 0,
+    mixup_fn: Callable | None = None,
+    log_writer=None,
+    args: Namespace | None = None,
+    guard: RunGuard | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch; no step waits for the device.
+
+    Args:
+        criterion: loss of logits (N, K) and targets, int64 (N,) or, after `mixup_fn`, float (N, K).
+        data_loader: batches that begin with images (N, C, H, W) and labels int64 (N,). uint8 images are
+            normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken as
+            they are. Has a length. If its sampler has `start_batch`, it begins there.
+        loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
+        max_norm: largest gradient norm; 0 or None: no clipping.
+        mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.
+        log_writer: TensorBoard writer, or None.
+        args: accum_iter, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std, amp_dtype,
+            print_freq.
+        guard: saves by the clock, ends the loop on signals, and handles losses that are not finite.
+
+    Returns:
+        Averages over the epoch and all processes: lr (of the head, the largest), loss, grad_norm.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    model.train()
+    guard = guard or RunGuard(args)
+    device = torch.device(device)
+    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
+    mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
+    seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
+    steps, accum_iter = len(data_loader), args.accum_iter
+    start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
+
+    metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
+    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metrics.load_state_dict(guard.take_meters())
+    curves = StepCurves(log_writer)
+    optimizer.zero_grad()
+
+    batches = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start)
+    for step, batch in enumerate(batches, start):
+        if step % accum_iter == 0:
+            lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
+        if seed is not None:
+            seed_step(seed, get_rank(), epoch, step)
+        # The last window of an epoch may be shorter; its gradients are averaged over what it has
+        window = min(accum_iter, steps - step // accum_iter * accum_iter)
+        update = (step + 1) % accum_iter == 0 or step + 1 == steps
+
+        images = normalize_batch(batch[0], device, mean, std)
+        targets = batch[1].to(device, non_blocking=True)
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+        with without_gradient_traffic(model, not update):
+            with autocast(device, amp_dtype):
+                loss = criterion(model(images), targets)
+            grad_norm = loss_scaler(
+                loss / window,
+                optimizer,
+                clip_grad=max_norm or None,
+                parameters=model.parameters(),
+                update_grad=update,
+            )
+
+        loss = loss.detach()
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
+        guard.watch(batch, loss, epoch, step)
+        if update:
+            optimizer.zero_grad()
+            curves.add(epoch + step / steps, loss=loss, lr=lr)
+            if guard.after_update(epoch, step + 1, grad_norm, metrics):
+                break
+        if step % print_freq == 0:
+            curves.write()
+
+    guard.read_all()
+    curves.write()
+    metrics.synchronize_between_processes()
+    return metrics.averages()
+
+
+def evaluate(
+    data_loader: Iterable, model: torch.nn.Module, device: torch.device, args=None
+) -> dict[str, float]:
+    """Accuracy and loss over all samples of all processes, each counted once; prints the closing line.
+
+    The result does not depend on the loader's batch size or on the number of processes, to the last digit,
+    when the loader's sampler is a `util.evaluation.EvalSampler` (how: see there).
+
+    Args:
+        data_loader: batches that begin with images and labels int64 (N,), then, if there, the samples'
+            indices.
+        args: if given: amp_dtype, mean, std.
+
+    Returns:
+        acc1, acc5 (percent; acc5 counts the best min(5, K) classes), loss (cross entropy, mean over samples).
+    """
+    stats = summarize(predict_samples(data_loader, model, device, args))
+    log(closing_line(stats))
+    return stats
+
+
+def closing_line(stats: dict[str, float]) -> str:
+    """The line that ends an evaluation, e.g. `* Acc@1 83.664 Acc@5 96.530 loss 0.731`."""
+    return f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"

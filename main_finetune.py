@@ -1,0 +1,239 @@
+"""Fine-tunes a pre-trained encoder for classification, or evaluates the result (MAE, arXiv 2111.06377).
+
+Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
+    python main_finetune.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
+        --patch_size 8 --epochs 5 --warmup_epochs 1 --output_dir finetuned --log_dir finetuned
+
+On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), one GPU:
+    python main_finetune.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
+        --batch_size 64 --epochs 100 --blr 5e-4 --layer_decay 0.65 --mixup 0.8 --cutmix 1.0
+
+Evaluate; everything about the model is in the checkpoint:
+    python main_finetune.py --eval --resume finetuned/checkpoint-best.pth --data_path DIR
+
+The recipes of the paper are in FINETUNE.md.
+"""
+
+import argparse
+import time
+from datetime import timedelta
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.nn.parallel import DistributedDataParallel
+
+from engine_finetune import train_one_epoch
+from util.args import UserError, add_data_args, add_distributed_args, add_run_args, run_script
+from util.checkpoint import check_output_dir, load_model, save_model
+from util.distributed import get_world_size, init_distributed_mode, log, shut_down
+from util.encoder import load_encoder, set_trainable_blocks
+from util.finetune_data import build_dataset
+from util.lr_decay import param_groups_lrd
+from util.lr_sched import scale_learning_rate
+from util.metrics import log_arguments, make_log_writer
+from util.model_info import make_model_info
+from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.rng import seed_all
+from util.transfer import (
+    RecordingParser,
+    add_classifier_args,
+    build_classifier,
+    check_classifier_args,
+    eval_loader,
+    evaluate_and_report,
+    keep_best,
+    load_for_eval,
+    prepare_classes,
+    read_resume,
+    record_epoch,
+    stop_inside_epoch,
+    train_loader,
+)
+from util.transforms import channel_stats
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; `add_help=False`, so that launchers can take it as a parent."""
+    parser = argparse.ArgumentParser("MAE fine-tuning", add_help=False)
+    add_classifier_args(parser, global_pool=True)
+    # fmt: off
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--batch_size", default=64, type=int, help="images per process and micro-step")
+    flag("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    flag("--epochs", default=50, type=int)
+    flag("--warmup_epochs", default=5, type=int)
+    flag("--blr", default=1e-3, type=float, help="base learning rate: lr = blr * effective batch / 256")
+    flag("--lr", default=None, type=float, help="absolute learning rate, instead of --blr")
+    flag("--min_lr", default=1e-6, type=float, help="lower bound of the cosine")
+    flag("--layer_decay", default=0.75, type=float, help="learning rate of a block over that of the next")
+    flag("--weight_decay", default=0.05, type=float)
+    flag("--clip_grad", default=None, type=float, help="largest gradient norm (default: no clipping)")
+    flag("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    flag("--trainable_blocks", default=None, type=float, metavar="N",
+         help="train only the last N blocks; 0: the head, 0.5: also the last MLP (default: all)")
+    flag = parser.add_argument_group("augmentation").add_argument
+    flag("--color_jitter", default=None, type=float, help="strength; used without --aa only")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help='timm\'s AutoAugment policy, "" for none')
+    flag("--smoothing", default=0.1, type=float, help="label smoothing")
+    flag("--reprob", default=0.25, type=float, help="probability of random erasing")
+    flag("--remode", default="pixel", help="what erased pixels become: pixel, rand or const")
+    flag("--recount", default=1, type=int, help="most areas erased per image")
+    flag("--resplit", action="store_true", help="accepted for old commands; does nothing")
+    flag("--mixup", default=0, type=float, help="mixup alpha, 0: off (published recipe: 0.8)")
+    flag("--cutmix", default=0, type=float, help="cutmix alpha, 0: off (published recipe: 1.0)")
+    flag("--cutmix_minmax", default=None, type=float, nargs="+", help="range of the box, instead of alpha")
+    flag("--mixup_prob", default=1.0, type=float, help="probability of mixup or cutmix")
+    flag("--mixup_switch_prob", default=0.5, type=float, help="of cutmix when both are on")
+    flag("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a weight")
+    # fmt: on
+    add_data_args(parser)
+    add_run_args(parser)
+    add_distributed_args(parser)
+    return parser
+
+
+def uses_mixup(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read or written."""
+    check_classifier_args(args)
+    if uses_mixup(args) and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UserError("--cutmix_minmax: takes two numbers, smallest and largest")
+    for flag in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must lie between 0 and 1")
+    if args.layer_decay <= 0:
+        raise UserError(f"--layer_decay {args.layer_decay}: must be above 0")
+    if args.remode not in ("pixel", "rand", "const"):
+        raise UserError(f"--remode {args.remode}: must be pixel, rand or const")
+
+
+def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | None]:
+    """The loss, and what mixes a batch (images, labels) before it, if anything."""
+    if uses_mixup(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.nb_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup
+    if args.smoothing > 0:
+        return LabelSmoothingCrossEntropy(smoothing=args.smoothing), None
+    return torch.nn.CrossEntropyLoss(), None
+
+
+def main(args: argparse.Namespace) -> None:
+    init_distributed_mode(args)
+    check_args(args)
+    resumed = read_resume(args, "finetune", get_args_parser())
+    device = resolve_device(args.device, args.gpu)
+    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
+
+    # Data
+    pin_mem = args.pin_mem and device.type == "cuda"
+    train_set = None if args.eval else build_dataset(True, args)
+    val_set = build_dataset(False, args)
+    prepare_classes(args, train_set, val_set, resumed)
+    val_loader = eval_loader(val_set, args, pin_mem)
+    loader, sampler = train_loader(train_set, args, pin_mem) if train_set else (None, None)
+    log_arguments(args)
+
+    # Model: the pre-trained encoder under a new head
+    seed_all(args.seed)
+    model = build_classifier(args, drop_path_rate=args.drop_path)
+    if args.eval:
+        load_for_eval(model, resumed, args.resume)
+        evaluate_and_report(val_loader, model.to(device), device, args, val_set, report=True)
+        shut_down()
+        return
+    if args.finetune:
+        log(str(load_encoder(model, args.finetune)))
+    torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    torch.nn.init.zeros_(model.head.bias)
+    set_trainable_blocks(model, args.trainable_blocks)
+    model_without_ddp = model.to(device)
+    if args.distributed:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # Optimizer: earlier layers learn more slowly
+    effective_batch = scale_learning_rate(args, get_world_size())
+    groups = param_groups_lrd(
+        model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
+    )
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
+    criterion, mixup = build_criterion(args)
+
+    # Resume
+    check_output_dir(args.output_dir, model_without_ddp)
+    resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
+    best = resumed.get("best_acc1", -1.0)
+    log_writer = make_log_writer(args.log_dir)
+
+    info = make_model_info(args, val_set.classes, "finetune")
+    n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
+    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
+    log(f"model: {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.nb_classes} classes")
+    log(f"device: {device}, precision: {amp_dtype or torch.float32}; loss: {criterion}")
+    log(
+        f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
+        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}"
+    )
+
+    # Training
+    start_time = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        first, last = stop_inside_epoch(args, epoch, len(loader))
+        if first >= last:
+            break
+        sampler.set_epoch(epoch, first, last)
+        stats = train_one_epoch(
+            model,
+            criterion,
+            loader,
+            optimizer,
+            device,
+            epoch,
+            loss_scaler,
+            args.clip_grad,
+            mixup,
+            log_writer,
+            args,
+        )
+        train_set.report_bad_images()
+
+        saved = dict(model_info=info, best_acc1=best)
+        if last < len(loader):  # --max_steps ends inside the epoch
+            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=last, **saved)
+            break
+        test = evaluate_and_report(
+            val_loader, model_without_ddp, device, args, val_set, report=epoch + 1 == args.epochs
+        )
+        is_best, best = test["acc1"] > best, max(best, test["acc1"])
+        saved["best_acc1"] = best
+        path = save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, **saved)
+        if is_best:
+            keep_best(path)
+        log(f"best accuracy so far: {best:.3f} %")
+
+        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
+
+    log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
+    if log_writer is not None:
+        log_writer.close()
+    shut_down()
+
+
+if __name__ == "__main__":
+    run_script(main, RecordingParser(description=__doc__, parents=[get_args_parser()]))

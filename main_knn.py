@@ -1,0 +1,109 @@
+"""Classifies by nearest neighbours on frozen features: how good an encoder is, without any training.
+
+    python main_knn.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
+        --patch_size 8
+    python main_knn.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16
+
+Weighted k-NN with k = 20 and temperature 0.07 as in DINO (arXiv 2104.14294). Without --finetune the encoder
+is random.
+"""
+
+import argparse
+
+from util.args import ArgumentParser, UserError, add_data_args, add_distributed_args, image_size, run_script
+from util.checkpoint import load_checkpoint
+from util.distributed import init_distributed_mode, log, shut_down
+from util.encoder import load_encoder
+from util.features import encoder_features
+from util.finetune_data import check_classes, labelled_images
+from util.finetune_transforms import eval_transform
+from util.knn import knn_accuracy
+from util.metrics import log_arguments, write_log
+from util.model_info import read_model_info
+from util.precision import resolve_amp_dtype, resolve_device
+from util.rng import seed_all
+from util.transfer import build_classifier, eval_loader
+from util.transforms import channel_stats
+
+import models_vit  # isort: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; `add_help=False`, so that launchers can take it as a parent."""
+    parser = argparse.ArgumentParser("MAE k-NN", add_help=False)
+    # fmt: off
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model", default="vit_large_patch16", choices=models_vit.MODELS, metavar="MODEL",
+         help=f"one of {', '.join(models_vit.MODELS)}")
+    flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
+    flag("--patch_size", type=int, help="default: the model's")
+    flag("--finetune", "--resume", default="", metavar="FILE|URL",
+         help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file")
+    flag("--global_pool", action="store_true", help="features: the mean of the patch tokens (default)")
+    flag("--cls_token", action="store_false", dest="global_pool", help="features: the class token")
+    flag = parser.add_argument_group("k-NN").add_argument
+    flag("--k", default=20, type=int, help="neighbours that vote")
+    flag("--temperature", default=0.07, type=float, help="a neighbour of similarity s votes with exp(s / T)")
+    flag("--batch_size", default=64, type=int, help="images per loader batch")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
+    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
+    flag("--seed", default=0, type=int, help="of the random encoder, without --finetune")
+    flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
+    # fmt: on
+    parser.set_defaults(global_pool=True)
+    add_data_args(parser)
+    add_distributed_args(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Prints and returns knn_acc1 and knn_acc5 in percent."""
+    init_distributed_mode(args)
+    for flag, least in (("k", 1), ("batch_size", 1), ("num_workers", 0), ("in_chans", 1), ("patch_size", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    device = resolve_device(args.device, args.gpu)
+    resolve_amp_dtype(args.amp_dtype, device)
+    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
+    log_arguments(args)
+
+    centre = eval_transform(args, always_crop=True)
+    train_set, val_set = (labelled_images(split, args, centre) for split in ("train", "val"))
+    check_classes(train_set, val_set)
+    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
+
+    # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken
+    pooled, args.nb_classes, wanted = args.global_pool, 0, args.global_pool
+    info = read_model_info(load_checkpoint(args.finetune)) if args.finetune else {}
+    args.global_pool = "recipe" in info and bool(info.get("global_pool"))
+    if args.global_pool and not wanted:
+        raise UserError(f"--cls_token: {args.finetune} was fine-tuned with global pooling")
+    seed_all(args.seed)
+    model = build_classifier(args).to(device).eval()
+    if args.finetune:
+        log(str(load_encoder(model, args.finetune)))
+
+    loaders = (eval_loader(dataset, args, pin_mem=False) for dataset in (train_set, val_set))
+    stats = knn_accuracy(
+        lambda images: encoder_features(model, images, pooled),
+        *loaders,
+        device,
+        args.k,
+        args.temperature,
+        args,
+    )
+    stats = {f"knn_{name}": value for name, value in stats.items()}
+    closing = f"* k-NN Acc@1 {stats['knn_acc1']:.3f} Acc@5 {stats['knn_acc5']:.3f}"
+    log(f"{closing} (k {args.k}, T {args.temperature})")
+    result = {**stats, "k": args.k, "temperature": args.temperature, "finetune": args.finetune}
+    write_log(args.output_dir, result)
+    shut_down()
+    return stats
+
+
+if __name__ == "__main__":
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))

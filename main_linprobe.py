@@ -1,0 +1,241 @@
+"""Trains a linear classifier on a frozen encoder (linear probing; MAE, arXiv 2111.06377, appendix A.1).
+
+Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
+    python main_linprobe.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
+        --patch_size 8 --epochs 20 --cache_features --output_dir probe --log_dir probe
+
+On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), in minutes, as the encoder sees each picture once:
+    python main_linprobe.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
+        --cache_features
+
+Without --finetune the encoder is random: what a probe makes of it is the figure to compare with.
+"""
+
+import argparse
+import hashlib
+import time
+from datetime import timedelta
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from engine_finetune import train_one_epoch
+from util.args import TrainingError, UserError, add_data_args, add_distributed_args, add_run_args, run_script
+from util.checkpoint import check_output_dir, load_model, save_model
+from util.distributed import get_rank, get_world_size, init_distributed_mode, log, shut_down
+from util.encoder import load_encoder
+from util.evaluation import EvalSampler
+from util.features import FeatureLoader, extract_features
+from util.finetune_data import labelled_images
+from util.finetune_transforms import eval_transform, probe_transform
+from util.lars import LARS
+from util.lr_sched import scale_learning_rate
+from util.metrics import log_arguments, make_log_writer
+from util.model_info import make_model_info
+from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.rng import seed_all
+from util.transfer import (
+    RecordingParser,
+    add_classifier_args,
+    build_classifier,
+    check_classifier_args,
+    eval_loader,
+    evaluate_and_report,
+    keep_best,
+    load_for_eval,
+    prepare_classes,
+    read_resume,
+    record_epoch,
+    stop_inside_epoch,
+    train_loader,
+)
+from util.transforms import channel_stats
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; `add_help=False`, so that launchers can take it as a parent."""
+    parser = argparse.ArgumentParser("MAE linear probing", add_help=False)
+    add_classifier_args(parser, global_pool=False)
+    # fmt: off
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--batch_size", default=512, type=int, help="images per process and micro-step")
+    flag("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    flag("--epochs", default=90, type=int)
+    flag("--warmup_epochs", default=10, type=int)
+    flag("--blr", default=0.1, type=float, help="base learning rate: lr = blr * effective batch / 256")
+    flag("--lr", default=None, type=float, help="absolute learning rate, instead of --blr")
+    flag("--min_lr", default=0.0, type=float, help="lower bound of the cosine")
+    flag("--weight_decay", default=0, type=float)
+    flag("--no_aug", action="store_true", help="train on the centre crop instead of random crops")
+    flag("--cache_features", action="store_true",
+         help="run the encoder once and train the head on its features, which are kept in memory")
+    flag("--cache_views", default=1, type=int, metavar="V",
+         help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
+    # fmt: on
+    add_data_args(parser)
+    add_run_args(parser)
+    add_distributed_args(parser)
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read or written."""
+    check_classifier_args(args)
+    if args.cache_views < 1:
+        raise UserError(f"--cache_views {args.cache_views}: must be at least 1")
+    if args.cache_views > 1 and (args.no_aug or not args.cache_features):
+        raise UserError("--cache_views: needs --cache_features, and --no_aug would make all views the same")
+
+
+def put_on_probe(model: torch.nn.Module) -> None:
+    """Replaces the head by BatchNorm (without parameters) and a new linear layer; freezes all else."""
+    torch.nn.init.trunc_normal_(model.head.weight, std=0.01)
+    torch.nn.init.zeros_(model.head.bias)
+    norm = torch.nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6)
+    model.head = torch.nn.Sequential(norm, model.head)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+
+
+def encoder_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over the bits of everything but the head, parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith("head."):
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cache_features(model, train_set, val_set, args, device, pin_mem) -> tuple[FeatureLoader, FeatureLoader]:
+    """Runs the frozen encoder over both sets; loaders of features for training and evaluation."""
+    start = time.time()
+    model.eval()
+    views = []
+    for view in range(args.cache_views):
+        images = eval_loader(train_set, args, pin_mem, epoch=view)
+        features, train_labels = extract_features(model.forward_features, images, device, args)
+        views.append(features)
+    images = eval_loader(val_set, args, pin_mem)
+    val_features, val_labels = extract_features(model.forward_features, images, device, args)
+    train_features = torch.stack(views)
+    size = (train_features.numel() + val_features.numel()) * 4 / 2**20
+    log(
+        f"features: {args.cache_views} views of {len(train_labels)} and {len(val_labels)} images, "
+        f"{size:.0f} MB, in {time.time() - start:.1f} s"
+    )
+    val_sampler = EvalSampler(len(val_labels), get_world_size(), get_rank())
+    _, sampler = train_loader(train_set, args, pin_mem)
+    return (
+        FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True),
+        FeatureLoader(val_features[None], val_labels, val_sampler, args.batch_size),
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    init_distributed_mode(args)
+    check_args(args)
+    resumed = read_resume(args, "linprobe", get_args_parser())
+    device = resolve_device(args.device, args.gpu)
+    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
+
+    # Data
+    pin_mem = args.pin_mem and device.type == "cuda"
+    centre = eval_transform(args, always_crop=True)
+    augment = not args.no_aug and not (args.cache_features and args.cache_views == 1)
+    train_set = None
+    if not args.eval:
+        train_set = labelled_images("train", args, probe_transform(args) if augment else centre)
+    val_set = labelled_images("val", args, centre)
+    prepare_classes(args, train_set, val_set, resumed)
+    val_loader = eval_loader(val_set, args, pin_mem)
+    loader, sampler = train_loader(train_set, args, pin_mem) if train_set else (None, None)
+    log_arguments(args)
+
+    # Model: only the head learns
+    seed_all(args.seed)
+    model = build_classifier(args)
+    if args.finetune and not args.eval:
+        log(str(load_encoder(model, args.finetune)))
+    put_on_probe(model)
+    model_without_ddp = model.to(device)
+    if args.eval:
+        load_for_eval(model, resumed, args.resume)
+        evaluate_and_report(val_loader, model, device, args, val_set, report=True)
+        shut_down()
+        return
+
+    # Optimizer
+    effective_batch = scale_learning_rate(args, get_world_size())
+    optimizer = LARS(model_without_ddp.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
+    criterion = torch.nn.CrossEntropyLoss()
+
+    # Resume
+    check_output_dir(args.output_dir, model_without_ddp)
+    resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
+    best = resumed.get("best_acc1", -1.0)
+    log_writer = make_log_writer(args.log_dir)
+
+    info = make_model_info(args, val_set.classes, "linprobe")
+    n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
+    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
+    log(f"model: {args.model}, {n_parameters / 1e6:.3f} M trained parameters, {args.nb_classes} classes")
+    log(f"device: {device}, precision: {amp_dtype or torch.float32}")
+    log(
+        f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
+        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}"
+    )
+
+    # With cached features the head alone is the model that is trained and evaluated
+    trained = model_without_ddp
+    if args.cache_features:
+        loader, val_loader = cache_features(model_without_ddp, train_set, val_set, args, device, pin_mem)
+        trained, sampler = model_without_ddp.head, loader.sampler
+    if args.distributed:
+        model = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
+    else:
+        model = trained
+
+    # Training
+    before = encoder_digest(model_without_ddp)
+    start_time = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        first, last = stop_inside_epoch(args, epoch, len(loader))
+        if first >= last:
+            break
+        sampler.set_epoch(epoch, first, last)
+        stats = train_one_epoch(
+            model, criterion, loader, optimizer, device, epoch, loss_scaler, None, None, log_writer, args
+        )
+        train_set.report_bad_images()
+
+        saved = dict(model_info=info, best_acc1=best)
+        if last < len(loader):  # --max_steps ends inside the epoch
+            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=last, **saved)
+            break
+        test = evaluate_and_report(
+            val_loader, trained, device, args, val_set, report=epoch + 1 == args.epochs
+        )
+        is_best, best = test["acc1"] > best, max(best, test["acc1"])
+        saved["best_acc1"] = best
+        path = save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, **saved)
+        if is_best:
+            keep_best(path)
+        log(f"best accuracy so far: {best:.3f} %")
+
+        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
+
+    if encoder_digest(model_without_ddp) != before:
+        raise TrainingError(
+            "the frozen encoder changed while the head was trained; do not use this run's figures"
+        )
+    log(f"the encoder is unchanged (SHA-256 {before[:16]})")
+    log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
+    if log_writer is not None:
+        log_writer.close()
+    shut_down()
+
+
+if __name__ == "__main__":
+    run_script(main, RecordingParser(description=__doc__, parents=[get_args_parser()]))

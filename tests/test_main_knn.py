@@ -1,0 +1,76 @@
+"""main_knn.py: features of any file, no training; and the hook that pre-training calls."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from transfer_utils import make_mae, make_pictures, read_log, released_files, vit_test
+
+import main_knn
+import models_vit
+from util.args import UserError
+from util.knn import knn_accuracy, knn_loaders
+
+COMMON = ["--model", "vit_test", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setitem(models_vit.MODELS, "vit_test", vit_test)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def run_knn(*words):
+    return main_knn.main(main_knn.get_args_parser().parse_args([*COMMON, *map(str, words)]))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "full", "finetuned"])
+def test_released_layouts(pictures, tmp_path, kind, capsys):
+    path = released_files(tmp_path)[kind]
+    stats = run_knn("--data_path", pictures, "--finetune", path, "--k", 3, "--output_dir", tmp_path)
+    assert stats["knn_acc1"] > 80 and stats["knn_acc5"] == 100
+    assert f"* k-NN Acc@1 {stats['knn_acc1']:.3f}" in capsys.readouterr().out
+    assert read_log(tmp_path)[-1]["knn_acc1"] == stats["knn_acc1"]
+
+
+def test_random_encoder_and_batch_size(pictures):
+    results = [run_knn("--data_path", pictures, "--batch_size", size, "--cls_token") for size in (1, 7, 64)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_hook_of_pre_training_agrees_with_the_script(pictures, tmp_path):
+    model = make_mae()
+    torch.save({"model": model.state_dict()}, tmp_path / "mae.pth")
+    args = Namespace(data_path=str(pictures), input_size=32, batch_size=5, num_workers=0)
+    stats = knn_accuracy(model.train(), *knn_loaders(args), "cpu", args=args)
+    assert model.training
+    assert stats["acc1"] == run_knn("--data_path", pictures, "--finetune", tmp_path / "mae.pth")["knn_acc1"]
+
+
+def test_hook_without_labels_or_val_says_why(tmp_path, capsys):
+    data = make_pictures(tmp_path / "a", splits=("train",))
+    assert knn_loaders(Namespace(data_path=str(data), input_size=32, batch_size=5, num_workers=0)) is None
+    assert "no k-NN accuracy: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--k", "0"], "--k 0: must be at least 1"),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["--finetune", "nowhere.pth"], "no such file"),
+    ],
+)
+def test_bad_flags(pictures, words, message):
+    with pytest.raises(UserError, match=message):
+        run_knn("--data_path", pictures, *words)
+
+
+def test_class_token_of_a_global_pool_classifier(pictures, tmp_path):
+    path = released_files(tmp_path)["finetuned"]
+    with pytest.raises(UserError, match="fine-tuned with global pooling"):
+        run_knn("--data_path", pictures, "--finetune", path, "--cls_token")

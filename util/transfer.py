@@ -1,0 +1,252 @@
+"""What fine-tuning and linear probing share: flags, data, model, evaluation reports, best checkpoint.
+
+The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `main_finetune.py` and
+`main_linprobe.py`.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import models_vit
+from engine_finetune import closing_line
+from util.args import ArgumentParser, UserError, check_common_args, image_size
+from util.checkpoint import load_checkpoint
+from util.distributed import get_rank, get_world_size, is_main_process, log, warn
+from util.encoder import encoder_state
+from util.evaluation import (
+    MAX_CLASSES,
+    EvalSampler,
+    confusion_matrix,
+    draw_confusion,
+    per_class_table,
+    predict_samples,
+    summarize,
+    write_predictions,
+)
+from util.finetune_data import LabelledImages, check_classes, count_classes
+from util.metrics import write_log
+from util.model_info import adopt_model_info, check_class_names, read_model_info
+from util.sampler import EpochSampler, build_loader
+from util.state_dict import check_state, model_state
+
+
+class RecordingParser(ArgumentParser):
+    """Sets `args.given`, the names of the flags that were on the command line, defaults or not."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        defaults = [(action, action.default) for action in self._actions]
+        own_defaults, self._defaults = self._defaults, {}
+        try:
+            for action, _ in defaults:
+                action.default = argparse.SUPPRESS
+            given, _ = super().parse_known_args(args, argparse.Namespace())
+        finally:
+            self._defaults = own_defaults
+            for action, default in defaults:
+                action.default = default
+        parsed.given = sorted(vars(given))
+        return parsed, rest
+
+
+def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> None:
+    """Flags of the classifier and its evaluation; `global_pool`: the default way of pooling."""
+    flag = parser.add_argument_group("model").add_argument
+    # fmt: off
+    flag("--model", default="vit_large_patch16", choices=models_vit.MODELS, metavar="MODEL",
+         help=f"one of {', '.join(models_vit.MODELS)}")
+    flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
+    flag("--patch_size", type=int, help="default: the model's")
+    flag("--finetune", default="", metavar="FILE|URL",
+         help="weights to start from: a pre-training checkpoint, a released, timm or Hugging Face file")
+    flag("--global_pool", action="store_true", help="classify the mean of the patch tokens")
+    flag("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
+    flag("--nb_classes", default=None, type=int, help="default: as many as the data has")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--eval", action="store_true", help="only evaluate the checkpoint given with --resume")
+    flag("--dist_eval", action="store_true",
+         help="accepted for old commands: evaluation is always spread over the processes, and exact")
+    flag("--save_predictions", action="store_true",
+         help="write predictions.csv (one line per validation image) to --output_dir")
+    # fmt: on
+    parser.set_defaults(global_pool=global_pool)
+
+
+def check_classifier_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read or written."""
+    check_common_args(args)
+    if args.eval and (not args.resume or args.resume == "auto"):
+        raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
+    for flag in ("patch_size", "nb_classes"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
+    if args.save_predictions and not args.output_dir:
+        raise UserError("--save_predictions: needs an --output_dir to write to")
+
+
+def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.ArgumentParser) -> dict | None:
+    """Reads `--resume FILE` and takes the model's flags from it; returns its content, None without a file.
+
+    Args:
+        recipe: "finetune" or "linprobe", the script that calls.
+        parser: its flags; tells what was given when `args` did not come from a `RecordingParser`.
+
+    Raises UserError where a flag on the command line says something else than the checkpoint.
+    """
+    given = args.__dict__.pop("given", None)
+    if given is None:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if not args.resume or args.resume == "auto":
+        return None
+    content = load_checkpoint(args.resume)
+    info = read_model_info(content)
+    if "recipe" not in info:
+        kind = encoder_state(content)[1]
+        raise UserError(
+            f"--resume {args.resume}: holds no classifier ({kind}); to start from its encoder, pass it "
+            "with --finetune"
+        )
+    written_by = info["recipe"]
+    if written_by != recipe:
+        raise UserError(f"--resume {args.resume}: was written by main_{written_by}.py; use that script")
+    adopt_model_info(args, info, args.resume, set(given))
+    return content
+
+
+def prepare_classes(args, train: LabelledImages | None, val: LabelledImages, content: dict | None) -> None:
+    """Checks that the class lists of data and checkpoint agree and sets `args.nb_classes`."""
+    if train is not None:
+        check_classes(train, val)
+    if content is not None:
+        check_class_names(read_model_info(content), val.classes, args.resume, val.files.source)
+    args.nb_classes = count_classes(args, val)
+
+
+def train_loader(
+    dataset: LabelledImages, args, pin_mem: bool
+) -> tuple[torch.utils.data.DataLoader, EpochSampler]:
+    """Loader of shuffled full batches and its sampler; raises UserError when no batch would be full."""
+    sampler = EpochSampler(len(dataset), get_world_size(), get_rank(), args.seed, batch_size=args.batch_size)
+    loader = build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_mem, drop_last=True)
+    if len(loader) == 0:
+        raise UserError(
+            f"--batch_size {args.batch_size}: {get_world_size()} x {args.batch_size} is more than the "
+            f"{len(dataset)} training images, so that no batch would be full"
+        )
+    return loader, sampler
+
+
+def eval_loader(
+    dataset: LabelledImages, args, pin_mem: bool, epoch: int | None = None
+) -> torch.utils.data.DataLoader:
+    """Loader of this process's share of `dataset`, each sample once; `epoch`: that of its augmentation."""
+    sampler = EvalSampler(len(dataset), get_world_size(), get_rank(), epoch)
+    return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_mem)
+
+
+def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTransformer:
+    """The named model with the sizes that the flags say; raises UserError for sizes that do not fit."""
+    if args.patch_size is not None:
+        extra["patch_size"] = args.patch_size
+    try:
+        model = models_vit.MODELS[args.model](
+            img_size=args.input_size,
+            in_chans=args.in_chans,
+            num_classes=args.nb_classes,
+            global_pool=args.global_pool,
+            **extra,
+        )
+    except ValueError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
+    args.patch_size = model.patch_embed.patch_size[0]
+    return model
+
+
+def load_for_eval(model: torch.nn.Module, content: dict, source: str) -> None:
+    """Loads a checkpoint's weights into `model`; raises UserError, naming what differs, unless they fit."""
+    state = model_state(content)
+    check_state(model, state, f"--resume {source}")
+    model.load_state_dict(state)
+    log(f"evaluating {source}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
+
+
+def evaluate_and_report(
+    loader, model, device, args, dataset: LabelledImages, report: bool
+) -> dict[str, float]:
+    """Evaluates and prints the closing line; with `report` also what is known per class and per image.
+
+    That is, in `args.output_dir`: for at most 100 classes a table (printed, and `per_class.txt`) and a
+    picture (`confusion.png`); with `args.save_predictions` a `predictions.csv`.
+    """
+    predictions = predict_samples(loader, model, device, args)
+    stats = summarize(predictions)
+    if report and is_main_process():
+        names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
+        folder = Path(args.output_dir) if args.output_dir else None
+        _write_reports(predictions, names, folder, args, dataset)
+    log(closing_line(stats))
+    return stats
+
+
+def _write_reports(predictions, names, folder, args, dataset) -> None:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        if len(names) <= MAX_CLASSES:
+            matrix = confusion_matrix(predictions, len(names))
+            table = per_class_table(matrix, names)
+            log(table)
+            if folder is not None:
+                (folder / "per_class.txt").write_text(
+                    table + "\n", encoding="utf-8", errors="backslashreplace"
+                )
+                draw_confusion(matrix, names).save(folder / "confusion.png")
+        if args.save_predictions:
+            write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
+            log(f"predictions: {folder / 'predictions.csv'}")
+    except OSError as error:
+        warn(f"{folder}: reports were not written: {error.strerror or error}")
+
+
+def keep_best(path: Path | None) -> None:
+    """Makes `checkpoint-best.pth` the same file as the checkpoint at `path`, in one step."""
+    if path is None:
+        return
+    best, temporary = (
+        path.with_name("checkpoint-best.pth"),
+        path.with_name(f".checkpoint-best.tmp-{os.getpid()}"),
+    )
+    try:
+        try:
+            os.link(path, temporary)  # takes no room; a file outlives the removal of its other name
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, best)
+    except OSError as error:
+        warn(f"{best}: not written: {error.strerror or error}")
+
+
+def stop_inside_epoch(args, epoch: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(first, last) micro-step of an epoch: after a resumed position, up to what `--max_steps` allows."""
+    first = args.start_step if epoch == args.start_epoch else 0
+    last = steps_per_epoch
+    if args.max_steps:
+        updates = -(-steps_per_epoch // args.accum_iter)
+        last = min(last, (args.max_steps - epoch * updates) * args.accum_iter)
+    return first, last
+
+
+def record_epoch(args, epoch: int, train: dict, test: dict, n_parameters: int, log_writer) -> None:
+    """Appends the epoch's line to log.txt and writes the accuracies to TensorBoard."""
+    record = {f"train_{name}": value for name, value in train.items()}
+    record |= {f"test_{name}": value for name, value in test.items()}
+    write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": n_parameters})
+    if log_writer is not None:
+        for name, value in test.items():
+            log_writer.add_scalar(f"perf/test_{name}", value, epoch)
+        log_writer.flush()
