@@ -13,6 +13,7 @@ Without --finetune the encoder is random: what a probe makes of it is the figure
 
 import argparse
 import hashlib
+import math
 import time
 from datetime import timedelta
 
@@ -21,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine_finetune import train_one_epoch
 from util.args import TrainingError, UserError, add_data_args, add_distributed_args, add_run_args, run_script
-from util.checkpoint import check_output_dir, load_model, save_model
+from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
 from util.distributed import get_rank, get_world_size, init_distributed_mode, log, shut_down
 from util.encoder import load_encoder
 from util.evaluation import EvalSampler
 from util.features import FeatureLoader, extract_features
 from util.finetune_data import labelled_images
 from util.finetune_transforms import eval_transform, probe_transform
+from util.guard import RunGuard
 from util.lars import LARS
 from util.lr_sched import scale_learning_rate
 from util.metrics import log_arguments, make_log_writer
@@ -41,12 +43,10 @@ from util.transfer import (
     check_classifier_args,
     eval_loader,
     evaluate_and_report,
-    keep_best,
     load_for_eval,
     prepare_classes,
     read_resume,
     record_epoch,
-    stop_inside_epoch,
     train_loader,
 )
 from util.transforms import channel_stats
@@ -174,7 +174,6 @@ def main(args: argparse.Namespace) -> None:
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    best = resumed.get("best_acc1", -1.0)
     log_writer = make_log_writer(args.log_dir)
 
     info = make_model_info(args, val_set.classes, "linprobe")
@@ -198,33 +197,45 @@ def main(args: argparse.Namespace) -> None:
         model = trained
 
     # Training
+    best = resumed.get("best_acc1", -1.0)
+
+    def save(epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
+        save_model(
+            args, epoch, model, model_without_ddp, optimizer, loss_scaler, step,
+            meters=meters, model_info=info, best_acc1=best, **extra,
+        )  # fmt: skip
+
+    def finish_epoch(epoch: int, stats: dict[str, float]) -> None:
+        nonlocal best
+        report = epoch + 1 == args.epochs
+        test = evaluate_and_report(val_loader, trained, device, args, val_set, report)
+        is_best, best = test["acc1"] > best, max(best, test["acc1"])
+        save(epoch, best=is_best)
+        log(f"best accuracy so far: {best:.3f} %")
+        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
+
+    guard = RunGuard(args, save, train_set, len(loader), resumed.get("meters"))
     before = encoder_digest(model_without_ddp)
     start_time = time.time()
+    if "not_evaluated" in resumed:  # a signal came at the very end of that epoch
+        finish_epoch(args.start_epoch - 1, resumed["not_evaluated"])
     for epoch in range(args.start_epoch, args.epochs):
-        first, last = stop_inside_epoch(args, epoch, len(loader))
-        if first >= last:
+        if args.max_steps and epoch * math.ceil(len(loader) / args.accum_iter) >= args.max_steps:
             break
-        sampler.set_epoch(epoch, first, last)
+        sampler.set_epoch(epoch, args.start_step if epoch == args.start_epoch else 0)
         stats = train_one_epoch(
-            model, criterion, loader, optimizer, device, epoch, loss_scaler, None, None, log_writer, args
-        )
+            model, criterion, loader, optimizer, device, epoch, loss_scaler,
+            None, None, log_writer, args, guard,
+        )  # fmt: skip
         train_set.report_bad_images()
-
-        saved = dict(model_info=info, best_acc1=best)
-        if last < len(loader):  # --max_steps ends inside the epoch
-            save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=last, **saved)
+        if guard.inside_epoch:
             break
-        test = evaluate_and_report(
-            val_loader, trained, device, args, val_set, report=epoch + 1 == args.epochs
-        )
-        is_best, best = test["acc1"] > best, max(best, test["acc1"])
-        saved["best_acc1"] = best
-        path = save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, **saved)
-        if is_best:
-            keep_best(path)
-        log(f"best accuracy so far: {best:.3f} %")
-
-        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
+        if guard.signum:  # there may be little time: evaluate after resuming
+            save(epoch, not_evaluated=stats)
+            break
+        finish_epoch(epoch, stats)
+        if guard.stopped:
+            break
 
     if encoder_digest(model_without_ddp) != before:
         raise TrainingError(
@@ -234,7 +245,9 @@ def main(args: argparse.Namespace) -> None:
     log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
     if log_writer is not None:
         log_writer.close()
+    finish_saving()
     shut_down()
+    guard.leave()
 
 
 if __name__ == "__main__":

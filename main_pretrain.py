@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
+from util import interrupt
 from util.args import (
     ArgumentParser,
     UserError,
@@ -36,7 +37,15 @@ from util.args import (
 )
 from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
 from util.datasets import build_pretrain_dataset, build_val_dataset
-from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, log, shut_down
+from util.distributed import (
+    check_agreement,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    log,
+    shut_down,
+)
 from util.guard import RunGuard
 from util.lr_sched import scale_learning_rate
 from util.metrics import log_arguments, make_log_writer, write_log
@@ -118,6 +127,7 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
 
 
 def main(args: argparse.Namespace) -> None:
+    interrupt.install()
     init_distributed_mode(args)
     check_args(args)
     device = resolve_device(args.device, args.gpu)
@@ -127,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Data: no padding and no partial batch in training; every held-out image counts once
     dataset = build_pretrain_dataset(args)
+    check_agreement(args, images=len(dataset))
     sampler = EpochSampler(len(dataset), get_world_size(), get_rank(), args.seed, batch_size=args.batch_size)
     pin_mem = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_mem, drop_last=True)
@@ -174,7 +185,6 @@ def main(args: argparse.Namespace) -> None:
         save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=step, meters=meters)
 
     guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
-    guard.catch_signals()
     start_time = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         if args.max_steps and epoch * math.ceil(steps_per_epoch / args.accum_iter) >= args.max_steps:
@@ -185,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
         if guard.inside_epoch:
             break
 
-        final = epoch + 1 == args.epochs or bool(guard.stopped and not guard.signal)
+        final = epoch + 1 == args.epochs or (guard.stopped and not guard.signum)
         if final or guard.stopped or epoch % args.save_freq == 0:
             save(epoch)
         record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
@@ -203,14 +213,14 @@ def main(args: argparse.Namespace) -> None:
         if guard.stopped:
             break
 
-    finish_saving()
-    guard.leave()
     if args.max_steps:
         log(f"stopped by --max_steps {args.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
     if log_writer is not None:
         log_writer.close()
+    finish_saving()
     shut_down()
+    guard.leave()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def small(tmp_path_factory):
 def test_is_an_image_folder_of_varied_jpegs(small):
     root, lines = small
     assert sorted(path.name for path in root.iterdir()) == [".mae_demo_set.json", "train", "val"]
-    assert not list(root.parent.glob(".set.*"))
+    assert not list(root.parent.glob("set.*"))
     sizes = set()
     for split, count in (("train", 3), ("val", 2)):
         assert sorted(path.name for path in (root / split).iterdir()) == list(CLASSES)
@@ -109,11 +109,11 @@ def test_killed_half_way_is_made_again(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not root.exists() and list(tmp_path.glob(".set.*.tmp"))
+    assert not root.exists() and list(tmp_path.glob("set.*.tmp"))
     ensure_demo_data(root, train=1, val=1, workers=1)
     assert len(pictures(root)) == 20
     deadline = time.monotonic() + 20  # orphaned drawing processes end by themselves
-    while list(tmp_path.glob(".set.*.tmp")) and time.monotonic() < deadline:
+    while list(tmp_path.glob("set.*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
@@ -153,14 +153,14 @@ def test_makers_without_locks_all_end_with_a_good_set(small, tmp_path):
 
 
 def test_only_old_work_folders_are_removed_without_the_lock(tmp_path):
-    fresh, old = tmp_path / ".set.1-aa.tmp", tmp_path / ".set.2-bb.tmp"
-    for path in (fresh, old, tmp_path / ".other.3-cc.tmp"):
+    fresh, old = tmp_path / "set.1-aaaaaaaa.tmp", tmp_path / "set.2-bbbbbbbb.tmp"
+    for path in (fresh, old, tmp_path / "set.mine.tmp", tmp_path / "sets.3-cccccccc.tmp"):
         path.mkdir()
     os.utime(old, (0, time.time() - demo_data.OLD_AFTER_S - 60))
     demo_data.remove_leftovers(tmp_path / "set", locked=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.3-cc.tmp", ".set.1-aa.tmp"]
+    assert fresh.exists() and not old.exists()
     demo_data.remove_leftovers(tmp_path / "set", locked=True)
-    assert [path.name for path in tmp_path.iterdir()] == [".other.3-cc.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.mine.tmp", "sets.3-cccccccc.tmp"]
 
 
 @pytest.mark.parametrize("executable", ["", "/nonexistent/python", "/bin/false"])

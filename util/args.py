@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
-EXIT_REQUEUE = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): schedulers can be told to requeue on it
+from util.interrupt import Interrupted
 
 
 class UserError(Exception):
@@ -14,10 +15,6 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on, through no mistake of the command line: one line. Exit code 1."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after it saved its state; the same command with --resume auto goes on. Exit code 75."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -38,19 +35,27 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
-    """Calls `main(args)` with the command line; errors meant for users become one line and an exit code."""
+    """Calls `main(args)` with the command line; what ends it early becomes one line and an exit status.
+
+    2: a mistake of the user's; 1: training cannot go on; 75: a signal, after saving; 130: Ctrl-C twice. With several
+    processes, the one that failed first has the last word, and takes the others down.
+    """
+    from util import distributed  # needs this module
+
     args = parse_args(parser)
     try:
         main(args)
+    except Interrupted as stop:
+        distributed.log(f"{parser.prog}: {stop}")
+        sys.exit(stop.status)
     except (UserError, TrainingError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except Interrupted as signal:
-        print(f"{parser.prog}: {signal}: saved; the same command with --resume auto goes on", file=sys.stderr)
-        sys.exit(EXIT_REQUEUE)
+        distributed.fail(f"{parser.prog}: error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        distributed.fail(f"{parser.prog}: interrupted", 130)
+    except Exception:
+        if distributed.get_world_size() == 1:
+            raise
+        distributed.fail(traceback.format_exc().rstrip(), 1, own_fault=False)
 
 
 def image_size(text: str) -> int | tuple[int, int]:
@@ -127,6 +132,8 @@ def add_distributed_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="set by old launchers")
     group.add_argument("--dist_on_itp", action="store_true", help="started by OpenMPI")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument("--dist_timeout", default=30, type=float, metavar="MINUTES",
+                       help="after which waiting for another process is an error")  # fmt: skip
 
 
 def check_common_args(args: argparse.Namespace) -> None:

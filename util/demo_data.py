@@ -6,6 +6,7 @@ time with the same NumPy and Pillow. `python -m util.demo_data [DIR]` makes the 
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -75,8 +76,7 @@ def ensure_demo_data(root=None, log=None, train=TRAIN, val=VAL, workers=None) ->
 
 def make(root: Path, stamp: dict, workers: int) -> None:
     """Draws the set in a work folder beside `root` and renames it to `root`, in place of an older one."""
-    work = root.with_name(f".{root.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    old = work.with_suffix(".old.tmp")
+    work, old = (root.with_name(f"{root.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp") for _ in range(2))
     try:
         for split in ("train", "val"):
             for name in CLASSES:
@@ -121,7 +121,7 @@ def is_ours(root: Path) -> bool:
 
 def remove_leftovers(root: Path, locked: bool) -> None:
     """Removes the work folders of killed runs; without the lock, only those too old to be still in use."""
-    for path in root.parent.glob(f".{root.name}.*.tmp"):
+    for path in root.parent.glob(f"{glob.escape(root.name)}.*-????????.tmp"):
         if locked or time.time() - path.stat().st_mtime > OLD_AFTER_S:
             shutil.rmtree(path, ignore_errors=True)
 

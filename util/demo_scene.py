@@ -143,7 +143,7 @@ def render(name, rng) -> np.ndarray:
     height, width = np.clip(rng.integers(96, 161) * rng.uniform(0.75, 1.34, 2), 96, 160).astype(int).tolist()
     short, middle = min(height, width), np.array([width, height]) / 2
     picture = background(rng, height, width)
-    picture = mix(np.full((height, width), rng.uniform(0.1, 0.75), np.float32), picture, picture.mean((0, 1)))
+    picture += rng.uniform(0.1, 0.75) * (picture.mean((0, 1)) - picture)  # of less contrast than the object
     azimuth, elevation = rng.uniform(0, TAU), rng.uniform(0.5, 1.1)
     flat = np.array([math.cos(azimuth), math.sin(azimuth)]) * math.cos(elevation)
     light = np.array([*flat, math.sin(elevation)], np.float32)

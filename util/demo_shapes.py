@@ -246,9 +246,5 @@ def clutter(rng) -> list[Part]:
 
 
 FAMILIES = {f.__name__: f for f in (ball, fish, gear, house, leaf, ring, spiral, star, tree, wheel)}
-TURN = {
-    "fish": 0.5,
-    "leaf": 0.5,
-    "house": 0.12,
-    "tree": 0.12,
-}  # usual turn in radians; the others turn freely
+# Usual turn in radians of those that have an upright; the others turn freely
+TURN = {"fish": 0.5, "leaf": 0.5, "house": 0.12, "tree": 0.12}

@@ -1,13 +1,17 @@
 """Start-up of one or many processes, the little they exchange, and logging by rank."""
 
 import contextlib
+import json
 import os
 import sys
+import time
 from argparse import Namespace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from util import watch
 from util.args import UserError
 
 
@@ -79,8 +83,9 @@ def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) from OpenMPI's, torchrun's or SLURM's environment; None: a single
-    process.
+    """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single process.
+
+    Under srun also sets MASTER_ADDR and MASTER_PORT where they are missing.
     """
     env = os.environ
     try:
@@ -89,8 +94,13 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
         if "RANK" in env and "WORLD_SIZE" in env:
             local_rank = int(env.get("LOCAL_RANK", max(getattr(args, "local_rank", -1), 0)))
             return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
-        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-            return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            from util.slurm import master_address, master_port
+
+            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            env.setdefault("MASTER_ADDR", master_address(nodes))
+            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])))
+            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     except KeyError as missing:
         raise UserError(f"the launcher did not set {missing} in the environment") from None
     return None
@@ -99,10 +109,11 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
 def init_distributed_mode(args: Namespace) -> None:
     """Joins the other processes, if a launcher started several: NCCL on GPUs, gloo on CPU.
 
-    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (the local rank).
+    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (the local rank). Checks that the
+    processes reach each other, and starts watching them (`util.watch`).
 
     Raises:
-        UserError: the launcher's environment is incomplete.
+        UserError: the launcher's environment is incomplete, or not all processes came.
     """
     found = find_processes(args)
     if found is None:
@@ -110,17 +121,68 @@ def init_distributed_mode(args: Namespace) -> None:
         return
     args.rank, args.world_size, args.gpu = found
     args.distributed = True
-    on_gpu = torch.cuda.is_available() and str(getattr(args, "device", "auto")) != "cpu"
+    device = str(getattr(args, "device", "auto"))
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(args.gpu)
-    url = getattr(args, "dist_url", "env://")
+    url, minutes = getattr(args, "dist_url", "env://"), getattr(args, "dist_timeout", 30)
     if url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
-    dist.init_process_group("nccl" if on_gpu else "gloo", url, rank=args.rank, world_size=args.world_size)
-    dist.barrier(device_ids=[args.gpu] if on_gpu else None)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            url,
+            rank=args.rank,
+            world_size=args.world_size,
+            timeout=timedelta(minutes=minutes),
+        )
+        total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"rank {args.rank} of {args.world_size}: could not join the others: {reason}") from None
+    if total != args.world_size:
+        raise UserError(f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}")
+    watch.start(args.rank, args.world_size, url)
+
+
+def check_agreement(args: Namespace, **facts) -> None:
+    """Raises UserError, naming what differs, unless all processes have the same arguments and `facts`."""
+    own = {name: repr(value) for name, value in {**vars(args), **facts}.items()}
+    for name in ("rank", "gpu", "local_rank", "given"):  # belong to the process
+        own.pop(name, None)
+    everyone = gather(own)
+    for rank, theirs in enumerate(everyone):
+        names = [name for name in own if theirs.get(name) != everyone[0].get(name)]
+        if names:
+            name = names[0]
+            raise UserError(f"rank {rank} has {name} = {theirs.get(name)}, rank 0 has {everyone[0].get(name)}; start "
+                            "all processes with the same flags, code and data")  # fmt: skip
+
+
+def fail(message: str, status: int, own_fault: bool = True) -> None:
+    """Prints `message` as the last word of all processes, brings the others down, and leaves with `status`.
+
+    With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other process has
+    given a reason.
+    """
+    first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
+    if first:
+        rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
+        print(f"{rank}{message}", file=sys.stderr, flush=True)
+    if (first or own_fault) and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": extra}}  # torchrun ends the log with it
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+    if get_world_size() > 1:
+        sys.stdout.flush()
+        watch.leave(status)  # no clean-up that would wait for the others
+    sys.exit(status)
 
 
 def shut_down() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one, when all processes have come here."""
     if dist.is_available() and dist.is_initialized():
+        barrier()
+        watch.stop()
         dist.destroy_process_group()

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from util.args import Interrupted, TrainingError
+from util import interrupt
+from util.args import TrainingError
 from util.distributed import all_reduce_max, gather, get_rank, get_world_size, log, warn
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 DELAY = 2  # optimizer steps after which a GPU's flags are read
 
 
@@ -50,24 +50,11 @@ class RunGuard:
         self.save_seconds = 60 * (getattr(args, "save_minutes", 0) or 0)
         self.allowed = getattr(args, "skip_nonfinite", 0) or 0
         self.last_save = time.monotonic()
-        self.signal, self.stopped, self.inside_epoch = None, False, False
+        self.signum, self.stopped, self.inside_epoch = 0, False, False
         self.bad_steps = self.bad_in_a_row = 0
         self.window: list[dict] = []  # micro-steps since the last optimizer step
         self.pending: deque = deque()  # optimizer steps whose flags have not been read
         self.norms: deque = deque(maxlen=20)
-
-    def catch_signals(self) -> None:
-        """From now on, a signal of SIGNALS finishes the step, saves and leaves; a second SIGINT stops at once."""
-        for name in SIGNALS:
-            if hasattr(signal, name):  # not all systems have all
-                signal.signal(getattr(signal, name), self._handle)
-
-    def _handle(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal is None:
-            self.signal = signal.Signals(number).name
-            log(f"{self.signal}: finishing the step, then saving and leaving")
 
     def take_meters(self) -> dict:
         """This process's meters to go on with, once; none if there were other processes then."""
@@ -87,29 +74,27 @@ class RunGuard:
         """
         losses = torch.stack([entry["loss"] for entry in self.window])
         late = bool(self.save_seconds) and time.monotonic() - self.last_save > self.save_seconds
-        own = torch.tensor([0.0, self.signal is not None, late])
+        own = torch.tensor([0.0, interrupt.requested() or 0, late])
         flags = own.to(losses.device, non_blocking=True)
         flags[0] = (~torch.isfinite(losses).all()).float()
-        flags = all_reduce_max(flags)
         self.norms.append(grad_norm)
-        self.pending.append((self._to_host(flags), self.window))
+        self.pending.append((self._to_host(all_reduce_max(flags)), self.window))
         self.window = []
-        stop = save = False
+        save = False
         while len(self.pending) > (DELAY if losses.is_cuda else 0):
-            is_stop, is_save = self._read_oldest()
-            stop, save = stop or is_stop, save or is_save
-        signalled = stop
-        if self.max_steps:
-            updates_before = epoch * math.ceil(self.steps / self.accum_iter)
-            stop = stop or updates_before + math.ceil(done / self.accum_iter) >= self.max_steps
-        if signalled and self.signal is None:
-            self.signal = "a signal to another process"
-        self.stopped, self.inside_epoch = stop, stop and done < self.steps
-        if (save or self.inside_epoch) and done < self.steps and self.save is not None:
+            save = self._read_oldest() or save
+
+        self.stopped = self.signum > 0 or self._reached_max_steps(epoch, done)
+        self.inside_epoch = self.stopped and done < self.steps
+        if self.save is not None and (self.inside_epoch or (save and done < self.steps)):
             self.read_all()  # nothing is saved that has not been looked at
             self.save(epoch, done, gather(metrics.state_dict()))
             self.last_save = time.monotonic()
-        return stop
+        return self.stopped
+
+    def _reached_max_steps(self, epoch: int, done: int) -> bool:
+        updates = epoch * math.ceil(self.steps / self.accum_iter) + math.ceil(done / self.accum_iter)
+        return bool(self.max_steps) and updates >= self.max_steps
 
     def read_all(self) -> None:
         """Reads the flags that are still under way; call it before saving. Raises TrainingError as above."""
@@ -126,16 +111,20 @@ class RunGuard:
         event.record()
         return host, event
 
-    def _read_oldest(self) -> tuple[bool, bool]:
+    def _read_oldest(self) -> bool:
+        """Acts on the oldest flags that have not been read; returns whether it is time to save."""
         (flags, event), window = self.pending.popleft()
         if event is not None:
             event.synchronize()
-        bad, stop, save = (value > 0 for value in flags.tolist())
+        bad, signum, save = flags.tolist()
+        if signum and not self.signum:
+            log(f"{signal.Signals(int(signum)).name}: saving and leaving")
+        self.signum = int(max(self.signum, signum))
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         if bad:
             self.bad_steps += 1
             self._report(window)
-        return stop, save
+        return save > 0
 
     def _report(self, window: list[dict]) -> None:
         """Writes what led to a loss that is not finite, and names the files; stops when there were too many."""
@@ -180,6 +169,6 @@ class RunGuard:
         return path
 
     def leave(self) -> None:
-        """Raises Interrupted if a signal ended the run."""
-        if self.stopped and self.signal:
-            raise Interrupted(self.signal)
+        """Raises `util.interrupt.Interrupted` if a signal ended the run; call it when all is on disk."""
+        if self.stopped and self.signum:
+            raise interrupt.Interrupted(self.signum)

@@ -5,8 +5,6 @@ The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `mai
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -211,34 +209,6 @@ def _write_reports(predictions, names, folder, args, dataset) -> None:
             log(f"predictions: {folder / 'predictions.csv'}")
     except OSError as error:
         warn(f"{folder}: reports were not written: {error.strerror or error}")
-
-
-def keep_best(path: Path | None) -> None:
-    """Makes `checkpoint-best.pth` the same file as the checkpoint at `path`, in one step."""
-    if path is None:
-        return
-    best, temporary = (
-        path.with_name("checkpoint-best.pth"),
-        path.with_name(f".checkpoint-best.tmp-{os.getpid()}"),
-    )
-    try:
-        try:
-            os.link(path, temporary)  # takes no room; a file outlives the removal of its other name
-        except OSError:
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, best)
-    except OSError as error:
-        warn(f"{best}: not written: {error.strerror or error}")
-
-
-def stop_inside_epoch(args, epoch: int, steps_per_epoch: int) -> tuple[int, int]:
-    """(first, last) micro-step of an epoch: after a resumed position, up to what `--max_steps` allows."""
-    first = args.start_step if epoch == args.start_epoch else 0
-    last = steps_per_epoch
-    if args.max_steps:
-        updates = -(-steps_per_epoch // args.accum_iter)
-        last = min(last, (args.max_steps - epoch * updates) * args.accum_iter)
-    return first, last
 
 
 def record_epoch(args, epoch: int, train: dict, test: dict, n_parameters: int, log_writer) -> None:

@@ -1,0 +1,153 @@
+"""What an encoder is worth downstream, against the same encoder before any training.
+
+    python benchmarks/bench_transfer.py --checkpoint a.pth b.pth c.pth --model tiny --input_size 64
+    python benchmarks/bench_transfer.py --data_path DIR --pretrain_epochs 100 --json transfer.json
+
+For every seed it fine-tunes, probes (features cached) and classifies by nearest neighbours, from the
+pre-trained encoder and from a freshly initialised one, by calling the scripts as a user would, and prints
+mean and spread (sample standard deviation) of the accuracy after the LAST epoch. Without --checkpoint it
+pre-trains one encoder per seed first; fewer checkpoints than seeds are used in turn.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from models_mae import MODELS as MAE_MODELS  # noqa: E402
+from util.args import image_size  # noqa: E402
+from util.rng import seed_all  # noqa: E402
+
+PROBE = "--batch_size 64 --epochs 100 --warmup_epochs 10 --lr 3.2 --cache_features --cache_views 10"
+FINETUNE = "--batch_size 64 --epochs 30 --warmup_epochs 5 --blr 2e-3 --layer_decay 0.75 --drop_path 0.1"
+PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decoder_depth 2 --vis_freq 0"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    # fmt: off
+    flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
+    flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
+    flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
+    flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
+    flag("--patch_size", default=8, type=int)
+    flag("--in_chans", default=3, type=int)
+    flag("--seeds", nargs="+", default=[0, 1, 2], type=int)
+    flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
+    flag("--pretrain_epochs", default=50, type=int)
+    flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
+    flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
+    flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
+    flag("--num_workers", default=2, type=int)
+    flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
+    flag("--json", default=None, metavar="FILE", help="also write all figures there")
+    # fmt: on
+    return parser
+
+
+def run(script: str, flags: list[str], output: Path, commands: list[str]) -> list[dict]:
+    """Runs a script unless its finished log is there; returns the lines of that log."""
+    words = [script, *flags, "--output_dir", str(output)]
+    commands.append("python " + shlex.join(words))
+    if not (output / "done").exists():
+        print(f"$ {commands[-1]}", flush=True)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "log.txt").unlink(missing_ok=True)
+        with open(output / "stdout.txt", "w") as out:
+            result = subprocess.run([sys.executable, *words], cwd=REPO, stdout=out, stderr=subprocess.STDOUT)
+        if result.returncode:
+            sys.exit(f"{script} failed, see {output / 'stdout.txt'}")
+        for weights in output.glob("checkpoint-*.pth"):
+            if script != "main_pretrain.py":
+                weights.unlink()
+        (output / "done").touch()
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[str, list[Path]]:
+    """{"pre-trained": one file per seed, "random": likewise}; makes what is not there."""
+    found = {"pre-trained": [], "random": []}
+    for i, seed in enumerate(args.seeds):
+        if args.checkpoint:
+            found["pre-trained"].append(Path(args.checkpoint[i % len(args.checkpoint)]).resolve())
+        else:
+            output = work / f"pretrain-{seed}"
+            flags = ["--model", f"mae_vit_{args.model}_patch16", *sizes, *shlex.split(args.pretrain_flags)]
+            flags += ["--epochs", str(args.pretrain_epochs), "--seed", str(seed), "--keep_checkpoints", "1"]
+            run("main_pretrain.py", [*flags, "--log_dir", ""], output, commands)
+            found["pre-trained"].append(output / f"checkpoint-{args.pretrain_epochs - 1}.pth")
+        path = work / f"random-{seed}.pth"
+        seed_all(seed)
+        model = MAE_MODELS[f"mae_vit_{args.model}_patch16"](
+            img_size=image_size(args.input_size), patch_size=args.patch_size, in_chans=args.in_chans
+        )
+        torch.save({"model": model.state_dict(), "args": {"input_size": image_size(args.input_size)}}, path)
+        found["random"].append(path)
+    return found
+
+
+def measure(args, work: Path) -> dict:
+    """{"figures": {task: {encoder: [accuracy per seed]}}, "commands": all commands}."""
+    sizes = ["--input_size", args.input_size, "--patch_size", str(args.patch_size)]
+    sizes += ["--in_chans", str(args.in_chans), "--num_workers", str(args.num_workers)]
+    sizes += ["--data_path", args.data_path] if args.data_path else []
+    commands = []
+    files = encoders(args, sizes, work, commands)
+    figures = {task: {kind: [] for kind in files} for task in args.tasks}
+    for task in args.tasks:
+        for kind, paths in files.items():
+            for seed, path in zip(args.seeds, paths, strict=True):
+                flags = ["--finetune", str(path), "--model", f"vit_{args.model}_patch16", *sizes]
+                flags += ["--seed", str(seed)]
+                if task == "knn":
+                    script, key = "main_knn.py", "knn_acc1"
+                else:
+                    script, key = ("main_linprobe.py", "main_finetune.py")[task == "finetune"], "test_acc1"
+                    own = args.probe_flags if task == "probe" else args.finetune_flags
+                    flags += [*shlex.split(own), "--log_dir", "", "--keep_checkpoints", "1"]
+                records = run(script, flags, work / f"{task}-{kind}-{seed}", commands)
+                figures[task][kind].append(records[-1][key])
+    return {"figures": figures, "commands": commands}
+
+
+def print_table(figures: dict) -> None:
+    """Mean and spread per task and encoder, and the smallest gap between the two."""
+    print(f"\n{'top-1 accuracy (%)':20s}{'pre-trained':>20s}{'random encoder':>20s}{'gap, worst seeds':>20s}")
+    for task, kinds in figures.items():
+        cells = []
+        for values in kinds.values():
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
+        gap = min(kinds["pre-trained"]) - max(kinds["random"])
+        print(f"{task:20s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{gap:>+20.2f}")
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    work = Path(args.work_dir).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    result = measure(args, work)
+    print_table(result["figures"])
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    print(f"\nseeds {args.seeds}; {machine}; {time.time() - start:.0f} s")
+    if args.json:
+        result |= {"seeds": args.seeds, "machine": machine, "seconds": round(time.time() - start)}
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

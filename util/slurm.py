@@ -1,0 +1,206 @@
+"""Inside a SLURM job: who the processes are, and how a job survives pre-emption and time-outs.
+
+SLURM sends SIGUSR2 to all processes some time before it takes the nodes away. submitit's own handler would leave
+in the middle of a step, on rank 0 only. So the handlers of `util.guard` take its place: the training loops of
+all ranks finish a step and save, and `main` raises `Interrupted`; then rank 0 asks SLURM to requeue the job, and
+the next start goes on from what was saved. Submission is in `util.slurm_submit`.
+
+Run as a program this module is the start of a job's processes. At import it needs the standard library only.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+
+from util.args import EXIT_REQUEUE, Interrupted, TrainingError, UserError, default_workers
+
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
+MAX_FRUITLESS_STARTS = 5  # in a row that end before anything new was saved; more would go on forever
+
+
+def first_host(nodelist: str) -> str:
+    """The first host name of a SLURM node list: "n[1-3,5],m7" is "n1", "node-[001-004]" is "node-001".
+
+    Raises:
+        UserError: it is none.
+    """
+    group = re.match(r"(?:[\w.-]|\[\d[\d,-]*\])+(?=,|$)", nodelist.strip())
+    if group is None:
+        raise UserError(f"{nodelist!r} is no SLURM node list")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", group[0])
+
+
+def master_address(nodelist: str) -> str:
+    """Where the others reach rank 0 of a step on these nodes: the first host's name or, if only SLURM knows
+    that name, its address.
+    """
+    host = first_host(nodelist)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            shown = _command("scontrol", "show", "node", host).stdout
+            if address := re.search(r"\bNodeAddr=(\S+)", shown):
+                return address[1]
+    return host
+
+
+def master_port(job_id: str, step: str = "0") -> int:
+    """A port below those that systems give out by themselves, from the job's id and the number of its step or
+    start; the same on all processes, rarely that of another job.
+    """
+    return 10000 + sum(int(number) for number in re.findall(r"\d+", f"{job_id} {step}")) % 20000
+
+
+class TrainingJob:
+    """What is submitted: on every process of the job, calls `main(args)` of a main script.
+
+    Args:
+        script: module name, such as "main_pretrain".
+        args: its arguments; `args.given` lists those that were on the command line.
+    """
+
+    def __init__(self, script: str, args: argparse.Namespace):
+        self.script, self.args = script, args
+
+    def __call__(self) -> int:
+        """Returns the exit status when it runs locally; under SLURM it exits with it, if it is not 0."""
+        import submitit
+
+        if getattr(self.args, "eval", False):  # has nothing to save and handles no signals
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        env = submitit.JobEnvironment()
+        try:
+            set_up_processes(env)
+            set_up_arguments(self.args, env)
+            status = self._train(env)
+        except (UserError, TrainingError) as error:
+            print(f"{self.script}: error: {error}", file=sys.stderr, flush=True)
+            status = 2 if isinstance(error, UserError) else 1
+        if status and env.cluster == "slurm":
+            sys.exit(status)
+        return status
+
+    def _train(self, env) -> int:
+        from util.checkpoint import list_checkpoints
+
+        newest = list_checkpoints(self.args.output_dir)[:1]
+        try:
+            importlib.import_module(self.script).main(self.args)  # lets the signals in once it handles them
+            return 0
+        except Interrupted as caught:
+            if env.global_rank != 0:
+                sys.exit(0)  # any other status would end rank 0 before it has requeued
+            if wants_requeue(env, str(caught)):
+                requeue(env, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
+            print(f"{caught}: saved; not requeued, the same command goes on with --resume auto", flush=True)
+            return EXIT_REQUEUE
+
+
+def set_up_processes(env) -> None:
+    """Tells `util.distributed.init_distributed_mode` what submitit's `JobEnvironment` knows."""
+    address, start = "127.0.0.1", "0"
+    if env.cluster == "slurm":
+        address = master_address(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+        start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    known = {
+        "RANK": env.global_rank,
+        "WORLD_SIZE": env.num_tasks,
+        "LOCAL_RANK": env.local_rank,
+        "LOCAL_WORLD_SIZE": env.num_tasks // env.num_nodes,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": master_port(env.job_id, start),
+    }
+    os.environ.update({name: str(value) for name, value in known.items()})
+
+
+def set_up_arguments(args: argparse.Namespace, env) -> None:
+    """Sets `output_dir`, `log_dir`, `resume` and `num_workers` where the command line left them to the job."""
+    from util.checkpoint import list_checkpoints
+
+    if "output_dir" not in args.given:
+        args.output_dir = str(env.paths.folder)
+    if "log_dir" not in args.given:
+        args.log_dir = args.output_dir
+    args.output_dir, args.log_dir = (
+        folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
+    )
+    if not getattr(args, "eval", False):
+        # A --resume FILE is for the first start only: later ones go on from what this job has saved
+        submitted = env.paths.submitted_pickle.stat().st_mtime
+        saved = [path for path in list_checkpoints(args.output_dir) if path.stat().st_mtime > submitted]
+        if saved or not args.resume:
+            args.resume = "auto"
+    if "num_workers" not in args.given:
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count()))
+        cores = int(os.environ.get("SLURM_CPUS_PER_TASK", on_node * env.num_nodes // env.num_tasks))
+        args.num_workers = min(default_workers(), max(cores, 1))
+
+
+def wants_requeue(env, signal_name: str) -> bool:
+    """Whether an interrupted job shall be started again, and nobody else does that."""
+    if env.cluster != "slurm":
+        return signal_name in ("SIGUSR1", "SIGUSR2")
+    if signal_name == "SIGINT":
+        return False
+    # COMPLETING: SLURM ends the job, by scancel or to requeue it itself. `scontrol requeue` would revive it
+    return "JobState=COMPLETING" not in _command("scontrol", "show", "job", "-o", env.job_id).stdout
+
+
+def requeue(env, fruitless: bool) -> None:
+    """Has the job started again, and exits; on rank 0 only.
+
+    Args:
+        fruitless: this start has saved nothing new.
+
+    Raises:
+        TrainingError: SLURM refuses, or several starts in a row were fruitless.
+    """
+    record = env.paths.folder / f".{env.job_id}-fruitless-starts"
+    count = 1 + (int(record.read_text()) if record.exists() else 0) if fruitless else 0
+    record.write_text(str(count))
+    if count >= MAX_FRUITLESS_STARTS:
+        raise TrainingError(
+            f"{count} starts in a row ended before anything new was saved, so the job is not requeued; submit "
+            "again with a longer --timeout or a shorter --signal_delay_s"
+        )
+    if env.cluster != "slurm":
+        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+        print("saved; the job starts again", flush=True)
+        sys.exit(LOCAL_REQUEUE_RETURN_CODE)
+    result = _command("scontrol", "requeue", env.job_id)
+    if result.returncode != 0:
+        reason = " ".join(result.stderr.split())
+        raise TrainingError(
+            f"saved, but SLURM did not requeue the job ({reason}); submit again with "
+            f"--output_dir {env.paths.folder} to go on"
+        )
+    print(f"saved; job {env.job_id} is requeued", flush=True)
+    sys.exit(0)
+
+
+def _command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+
+def main() -> None:
+    """Start of a job's process: `python -m util.slurm -u -m MODULE FOLDER`, where MODULE is submitit's start.
+
+    From here on signals wait, until the training loop handles them; one that came during the imports would kill.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sys.argv = sys.argv[3:]
+    runpy.run_module(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Watches the other processes of a run, so that none waits for one that has ended.
+
+Each process beats once a second in the store where they met, and looks at the beat of its neighbour: little traffic
+at any number. A process that fails writes why, and one whose beat stops is written down by its neighbour; all others
+see it within seconds and leave without a word, so that the reason is the last line of the log.
+"""
+
+import os
+import threading
+import time
+from datetime import timedelta
+from urllib.parse import urlparse
+
+import torch.distributed as dist
+
+INTERVAL = 1.0  # seconds between beats
+SILENCE = 20.0  # seconds without a beat after which a process counts as ended
+PATIENCE = 4.0  # seconds to wait for another process's reason when a collective breaks
+
+_thread: threading.Thread | None = None
+_stop = threading.Event()
+_address: tuple[str, int] | None = None
+_rank = 0
+
+
+def _connect() -> dist.TCPStore:
+    return dist.TCPStore(*_address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+
+def start(rank: int, world_size: int, url: str) -> None:
+    """Starts the watch after the processes have met at `url` ("env://" or "tcp://HOST:PORT")."""
+    global _thread, _address, _rank
+    if url.startswith("tcp://"):
+        parsed = urlparse(url)
+        _address = (parsed.hostname, parsed.port)
+    elif url == "env://":
+        _address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    else:
+        return  # a shared file has no server to beat at; the collectives' time-out remains
+    _rank = rank
+    _stop.clear()
+    _thread = threading.Thread(target=_watch, args=(rank, world_size), daemon=True, name="watch")
+    _thread.start()
+
+
+def stop() -> None:
+    """Ends the watch: from now on processes may leave."""
+    global _thread, _address
+    if _thread is not None:
+        _stop.set()
+        _thread.join(timeout=15)
+    _thread = _address = None
+
+
+def _watch(rank: int, world_size: int) -> None:
+    neighbour = (rank + 1) % world_size
+    try:
+        store = _connect()
+        beat, seen, since = 0, None, time.monotonic()
+        while not _stop.wait(INTERVAL):
+            beat += 1
+            store.set(f"watch/beat/{rank}", str(beat))
+            if store.check(["watch/reason"]):
+                leave(1)
+            now = store.get(f"watch/beat/{neighbour}") if store.check([f"watch/beat/{neighbour}"]) else None
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > SILENCE and not _stop.is_set():
+                if claim(f"rank {neighbour} does not answer"):
+                    print(f"[rank {rank}] error: rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, "
+                          "out of memory, or its machine is gone); all processes stop", flush=True)  # fmt: skip
+                leave(1)
+    except (RuntimeError, OSError):  # the store's server, rank 0 or the launcher, is gone
+        if not _stop.wait(PATIENCE):
+            print(f"[rank {rank}] error: rank 0 or the launcher is gone; stopping", flush=True)
+            leave(1)
+
+
+def claim(reason: str, wait_seconds: float = 0.0) -> bool:
+    """Whether this process is the first to say why the run fails; True when there are no others.
+
+    Waits up to `wait_seconds` for another one's reason first.
+    """
+    if _address is None:
+        return True
+    try:
+        store = _connect()
+        deadline = time.monotonic() + wait_seconds
+        while time.monotonic() < deadline:
+            if store.check(["watch/reason"]):
+                return False
+            time.sleep(0.2)
+        return store.add("watch/claims", 1) == 1 and (store.set("watch/reason", reason) or True)
+    except (RuntimeError, OSError):
+        return True
+
+
+def leave(status: int) -> None:
+    """Ends this process at once, but for a checkpoint that is being written."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(timeout=60)
+    os._exit(status)
