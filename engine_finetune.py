@@ -35,8 +35,8 @@ def train_one_epoch(
     Args:
         criterion: loss of logits (N, K) and targets, int64 (N,) or, after `mixup_fn`, float (N, K).
         data_loader: batches that begin with images (N, C, H, W) and labels int64 (N,). uint8 images are
-            normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken as
-            they are. Has a length. If its sampler has `start_batch`, it begins there.
+            normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken
+            as they are. Has a length. If its sampler has `start_batch`, it begins there.
         loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
         max_norm: largest gradient norm; 0 or None: no clipping.
         mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.

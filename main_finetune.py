@@ -25,9 +25,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_finetune import train_one_epoch
-from util.args import UserError, add_data_args, add_distributed_args, add_run_args, run_script
+from util import interrupt
+from util.args import ArgumentParser, UserError, add_data_args, add_distributed_args, add_run_args, run_script
 from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
-from util.distributed import get_world_size, init_distributed_mode, log, shut_down
+from util.distributed import check_agreement, get_world_size, init_distributed_mode, log, shut_down
 from util.encoder import load_encoder, set_trainable_blocks
 from util.finetune_data import build_dataset
 from util.guard import RunGuard
@@ -38,7 +39,6 @@ from util.model_info import make_model_info
 from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
 from util.rng import seed_all
 from util.transfer import (
-    RecordingParser,
     add_classifier_args,
     build_classifier,
     check_classifier_args,
@@ -133,6 +133,8 @@ def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | 
 
 
 def main(args: argparse.Namespace) -> None:
+    if not args.eval:
+        interrupt.install()
     init_distributed_mode(args)
     check_args(args)
     resumed = read_resume(args, "finetune", get_args_parser())
@@ -145,6 +147,7 @@ def main(args: argparse.Namespace) -> None:
     train_set = None if args.eval else build_dataset(True, args)
     val_set = build_dataset(False, args)
     prepare_classes(args, train_set, val_set, resumed)
+    check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, pin_mem)
     loader, sampler = train_loader(train_set, args, pin_mem) if train_set else (None, None)
     log_arguments(args)
@@ -239,4 +242,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, RecordingParser(description=__doc__, parents=[get_args_parser()]))
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))

@@ -23,7 +23,7 @@ PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 # Where Debian puts the daemons, also if the shell's PATH has no sbin
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
-# KillWait: seconds between SIGTERM and SIGKILL; cred_expire: how long a requeued job waits before it starts again
+# KillWait: seconds from SIGTERM to SIGKILL; cred_expire: how long a requeued job waits before it starts again
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -53,6 +53,7 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 SchedulerParameters=sched_interval=5,bf_interval=5
 SlurmdTimeout=300
+SlurmdParameters=config_overrides
 KillWait=30
 MinJobAge=600
 InactiveLimit=0
@@ -102,11 +103,10 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.daemons: dict[str, subprocess.Popen] = {}
-        self.env = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
-            "PATH": SEARCH,
-            "SLURM_CONF": str(folder / "slurm.conf"),
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))
         }
+        self.env = {**clean, "PATH": SEARCH, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle.
@@ -132,7 +132,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(conf)
         files = [f"--{name}-file={munge / name}" for name in ("key", "log", "pid", "seed")]
         # --force: it may not trust the folder above (a temporary folder that others can write to)
-        self._spawn("munged", "--foreground", "--force", "--num-threads=2", f"--socket={munge}/socket", *files)
+        self._spawn("munged", "-F", "--force", "--num-threads=2", f"--socket={munge}/socket", *files)
         wait_for("munged's socket", lambda: self._alive() and (munge / "socket").exists(), 20)
         self._spawn("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
@@ -168,7 +168,7 @@ class Cluster:
         options = {"env": self.env, "timeout": 60, **options}
         result = subprocess.run(command, capture_output=True, text=True, **options)
         if check and result.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, command))}: {result.returncode}\n{result.stdout}{result.stderr}")
+            raise RuntimeError(f"{command}: {result.returncode}\n{result.stdout}{result.stderr}")
         return result
 
     def job(self, job_id: str) -> dict[str, str]:

@@ -285,8 +285,8 @@ def test_raw_pixels_are_a_poor_feature_and_edges_a_better_one(tmp_path):
     raw_small = linear_probe(small[0], train_labels, small[1], val_labels)
     edges = linear_probe(edge_histograms(train), train_labels, edge_histograms(val), val_labels)
     print(f"raw 64 px {raw:.3f}, raw 32 px {raw_small:.3f}, edges {edges:.3f}")
-    assert max(raw, raw_small) < 0.25 < edges  # chance is 0.1
-    assert edges > max(raw, raw_small) + 0.1
+    assert max(raw, raw_small) < 0.3  # chance is 0.1
+    assert edges > max(raw, raw_small) + 0.2
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_full_set_defeats_raw_pixels_but_a_small_network_learns_it(tmp_path):
     print(f"made in {time.monotonic() - start:.1f} s")
     (train, train_labels), (val, val_labels) = load(root, "train", 48), load(root, "val", 48)
     raw = linear_probe(train.flatten(1), train_labels, val.flatten(1), val_labels)
-    assert raw < 0.25
+    assert raw < 0.3
     torch.manual_seed(0)
     blocks, width = [], 3
     for out in (24, 48, 96, 128):
@@ -321,4 +321,4 @@ def test_full_set_defeats_raw_pixels_but_a_small_network_learns_it(tmp_path):
     with torch.no_grad():
         accuracy = (net.eval()(val * 4 - 2).argmax(1) == val_labels).float().mean().item()
     print(f"raw pixels {raw:.3f}, small network {accuracy:.3f}")
-    assert accuracy > 0.6
+    assert accuracy > 0.7

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import torch
 from golden_utils import GOLDEN, REPO
 from PIL import Image
 from transfer_utils import (
+    given_args,
     make_mae,
     make_pictures,
     read_log,
@@ -25,6 +27,7 @@ from transfer_utils import (
 
 import main_finetune
 import models_vit
+from util import interrupt
 from util.args import UserError
 from util.model_info import read_model_info
 
@@ -119,11 +122,48 @@ def test_stopped_inside_an_epoch_and_resumed_is_undisturbed(pictures, trained, t
     assert same_state(state_of(tmp_path / "checkpoint-best.pth"), state_of(trained / "checkpoint-best.pth"))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, monkeypatch, batch):
+    """The run saves and leaves; resumed, it ends as the undisturbed one, evaluations included."""
+
+    class Loader:
+        def __init__(self, loader):
+            self.loader, self.sampler, self.batch_size = loader, loader.sampler, loader.batch_size
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for i, item in enumerate(self.loader):
+                if i == batch:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield item
+
+    original = main_finetune.train_one_epoch
+
+    def train_one_epoch(model, criterion, loader, *rest):
+        return original(model, criterion, Loader(loader), *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(interrupt.Interrupted, match="SIGUSR1"):
+        patch.setattr(main_finetune, "train_one_epoch", train_one_epoch)
+        run(main_finetune, RECIPE, data_path=pictures, output_dir=tmp_path)
+    interrupt.clear()
+    names = {path.name for path in tmp_path.glob("*.pth")}
+    assert names == ({"checkpoint-0-step2.pth"} if batch == 1 else {"checkpoint-0.pth"})
+    assert not (tmp_path / "log.txt").exists()
+    run(main_finetune, RECIPE, "--resume auto", data_path=pictures, output_dir=tmp_path)
+    interrupt.clear()
+    assert same_state(state_of(tmp_path / "checkpoint-1.pth"), state_of(trained / "checkpoint-1.pth"))
+    ours, theirs = read_log(tmp_path), read_log(trained)
+    assert len(ours) == len(theirs) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == b
+
+
 def test_evaluation_needs_no_flags_and_gives_the_same_digits(pictures, trained, tmp_path, capsys):
-    parser = main_finetune.RecordingParser(parents=[main_finetune.get_args_parser()])
     flags = ["--eval", "--resume", str(trained / "checkpoint-1.pth"), "--data_path", str(pictures)]
     flags += ["--num_workers", "0", "--batch_size", "5", "--save_predictions", "--output_dir", str(tmp_path)]
-    main_finetune.main(parser.parse_args(flags))
+    main_finetune.main(given_args(main_finetune, flags))
     final = read_log(trained)[-1]
     line = f"* Acc@1 {final['test_acc1']:.3f} Acc@5 {final['test_acc5']:.3f} loss {final['test_loss']:.3f}"
     out = capsys.readouterr().out
@@ -162,10 +202,9 @@ def test_logits_survive_saving_and_loading(trained):
     ],
 )
 def test_evaluation_with_a_contradicting_flag(pictures, trained, flags, message):
-    parser = main_finetune.RecordingParser(parents=[main_finetune.get_args_parser()])
     resume = ["--eval", "--resume", str(trained / "checkpoint-1.pth"), "--data_path", str(pictures)]
     with pytest.raises(UserError, match=message):
-        main_finetune.main(parser.parse_args([*resume, *flags.split()]))
+        main_finetune.main(given_args(main_finetune, [*resume, *flags.split()]))
 
 
 def test_agreeing_flags_are_no_contradiction(pictures, trained, tmp_path):
@@ -197,9 +236,8 @@ def test_released_fine_tuned_file_evaluates_without_flags(tmp_path, capsys):
             tmp_path / "data/val" / name / "0.png"
         )
     path = released_files(tmp_path)["finetuned"]
-    parser = main_finetune.RecordingParser(parents=[main_finetune.get_args_parser()])
     flags = ["--eval", "--resume", str(path), "--data_path", str(tmp_path / "data"), "--num_workers", "0"]
-    main_finetune.main(parser.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    main_finetune.main(given_args(main_finetune, [*flags, "--output_dir", str(tmp_path)]))
     assert re.search(r"^\* Acc@1 \d", capsys.readouterr().out, re.M)
 
 

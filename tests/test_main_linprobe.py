@@ -8,6 +8,7 @@ import torch
 from golden_utils import GOLDEN
 from torch import nn
 from transfer_utils import (
+    given_args,
     make_mae,
     make_pictures,
     read_log,
@@ -162,11 +163,9 @@ def test_evaluates_a_probe_to_the_same_digits_without_flags(pictures, encoder, t
     run(main_linprobe, RECIPE, finetune=encoder, data_path=pictures, output_dir=tmp_path)
     final = read_log(tmp_path)[-1]
     capsys.readouterr()
-    parser = main_linprobe.RecordingParser(parents=[main_linprobe.get_args_parser()])
     flags = ["--eval", "--resume", str(tmp_path / "checkpoint-2.pth"), "--data_path", str(pictures)]
-    main_linprobe.main(
-        parser.parse_args([*flags, "--num_workers", "0", "--output_dir", str(tmp_path / "eval")])
-    )
+    flags += ["--num_workers", "0", "--output_dir", str(tmp_path / "eval")]
+    main_linprobe.main(given_args(main_linprobe, flags))
     line = f"* Acc@1 {final['test_acc1']:.3f} Acc@5 {final['test_acc5']:.3f} loss {final['test_loss']:.3f}"
     assert capsys.readouterr().out.strip().endswith(line)
     with pytest.raises(UserError, match=r"written by main_linprobe.py; use that script"):

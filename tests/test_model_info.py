@@ -8,7 +8,6 @@ import torch
 import models_vit
 from util.args import UserError
 from util.model_info import adopt_model_info, check_class_names, make_model_info, read_model_info
-from util.transfer import RecordingParser
 
 
 def test_read_off_the_tensors_of_a_file_without_info():
@@ -71,16 +70,3 @@ def test_class_names():
         check_class_names({"nb_classes": 2}, ["a", "b", "c"], "file", "data")
     with pytest.raises(UserError, match="differing: b, c"):
         check_class_names({"nb_classes": 2, "class_names": ["a", "b"]}, ["a", "c"], "file", "data")
-
-
-def test_recording_parser_knows_defaults_that_were_given():
-    parser = RecordingParser()
-    parser.add_argument("--size", default=3, type=int)
-    parser.add_argument("--other", default=4, type=int)
-    parser.add_argument("--yes", action="store_true")
-    parser.add_argument("--no", action="store_false", dest="yes")
-    parser.set_defaults(yes=True)
-    args = parser.parse_args(["--size", "3", "--yes"])
-    assert (args.size, args.other, args.yes, args.given) == (3, 4, True, ["size", "yes"])
-    args = parser.parse_args([])
-    assert (args.size, args.other, args.yes, args.given) == (3, 4, True, [])

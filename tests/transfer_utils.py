@@ -12,7 +12,7 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util.transfer import RecordingParser
+from util.args import ArgumentParser, parse_args
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 COMMON = "--model vit_test --input_size 32 --num_workers 0 --device cpu --print_freq 1000"
@@ -44,6 +44,11 @@ def make_mae(seed=0):
     return models_mae.MaskedAutoencoderViT(**TINY_MAE, norm_layer=NORM)
 
 
+def given_args(script, words: list[str]):
+    """The arguments as the script gets them from its command line."""
+    return parse_args(ArgumentParser(parents=[script.get_args_parser()]), words)
+
+
 def run(script, *flags, **paths):
     """Calls a script's `main` with `flags` (one string or several) and `--name path` for each of `paths`."""
     words = [*COMMON.split(), *" ".join(flags).split()]
@@ -51,7 +56,7 @@ def run(script, *flags, **paths):
         words += [f"--{name}", str(value)]
     if "output_dir" in paths and "log_dir" not in paths:
         words += ["--log_dir", ""]
-    return script.main(RecordingParser(parents=[script.get_args_parser()]).parse_args(words))
+    return script.main(given_args(script, words))
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -37,25 +37,36 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     """Calls `main(args)` with the command line; what ends it early becomes one line and an exit status.
 
-    2: a mistake of the user's; 1: training cannot go on; 75: a signal, after saving; 130: Ctrl-C twice. With several
-    processes, the one that failed first has the last word, and takes the others down.
+    2: a mistake of the user's; 1: training cannot go on; 75: a signal, after saving; 130: Ctrl-C twice. With
+    several processes, the one that failed first has the last word, and takes the others down.
     """
-    from util import distributed  # needs this module
-
     args = parse_args(parser)
     try:
         main(args)
     except Interrupted as stop:
-        distributed.log(f"{parser.prog}: {stop}")
+        print(f"{parser.prog}: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.status)
     except (UserError, TrainingError) as error:
-        distributed.fail(f"{parser.prog}: error: {error}", 2 if isinstance(error, UserError) else 1)
+        _fail(f"{parser.prog}: error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
-        distributed.fail(f"{parser.prog}: interrupted", 130)
+        _fail(f"{parser.prog}: interrupted", 130)
     except Exception:
-        if distributed.get_world_size() == 1:
-            raise
-        distributed.fail(traceback.format_exc().rstrip(), 1, own_fault=False)
+        _fail(None, 1)
+
+
+def _fail(message: str | None, status: int) -> None:
+    """Ends the script with `message`, or with the traceback of an error of ours, through all its processes."""
+    if "torch" in sys.modules:  # else there are no other processes; small scripts start without it
+        from util import distributed
+
+        if distributed.get_world_size() > 1:
+            lost = None if message else distributed.lost_contact(sys.exc_info()[1])
+            text = message or lost or traceback.format_exc().rstrip()
+            distributed.fail(text, status, own_fault=not lost)
+    if message is None:
+        raise
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def image_size(text: str) -> int | tuple[int, int]:
@@ -146,7 +157,14 @@ def check_common_args(args: argparse.Namespace) -> None:
         "in_chans": 1,
         "num_workers": 0,
     }
-    at_least |= {"keep_checkpoints": 0, "max_steps": 0, "start_epoch": 0, "save_minutes": 0, "skip_nonfinite": 0, "warmup_epochs": 0}
+    at_least |= {
+        "keep_checkpoints": 0,
+        "max_steps": 0,
+        "start_epoch": 0,
+        "save_minutes": 0,
+        "skip_nonfinite": 0,
+        "warmup_epochs": 0,
+    }
     for flag, least in at_least.items():
         value = getattr(args, flag, least)
         if value < least:

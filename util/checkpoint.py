@@ -146,8 +146,8 @@ def save_model(
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
 
-    The caller waits until the state is copied to memory; `finish_saving` waits for the file. When it cannot be
-    written a warning says so, older checkpoints are as they were, and training can go on.
+    The caller waits until the state is copied to memory; `finish_saving` waits for the file. When it cannot
+    be written a warning says so, older checkpoints are as they were, and training can go on.
 
     Args:
         epoch: the epoch just completed or, with `step`, the one that is under way.
@@ -171,7 +171,9 @@ def save_model(
         world_size = get_world_size()
         position = {"step": step, "world_size": world_size, "samples": step * args.batch_size * world_size}
         content.update(position, effective_batch=args.batch_size * args.accum_iter * world_size)
-    path = Path(args.output_dir) / (f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth")
+    path = Path(args.output_dir) / (
+        f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
+    )
 
     def write(copy: dict) -> None:
         try:
@@ -258,8 +260,9 @@ def _position(args, content: dict, source) -> int:
     effective_batch = args.batch_size * args.accum_iter * get_world_size()
     if effective_batch != content["effective_batch"]:
         raise UserError(
-            f"--resume {source}: was saved inside an epoch with an effective batch of {content['effective_batch']}, "
-            f"now it is {effective_batch}; keep batch size x processes x --accum_iter, or resume from a whole epoch"
+            f"--resume {source}: was saved inside an epoch with an effective batch of "
+            f"{content['effective_batch']}, now it is {effective_batch}; keep batch size x processes x "
+            "--accum_iter, or resume from a whole epoch"
         )
     return content["samples"] // (args.batch_size * get_world_size())
 

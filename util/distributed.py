@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from argparse import Namespace
@@ -83,7 +84,8 @@ def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single process.
+    """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single
+    process.
 
     Under srun also sets MASTER_ADDR and MASTER_PORT where they are missing.
     """
@@ -139,9 +141,13 @@ def init_distributed_mode(args: Namespace) -> None:
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"rank {args.rank} of {args.world_size}: could not join the others: {reason}") from None
+        raise UserError(
+            f"rank {args.rank} of {args.world_size}: could not join the others: {reason}"
+        ) from None
     if total != args.world_size:
-        raise UserError(f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}")
+        raise UserError(
+            f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
+        )
     watch.start(args.rank, args.world_size, url)
 
 
@@ -155,29 +161,35 @@ def check_agreement(args: Namespace, **facts) -> None:
         names = [name for name in own if theirs.get(name) != everyone[0].get(name)]
         if names:
             name = names[0]
-            raise UserError(f"rank {rank} has {name} = {theirs.get(name)}, rank 0 has {everyone[0].get(name)}; start "
-                            "all processes with the same flags, code and data")  # fmt: skip
+            values = f"{theirs.get(name)}, rank 0 has {everyone[0].get(name)}"
+            raise UserError(f"rank {rank} has {name} = {values}; start all with the same flags, code and data")
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """What to say of an error that another process's end has caused; None for any other error."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError) or re.search("by peer|Connection (refused|reset)|gloo", text):
+        reason = text.strip().splitlines()[0][:200]
+        return f"error: lost contact with another process (killed, or out of memory?): {reason}"
+    return None
 
 
 def fail(message: str, status: int, own_fault: bool = True) -> None:
     """Prints `message` as the last word of all processes, brings the others down, and leaves with `status`.
 
-    With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other process has
-    given a reason.
+    With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other
+    process has given a reason.
     """
     first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
     if first:
-        rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
-        print(f"{rank}{message}", file=sys.stderr, flush=True)
+        print(f"[rank {get_rank()}] {message}", file=sys.stderr, flush=True)
     if (first or own_fault) and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         content = {"message": {"message": message, "extraInfo": extra}}  # torchrun ends the log with it
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
-    if get_world_size() > 1:
-        sys.stdout.flush()
-        watch.leave(status)  # no clean-up that would wait for the others
-    sys.exit(status)
+    sys.stdout.flush()
+    watch.leave(status)  # without clean-up, which would wait for the others
 
 
 def shut_down() -> None:

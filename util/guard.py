@@ -1,8 +1,8 @@
 """Keeps a run from losing work: stop signals, saving by the clock, and losses that are not finite.
 
-All processes must act at the same step, and no step may wait for a GPU. So after each optimizer step they take the
-maximum of three flags (bad loss, stop, save) in one small all-reduce. A CPU reads it at once; on a GPU it is read two
-updates later, when it has long been there.
+All processes must act at the same step, and no step may wait for a GPU. So after each optimizer step they
+take the maximum of three flags (bad loss, stop, save) in one small all-reduce. A CPU reads it at once; on a
+GPU it is read two updates later, when it has long been there.
 """
 
 import math
@@ -23,7 +23,8 @@ DELAY = 2  # optimizer steps after which a GPU's flags are read
 
 
 class RunGuard:
-    """Watches a training loop, which calls `watch` in each micro-step and `after_update` after each optimizer step.
+    """Watches a training loop, which calls `watch` in each micro-step and `after_update` after each optimizer
+    step.
 
     Args:
         args: if present accum_iter, max_steps, save_minutes, skip_nonfinite, output_dir, seed.
@@ -32,7 +33,8 @@ class RunGuard:
         steps: micro-steps of an epoch.
         meters: of a checkpoint inside an epoch: states of the epoch's meters, one of each process.
 
-    After the loop `stopped` says that the run shall end, `inside_epoch` that its state was saved in the epoch.
+    After the loop `stopped` says that the run shall end, `inside_epoch` that its state was saved in the
+    epoch.
     """
 
     def __init__(
@@ -62,12 +64,17 @@ class RunGuard:
         return meters[get_rank()] if len(meters) == get_world_size() else {}
 
     def watch(self, batch: list, loss: torch.Tensor, epoch: int, step: int) -> None:
-        """Notes a micro-step: its batch (images, labels, indices if there) and its loss, a tensor not read now."""
+        """Notes a micro-step: its batch (images, labels, indices if there) and its loss, a tensor not read
+        now.
+        """
         indices = batch[2] if len(batch) > 2 else None
-        self.window.append({"images": batch[0], "indices": indices, "loss": loss, "epoch": epoch, "step": step})
+        self.window.append(
+            {"images": batch[0], "indices": indices, "loss": loss, "epoch": epoch, "step": step}
+        )
 
     def after_update(self, epoch: int, done: int, grad_norm: torch.Tensor | None, metrics) -> bool:
-        """All processes call this after an optimizer step, `done` micro-steps into the epoch. True: leave the loop.
+        """All processes call this after an optimizer step, `done` micro-steps into the epoch. True: leave the
+        loop.
 
         Raises:
             TrainingError: more losses in a row were not finite than `skip_nonfinite` allows.

@@ -1,11 +1,11 @@
 """Inside a SLURM job: who the processes are, and how a job survives pre-emption and time-outs.
 
-SLURM sends SIGUSR2 to all processes some time before it takes the nodes away. submitit's own handler would leave
-in the middle of a step, on rank 0 only. So the handlers of `util.guard` take its place: the training loops of
-all ranks finish a step and save, and `main` raises `Interrupted`; then rank 0 asks SLURM to requeue the job, and
-the next start goes on from what was saved. Submission is in `util.slurm_submit`.
+SLURM sends SIGUSR2 to all processes some time before it takes the nodes away. submitit's own handler would
+leave in the middle of a step, on rank 0 only. So `util.interrupt` takes its place: the training loops of all
+ranks finish a step and save, and `main` raises `Interrupted`; then rank 0 has SLURM requeue the job, and the
+next start goes on from what was saved. Submission is in `util.slurm_submit`.
 
-Run as a program this module is the start of a job's processes. At import it needs the standard library only.
+Run as a program, this module is the start of a job's processes. Importing it needs the standard library only.
 """
 
 import argparse
@@ -18,10 +18,12 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 
-from util.args import EXIT_REQUEUE, Interrupted, TrainingError, UserError, default_workers
+from util import interrupt
+from util.args import TrainingError, UserError, default_workers
 
-SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
+LOCAL_RESTART = 144  # exit status with which a local job asks to be started again, as submitit's
 MAX_FRUITLESS_STARTS = 5  # in a row that end before anything new was saved; more would go on forever
 
 
@@ -70,43 +72,44 @@ class TrainingJob:
     def __init__(self, script: str, args: argparse.Namespace):
         self.script, self.args = script, args
 
-    def __call__(self) -> int:
-        """Returns the exit status when it runs locally; under SLURM it exits with it, if it is not 0."""
+    def __call__(self) -> None:
+        """Returns when the training is complete; else exits and, where that makes sense, has it requeued."""
         import submitit
 
-        if getattr(self.args, "eval", False):  # has nothing to save and handles no signals
+        if getattr(self.args, "eval", False):  # has nothing to save
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        else:
+            interrupt.install()  # in the place of submitit's handlers
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
         env = submitit.JobEnvironment()
+        from util import distributed
+        from util.checkpoint import list_checkpoints
+
         try:
             set_up_processes(env)
             set_up_arguments(self.args, env)
-            status = self._train(env)
+            newest = list_checkpoints(self.args.output_dir)[:1]
+            try:
+                importlib.import_module(self.script).main(self.args)
+            except interrupt.Interrupted as stop:
+                if env.global_rank == 0:
+                    requeue(env, stop, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
+                sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
         except (UserError, TrainingError) as error:
-            print(f"{self.script}: error: {error}", file=sys.stderr, flush=True)
             status = 2 if isinstance(error, UserError) else 1
-        if status and env.cluster == "slurm":
-            sys.exit(status)
-        return status
-
-    def _train(self, env) -> int:
-        from util.checkpoint import list_checkpoints
-
-        newest = list_checkpoints(self.args.output_dir)[:1]
-        try:
-            importlib.import_module(self.script).main(self.args)  # lets the signals in once it handles them
-            return 0
-        except Interrupted as caught:
-            if env.global_rank != 0:
-                sys.exit(0)  # any other status would end rank 0 before it has requeued
-            if wants_requeue(env, str(caught)):
-                requeue(env, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
-            print(f"{caught}: saved; not requeued, the same command goes on with --resume auto", flush=True)
-            return EXIT_REQUEUE
+            distributed.fail(f"{self.script}: error: {error}", status)
+        except Exception:
+            if distributed.get_world_size() == 1:
+                raise
+            distributed.fail(traceback.format_exc().rstrip(), 1, own_fault=False)
 
 
 def set_up_processes(env) -> None:
     """Tells `util.distributed.init_distributed_mode` what submitit's `JobEnvironment` knows."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # of the shell that submitted
+    if env.num_tasks == 1:
+        return
     address, start = "127.0.0.1", "0"
     if env.cluster == "slurm":
         address = master_address(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
@@ -123,7 +126,7 @@ def set_up_processes(env) -> None:
 
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
-    """Sets `output_dir`, `log_dir`, `resume` and `num_workers` where the command line left them to the job."""
+    """Sets `output_dir`, `log_dir`, `resume`, `num_workers` where the command line left them to the job."""
     from util.checkpoint import list_checkpoints
 
     if "output_dir" not in args.given:
@@ -145,18 +148,8 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
         args.num_workers = min(default_workers(), max(cores, 1))
 
 
-def wants_requeue(env, signal_name: str) -> bool:
-    """Whether an interrupted job shall be started again, and nobody else does that."""
-    if env.cluster != "slurm":
-        return signal_name in ("SIGUSR1", "SIGUSR2")
-    if signal_name == "SIGINT":
-        return False
-    # COMPLETING: SLURM ends the job, by scancel or to requeue it itself. `scontrol requeue` would revive it
-    return "JobState=COMPLETING" not in _command("scontrol", "show", "job", "-o", env.job_id).stdout
-
-
-def requeue(env, fruitless: bool) -> None:
-    """Has the job started again, and exits; on rank 0 only.
+def requeue(env, stop: interrupt.Interrupted, fruitless: bool) -> None:
+    """Has the interrupted job started again, unless it was ended on purpose, and exits; on rank 0 only.
 
     Args:
         fruitless: this start has saved nothing new.
@@ -164,28 +157,32 @@ def requeue(env, fruitless: bool) -> None:
     Raises:
         TrainingError: SLURM refuses, or several starts in a row were fruitless.
     """
+    slurm = env.cluster == "slurm"
+    # COMPLETING: SLURM is ending the job; `scontrol requeue` would revive even one that the user cancelled
+    if slurm and "JobState=COMPLETING" in _command("scontrol", "show", "job", "-o", env.job_id).stdout:
+        print(f"{stop} (ended by SLURM, which starts it again if it was not cancelled)", flush=True)
+        sys.exit(stop.status)
+    if stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
+        print(stop, flush=True)
+        sys.exit(stop.status)
+
     record = env.paths.folder / f".{env.job_id}-fruitless-starts"
     count = 1 + (int(record.read_text()) if record.exists() else 0) if fruitless else 0
     record.write_text(str(count))
     if count >= MAX_FRUITLESS_STARTS:
         raise TrainingError(
-            f"{count} starts in a row ended before anything new was saved, so the job is not requeued; submit "
-            "again with a longer --timeout or a shorter --signal_delay_s"
+            f"{count} starts in a row ended before anything new was saved, so the job is not requeued; "
+            "submit again with a longer --timeout or a shorter --signal_delay_s"
         )
-    if env.cluster != "slurm":
-        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
-
-        print("saved; the job starts again", flush=True)
-        sys.exit(LOCAL_REQUEUE_RETURN_CODE)
-    result = _command("scontrol", "requeue", env.job_id)
-    if result.returncode != 0:
-        reason = " ".join(result.stderr.split())
-        raise TrainingError(
-            f"saved, but SLURM did not requeue the job ({reason}); submit again with "
-            f"--output_dir {env.paths.folder} to go on"
-        )
-    print(f"saved; job {env.job_id} is requeued", flush=True)
-    sys.exit(0)
+    if slurm:
+        result = _command("scontrol", "requeue", env.job_id)
+        if result.returncode != 0:
+            raise TrainingError(
+                f"saved, but SLURM did not requeue the job ({' '.join(result.stderr.split())}); to go on, "
+                f"submit again with --output_dir {env.paths.folder}"
+            )
+    print(f"{signal.Signals(stop.signum).name}: saved; job {env.job_id} starts again", flush=True)
+    sys.exit(0 if slurm else LOCAL_RESTART)
 
 
 def _command(*words: str) -> subprocess.CompletedProcess:
@@ -195,9 +192,9 @@ def _command(*words: str) -> subprocess.CompletedProcess:
 def main() -> None:
     """Start of a job's process: `python -m util.slurm -u -m MODULE FOLDER`, where MODULE is submitit's start.
 
-    From here on signals wait, until the training loop handles them; one that came during the imports would kill.
+    From here on signals wait until `TrainingJob` has its handlers; one during the imports would kill it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
     sys.argv = sys.argv[3:]
     runpy.run_module(sys.argv[0], run_name="__main__")
 

@@ -1,25 +1,21 @@
-"""The submitit_*.py launchers: their flags, and how a job is submitted to SLURM or run here (on top of submitit).
+"""The submitit_*.py launchers: their flags, and how a job is submitted to SLURM with submitit.
 
-What happens inside the job is in `util.slurm`.
+What happens inside the job is in `util.slurm`; `--cluster local` is in `util.slurm_local`.
 """
 
 import argparse
 import contextlib
 import io
-import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import time
-from pathlib import Path
 from types import ModuleType
 
 from util.args import ArgumentParser, UserError, run_script
 from util.slurm import TrainingJob
+from util.slurm_local import check_job_dir, python_command, run_here, setup_lines
 
-REPO = Path(__file__).resolve().parent.parent
 DEFAULT_JOB_DIR = "./slurm_jobs/%j"
 
 
@@ -75,8 +71,8 @@ def check_slurm_args(args: argparse.Namespace) -> None:
         args.ngpus = torch.cuda.device_count()
     if args.ngpus and args.tasks_per_node not in (None, args.ngpus):
         raise UserError(
-            f"--tasks_per_node {args.tasks_per_node}: each of the {args.ngpus} GPUs of a node has one process; "
-            "for a job without GPUs add --gpus_per_node 0"
+            f"--tasks_per_node {args.tasks_per_node}: each of the {args.ngpus} GPUs of a node has one "
+            "process; for a job without GPUs add --gpus_per_node 0"
         )
     args.tasks_per_node = args.ngpus or args.tasks_per_node or 1
     if args.timeout * 60 <= args.signal_delay_s:
@@ -94,7 +90,7 @@ def check_slurm_args(args: argparse.Namespace) -> None:
 
 def sbatch_parameters(args: argparse.Namespace, name: str) -> dict:
     """The parameters of submitit's `SlurmExecutor`."""
-    # One failed process ends all; later starts append to the logs; since 22.05 srun must be told the cores, too
+    # One failed process ends all; later starts append to the logs; since 22.05 srun must be told the cores
     srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if args.cpus_per_task:
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
@@ -122,17 +118,6 @@ def sbatch_parameters(args: argparse.Namespace, name: str) -> dict:
     }
 
 
-def setup_lines(args: argparse.Namespace) -> list[str]:
-    """The user's lines, directives first as SLURM reads none after a command, and where our modules are."""
-    lines = sorted(args.setup, key=lambda line: not line.startswith("#SBATCH"))
-    return [*lines, f"export PYTHONPATH={shlex.quote(str(REPO))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-
-
-def python_command() -> list[str]:
-    """What starts a job's process: `util.slurm`; submitit's own start follows as arguments."""
-    return [sys.executable, "-u", "-m", "util.slurm"]
-
-
 def slurm_executor(args: argparse.Namespace, name: str):
     """submitit's executor for these flags; of a dry run, also where SLURM is not installed."""
     from submitit.slurm.slurm import SlurmExecutor
@@ -151,20 +136,6 @@ def slurm_executor(args: argparse.Namespace, name: str):
 def sbatch_script(args: argparse.Namespace, name: str) -> str:
     executor = slurm_executor(args, name)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-def check_job_dir(job_dir: str) -> None:
-    """Makes the folders above the first `%j`; raises UserError unless the last can be written."""
-    from submitit.core.utils import JobPaths
-
-    folder = JobPaths.get_first_id_independent_folder(job_dir)
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--job_dir {job_dir}: {folder} cannot be written ({error.strerror})") from None
 
 
 def submit(job: TrainingJob, args: argparse.Namespace, name: str) -> None:
@@ -186,52 +157,6 @@ def submit(job: TrainingJob, args: argparse.Namespace, name: str) -> None:
         raise UserError(f"SLURM refused the job: {'; '.join(reasons)}") from None
     print(f"submitted job {submitted.job_id}; logs, checkpoints and curves: {submitted.paths.folder}")
     print(f"watch it: tail -F {submitted.paths.stdout}; end it: scancel {submitted.job_id}")
-
-
-def run_here(job: TrainingJob, args: argparse.Namespace) -> int:
-    """Runs the job on this machine, shows its first process's log, and returns the job's exit status.
-
-    On SIGINT or SIGTERM the job finishes its step, saves and ends.
-    """
-    from submitit.local.local import LocalExecutor
-
-    check_job_dir(args.job_dir)
-    # Instead of submitit's `setup`, which leaves a shell between that keeps signals from the job
-    start = ["bash", "-c", "\n".join([*setup_lines(args), 'exec "$0" "$@"']), *python_command()]
-    executor = LocalExecutor(args.job_dir, python=shlex.join(start))
-    visible = re.findall(r"\d+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    executor.update_parameters(
-        timeout_min=args.timeout,
-        signal_delay_s=args.signal_delay_s,
-        tasks_per_node=args.tasks_per_node,
-        gpus_per_node=args.ngpus,
-        visible_gpus=[int(gpu) for gpu in visible] or list(range(args.ngpus)),
-    )
-    # Ctrl-C reaches all processes of a terminal; those between, which would kill the job at once, ignore it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    running = executor.submit(job)
-    signal.signal(signal.SIGTERM, lambda *_: running._process.terminate())
-    print(f"job {running.job_id} runs here; logs, checkpoints and curves: {running.paths.folder}", flush=True)
-    shown = {running.paths.stdout: (sys.stdout, 0), running.paths.stderr: (sys.stderr, 0)}
-    ended = False
-    while not ended:
-        ended = running.done()
-        for path, (stream, position) in shown.items():
-            if path.exists():
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    file.seek(position)
-                    stream.write(file.read())
-                    shown[path] = stream, file.tell()
-                stream.flush()
-        time.sleep(0 if ended else 0.2)
-    return max(exit_status(running.task(rank)) for rank in range(args.tasks_per_node))
-
-
-def exit_status(process) -> int:
-    """What an ended process of a local job returned; 1 if it failed or was killed."""
-    if not process.paths.result_pickle.exists() or process.exception() is not None:
-        return 1
-    return process.result()
 
 
 def launch(script: ModuleType, doc: str) -> None:
@@ -257,5 +182,4 @@ def launch(script: ModuleType, doc: str) -> None:
         else:
             submit(job, args, name)
 
-    doc = doc.replace("%", "%%")  # argparse formats it
     run_script(main, ArgumentParser(description=doc, parents=[script.get_args_parser(), own]))

@@ -11,7 +11,7 @@ import torch
 
 import models_vit
 from engine_finetune import closing_line
-from util.args import ArgumentParser, UserError, check_common_args, image_size
+from util.args import UserError, check_common_args, image_size
 from util.checkpoint import load_checkpoint
 from util.distributed import get_rank, get_world_size, is_main_process, log, warn
 from util.encoder import encoder_state
@@ -30,25 +30,6 @@ from util.metrics import write_log
 from util.model_info import adopt_model_info, check_class_names, read_model_info
 from util.sampler import EpochSampler, build_loader
 from util.state_dict import check_state, model_state
-
-
-class RecordingParser(ArgumentParser):
-    """Sets `args.given`, the names of the flags that were on the command line, defaults or not."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        parsed, rest = super().parse_known_args(args, namespace)
-        defaults = [(action, action.default) for action in self._actions]
-        own_defaults, self._defaults = self._defaults, {}
-        try:
-            for action, _ in defaults:
-                action.default = argparse.SUPPRESS
-            given, _ = super().parse_known_args(args, argparse.Namespace())
-        finally:
-            self._defaults = own_defaults
-            for action, default in defaults:
-                action.default = default
-        parsed.given = sorted(vars(given))
-        return parsed, rest
 
 
 def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -92,7 +73,7 @@ def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.Argument
 
     Args:
         recipe: "finetune" or "linprobe", the script that calls.
-        parser: its flags; tells what was given when `args` did not come from a `RecordingParser`.
+        parser: its flags; tells what was given when `args` has no `given`.
 
     Raises UserError where a flag on the command line says something else than the checkpoint.
     """

@@ -1,8 +1,9 @@
 """Watches the other processes of a run, so that none waits for one that has ended.
 
-Each process beats once a second in the store where they met, and looks at the beat of its neighbour: little traffic
-at any number. A process that fails writes why, and one whose beat stops is written down by its neighbour; all others
-see it within seconds and leave without a word, so that the reason is the last line of the log.
+Each process beats once a second in the store where they met, and looks at the beat of its neighbour: little
+traffic at any number. A process that fails writes why, and one whose beat stops is written down by its
+neighbour; all others see it within seconds and leave without a word, so that the reason is the last line of
+the log.
 """
 
 import os
@@ -67,8 +68,8 @@ def _watch(rank: int, world_size: int) -> None:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
                 if claim(f"rank {neighbour} does not answer"):
-                    print(f"[rank {rank}] error: rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, "
-                          "out of memory, or its machine is gone); all processes stop", flush=True)  # fmt: skip
+                    text = f"rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, out of memory,"
+                    print(f"[rank {rank}] error: {text} or its machine is gone); all stop", flush=True)
                 leave(1)
     except (RuntimeError, OSError):  # the store's server, rank 0 or the launcher, is gone
         if not _stop.wait(PATIENCE):
