@@ -28,7 +28,7 @@ from models_mae import MODELS as MAE_MODELS  # noqa: E402
 from util.args import image_size  # noqa: E402
 from util.rng import seed_all  # noqa: E402
 
-PROBE = "--batch_size 64 --epochs 100 --warmup_epochs 10 --lr 3.2 --cache_features --cache_views 10"
+PROBE = "--global_pool --batch_size 64 --epochs 100 --warmup_epochs 10 --lr 12.8 --cache_features"
 FINETUNE = "--batch_size 64 --epochs 30 --warmup_epochs 5 --blr 2e-3 --layer_decay 0.75 --drop_path 0.1"
 PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decoder_depth 2 --vis_freq 0"
 
@@ -103,7 +103,7 @@ def measure(args, work: Path) -> dict:
     """{"figures": {task: {encoder: [accuracy per seed]}}, "commands": all commands}."""
     sizes = ["--input_size", args.input_size, "--patch_size", str(args.patch_size)]
     sizes += ["--in_chans", str(args.in_chans), "--num_workers", str(args.num_workers)]
-    sizes += ["--data_path", args.data_path] if args.data_path else []
+    sizes += ["--data_path", str(Path(args.data_path).resolve())] if args.data_path else []
     commands = []
     files = encoders(args, sizes, work, commands)
     figures = {task: {kind: [] for kind in files} for task in args.tasks}

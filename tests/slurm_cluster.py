@@ -23,6 +23,8 @@ PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 # Where Debian puts the daemons, also if the shell's PATH has no sbin
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
+MARK = "SLURM_TEST_CLUSTER"
+
 # KillWait: seconds from SIGTERM to SIGKILL; cred_expire: how long a requeued job waits before it starts again
 CONF = """
 ClusterName=test
@@ -103,10 +105,9 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.daemons: dict[str, subprocess.Popen] = {}
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))
-        }
-        self.env = {**clean, "PATH": SEARCH, "SLURM_CONF": str(folder / "slurm.conf")}
+        clean = {name: text for name, text in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        # MARK tells the processes of this cluster and its jobs from all others
+        self.env = {**clean, "PATH": SEARCH, "SLURM_CONF": str(folder / "slurm.conf"), MARK: str(folder)}
 
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle.
@@ -177,8 +178,8 @@ class Cluster:
         return dict(item.split("=", 1) for item in text.split() if "=" in item)
 
     def _own_processes(self) -> list[int]:
-        """Ids of all living processes that were started with this cluster's configuration."""
-        mark = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
+        """Ids of all living processes that this cluster and its commands have started."""
+        mark = f"{MARK}={self.folder}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():

@@ -168,6 +168,13 @@ def test_the_references_checkpoint_loads_with_a_plain_dict_of_args():
     assert content["epoch"] == 0 and content["args"]["accum_iter"] == 2 and type(content["args"]) is dict
 
 
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    save(tmp_path, 0)
+    (tmp_path / ".checkpoint-1.pth.tmp-123").write_bytes(b"half")
+    checkpoint.check_output_dir(str(tmp_path), make_model())
+    assert names(tmp_path) == ["checkpoint-0.pth"]
+
+
 def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir .*cannot be written"):

@@ -96,7 +96,7 @@ def test_the_usual_way_would_depend_on_the_batch_size():
         pytest.skip("this machine's matrix products do not depend on the batch size")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_do_not_change_a_bit(tmp_path, processes):
     out = tmp_path / "stats.json"
     script = tmp_path / "run.py"

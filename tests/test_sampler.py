@@ -3,12 +3,15 @@
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
+from golden_utils import REPO
 from PIL import Image
 
 from util import sampler as sampler_module
@@ -165,7 +168,9 @@ def test_evaluation_keeps_the_last_short_batch(folder):
 def test_workers_persist_and_use_one_thread(folder):
     class Reporting(ImageDataset):
         def _read(self, position, epoch, index):
-            handled = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            handled = all(
+                signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)
+            )
             return torch.tensor([os.getpid(), torch.get_num_threads(), handled])
 
     dataset = Reporting(find_images(folder), EvalTransform(16))
@@ -215,6 +220,26 @@ def test_skipped_images_are_flagged_from_workers(tmp_path, workers):
     batches = list(build_loader(dataset, EpochSampler(8, shuffle=False, batch_size=4), 4, workers))
     assert torch.cat([batch[0][:, 0, 0, 0] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 6, 6, 7]
     assert dataset.bad.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("ending", ["pass", "1 / 0", "sys.exit(3)"])
+def test_a_process_ends_with_its_loader_still_in_use(folder, ending):
+    """Workers ignore SIGTERM, by which multiprocessing would end them, and then wait for them for ever."""
+    code = f"""
+import argparse, sys
+from util.datasets import build_pretrain_dataset
+from util.sampler import EpochSampler, build_loader
+dataset = build_pretrain_dataset(argparse.Namespace(data_path={str(folder)!r}, input_size=16))
+loader = build_loader(dataset, EpochSampler(len(dataset), batch_size=2), 2, 2, drop_last=True)
+batches = iter(loader)
+next(batches)
+{ending}
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert run.returncode == {"1 / 0": 1, "sys.exit(3)": 3}.get(ending, 0)
+    assert [line for line in run.stderr.splitlines() if "Error" in line] == (
+        ["ZeroDivisionError: division by zero"] if ending == "1 / 0" else []
+    )
 
 
 def test_shared_memory_that_is_too_small(folder, monkeypatch):

@@ -446,7 +446,7 @@ def test_a_local_job_starts_again_and_completes(local_job, tmp_path):
     out, err = job.communicate(timeout=100)
     assert job.returncode == 0, out + err
     (folder,) = (tmp_path / "jobs").iterdir()
-    logs = sorted(path.read_text() for path in folder.glob("*_log.out"))
+    logs = [path.read_text() for path in sorted(folder.glob("*_log.out"))]
     assert [len(re.findall(rf"rank {rank} of 2: cpu a  b\n", logs[rank])) for rank in (0, 1)] == [3, 3]
     assert logs[0].count("starts again") == 2 and len(list(folder.glob("checkpoint-*.pth"))) == 3
 

@@ -122,12 +122,14 @@ def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
 
 
 def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
-    """Makes the folder; raises UserError unless a checkpoint of `model` with AdamW's state fits into it."""
+    """Makes the folder, tidies it; raises UserError unless a checkpoint of `model` with AdamW's state fits into it."""
     if not output_dir or not is_main_process():
         return
     probe = Path(output_dir) / f".write-test-{os.getpid()}"
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+        for left in Path(output_dir).glob(".checkpoint-*.tmp-*"):
+            left.unlink()  # of a save that was killed
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
     except OSError as error:

@@ -1,7 +1,10 @@
 """The order of samples, and the loader that fetches them."""
 
+import atexit
+import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -79,11 +82,41 @@ def _init_worker(worker_id: int) -> None:
     """One thread a worker, because there is one worker a core; signals are for the main process to handle.
 
     Schedulers signal all processes of a job: a worker that died of it would take the saving process with it.
+    Workers end when their loader closes, when the main process ends (`_end_workers`), or when it is gone.
     """
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends what is left of workers before multiprocessing does, with a SIGTERM that they ignore."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a worker's failure
+    for process in children:
+        process.kill()
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that asks its workers to leave when the interpreter exits while it is still in use, as an
+    error's traceback keeps it. Torch would wait 5 s for each of them then, if batches are pinned."""
+
+    def __iter__(self) -> Iterator:
+        iterator = super().__iter__()
+        if self.num_workers > 0 and not hasattr(iterator, "stopped_at_exit"):
+            iterator.stopped_at_exit = True
+            atexit.register(_stop_workers, weakref.ref(iterator), os.getpid())  # the last one runs first
+        return iterator
+
+
+def _stop_workers(reference: weakref.ref, owner: int) -> None:
+    """Lets an iterator's workers finish what they are at and leave; not in processes forked off its owner."""
+    iterator = reference()
+    if iterator is not None and os.getpid() == owner:
+        iterator._shutdown_workers()
 
 
 def _prefetch_that_fits(dataset: Dataset, batch_size: int, num_workers: int) -> int:
@@ -117,7 +150,7 @@ def build_loader(
     pin_mem: bool = False,
     drop_last: bool = False,
 ) -> DataLoader:
-    """A DataLoader over (image, label, index) samples, with the batches of `collate`.
+    """An `ImageLoader` over (image, label, index) samples, with the batches of `collate`.
 
     Workers live as long as the loader, work PREFETCH batches ahead and use one thread each. An unreadable
     image ends the iteration with BadImage, a UserError of one line, also out of a worker. The global random
@@ -136,7 +169,7 @@ def build_loader(
             "persistent_workers": True,
             "worker_init_fn": _init_worker,
         }
-    return DataLoader(
+    return ImageLoader(
         dataset,
         batch_size,
         sampler=sampler,
