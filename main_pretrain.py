@@ -47,6 +47,7 @@ from util.distributed import (
     shut_down,
 )
 from util.guard import RunGuard
+from util.knn import knn_accuracy, knn_loaders
 from util.lr_sched import scale_learning_rate
 from util.metrics import log_arguments, make_log_writer, write_log
 from util.pictures import pick_images, write_pictures
@@ -88,6 +89,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--save_freq", default=20, type=int, help="epochs between checkpoints; the last is always saved")
     flag("--vis_freq", default=20, type=int,
          help="epochs between reconstruction pictures and held-out losses (0: never)")
+    flag("--knn_freq", default=0, type=int, metavar="N",
+         help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     # fmt: on
 
     add_data_args(parser)
@@ -101,7 +104,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_common_args(args)
     if not 0 < args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
-    for flag, least in [("save_freq", 1), ("vis_freq", 0)]:
+    for flag, least in [("save_freq", 1), ("vis_freq", 0), ("knn_freq", 0)]:
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
 
@@ -152,6 +155,7 @@ def main(args: argparse.Namespace) -> None:
     if val_dataset is not None:
         val_sampler = EpochSampler(len(val_dataset), get_world_size(), get_rank(), shuffle=False)
         val_loader = build_loader(val_dataset, val_sampler, args.batch_size, args.num_workers, pin_mem)
+    knn = knn_loaders(args) if args.knn_freq else None
     pictures = pick_images(val_dataset or dataset) if args.vis_freq and is_main_process() else None
 
     # Model
@@ -205,9 +209,12 @@ def main(args: argparse.Namespace) -> None:
                 log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
             if pictures is not None:
                 write_pictures(model_without_ddp, pictures, args, epoch, record.get("val_loss"), log_writer)
+        if knn and (final or epoch % args.knn_freq == 0):
+            record["knn_acc1"] = knn_accuracy(model_without_ddp, *knn, device, args=args)["acc1"]
+            log(f"Epoch: [{epoch}] k-NN accuracy: {record['knn_acc1']:.2f} %")
         if log_writer is not None:
-            if "val_loss" in record:
-                log_writer.add_scalar("val_loss", record["val_loss"], int((epoch + 1) * 1000))
+            for name in record.keys() & {"val_loss", "knn_acc1"}:
+                log_writer.add_scalar(name, record[name], int((epoch + 1) * 1000))
             log_writer.flush()
         write_log(args.output_dir, record)
         if guard.stopped:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 SIZES = ["--input_size", "64", "--patch_size", "8"]
+DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_heads", "4"]
+PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
 
 
 def run(*command: str) -> None:
@@ -39,19 +41,34 @@ def main() -> None:
         sys.exit(f"run_demo.py: error: --output_dir {output} exists and is no demo's; pass another")
     shutil.rmtree(output, ignore_errors=True)
 
-    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, "--decoder_depth", "2",
-        "--batch_size", "64", "--epochs", str(args.epochs), "--warmup_epochs", "2", "--blr", "4e-3",
-        "--vis_freq", "4", "--print_freq", "10",
+    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER,
+        "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "2", "--blr", "8e-3",
+        "--vis_freq", "4", "--print_freq", "20",
         "--output_dir", str(output), "--log_dir", str(output))  # fmt: skip
+    records = read_log(output)
+    checkpoint = output / f"checkpoint-{records[-1]['epoch']}.pth"
 
-    records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    # The same linear classifier on both: what pre-training is worth
+    accuracy = {}
+    for name, flags in {"pre-trained": ["--finetune", str(checkpoint)], "random": []}.items():
+        folder = output / f"probe-{name}"
+        run("main_linprobe.py", "--model", "vit_tiny_patch16", *SIZES, *PROBE, *flags,
+            "--output_dir", str(folder), "--log_dir", str(folder))  # fmt: skip
+        accuracy[name] = read_log(folder)[-1]["test_acc1"]
+
     held_out = [record["val_loss"] for record in records if "val_loss" in record]
-    picture = output / f"reconstruction-{records[-1]['epoch']}.png"
-    print(f"\nDone in {time.time() - start:.0f} s.")
     first, last = records[0]["train_loss"], records[-1]["train_loss"]
-    print(f"training loss:  {first:.4f} in the first epoch, {last:.4f} in the last")
-    print(f"held-out loss:  {held_out[0]:.4f} after the first epoch, {held_out[-1]:.4f} at the end")
-    print(f"look at:        {picture}")
+    print(f"\nDone in {time.time() - start:.0f} s.")
+    print(f"training loss:   {first:.4f} in the first epoch, {last:.4f} in the last")
+    print(f"held-out loss:   {held_out[0]:.4f} after the first epoch, {held_out[-1]:.4f} at the end")
+    print(f"linear probe:    {accuracy['pre-trained']:.1f} % right with the pre-trained encoder, "
+          f"{accuracy['random']:.1f} % with a random one (10 classes)")  # fmt: skip
+    print(f"reconstructions: {output}/reconstruction-{records[-1]['epoch']}.png")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of `log.txt`, one dict an epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@ torchrun ... tests/dist_worker.py OUTPUT BATCH ACCUM_ITER DTYPE
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from argparse import Namespace
-
-from golden_utils import TINY_MAE, fill
 from torch.nn.parallel import DistributedDataParallel
 
-import models_mae
-from util import distributed
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from golden_utils import TINY_MAE, fill  # noqa: E402
+
+import models_mae  # noqa: E402
+from util import distributed  # noqa: E402
 
 
 def main(output, batch, accum_iter, dtype):

@@ -177,7 +177,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
 
 def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output_dir .*cannot be written"):
+    with pytest.raises(UserError, match=r"--output_dir .*cannot be written"):
         checkpoint.check_output_dir(str(tmp_path / "file" / "x"), make_model())
     usage = checkpoint.shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)

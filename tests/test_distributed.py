@@ -223,8 +223,10 @@ def test_launchers_environments(monkeypatch):
     assert found(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1") == (3, 8, 1)
     args.local_rank = 2
     assert found(RANK="2", WORLD_SIZE="4") == (2, 4, 2)  # launchers of old times pass a flag
-    slurm = dict(SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_STEP_NODELIST="127.0.0.1",
-                 SLURM_JOB_ID="17", SLURM_STEP_ID="0", MASTER_ADDR="x", MASTER_PORT="1")  # fmt: skip
+    slurm = dict(
+        SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_JOB_ID="17", SLURM_STEP_ID="0"
+    )
+    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1")
     assert found(**slurm) == (5, 8, 1)
     args.dist_on_itp = True
     with pytest.raises(UserError, match="OMPI_COMM_WORLD_RANK"):

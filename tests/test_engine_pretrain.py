@@ -112,8 +112,7 @@ def test_weight_decay_groups():
 
 
 def test_last_partial_window_is_used_with_its_own_mean():
-    """5 micro-steps, windows of 3: the second update must equal one of the mean loss of the last two batches.
-    """
+    """5 micro-steps, windows of 3: the second update is one of the mean loss of the last two batches."""
 
     def run(batches, accum_iter):
         data, model, _, _ = make_run()

@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The parsed command line; its `given` lists the names that were on it, the others have their defaults."""
+    """The parsed command line; its `given` lists the names that were on it, the rest has defaults."""
     args = parser.parse_args(argv)
     absent = object()
     probe = argparse.Namespace(**dict.fromkeys(vars(args), absent))
@@ -55,7 +55,7 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
 
 
 def _fail(message: str | None, status: int) -> None:
-    """Ends the script with `message`, or with the traceback of an error of ours, through all its processes."""
+    """Ends the script with `message`, or with the traceback of an error of ours, on all processes."""
     if "torch" in sys.modules:  # else there are no other processes; small scripts start without it
         from util import distributed
 

@@ -122,7 +122,7 @@ def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
 
 
 def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
-    """Makes the folder, tidies it; raises UserError unless a checkpoint of `model` with AdamW's state fits into it."""
+    """Makes the folder, tidies it; UserError unless a checkpoint of `model` and AdamW's state fits in."""
     if not output_dir or not is_main_process():
         return
     probe = Path(output_dir) / f".write-test-{os.getpid()}"
@@ -270,7 +270,7 @@ def _position(args, content: dict, source) -> int:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
-    # How a step is computed belongs to this machine, not to the checkpoint; torch places the state accordingly
+    # How a step is computed belongs to this machine, not to the checkpoint; torch places the state by it
     groups = [
         {**saved, "fused": own.get("fused")}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)

@@ -79,7 +79,7 @@ def all_reduce_mean(x: float | torch.Tensor) -> float | torch.Tensor:
 
 
 def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
-    """Context of a micro-step that is not the last of its accumulation window: gradients stay where they are."""
+    """Context of a micro-step that is not the last of its accumulation window: gradients stay here."""
     return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
@@ -162,7 +162,7 @@ def check_agreement(args: Namespace, **facts) -> None:
         if names:
             name = names[0]
             values = f"{theirs.get(name)}, rank 0 has {everyone[0].get(name)}"
-            raise UserError(f"rank {rank} has {name} = {values}; start all with the same flags, code and data")
+            raise UserError(f"rank {rank} has {name} = {values}; start all with the same flags and data")
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -134,7 +134,7 @@ class RunGuard:
         return save > 0
 
     def _report(self, window: list[dict]) -> None:
-        """Writes what led to a loss that is not finite, and names the files; stops when there were too many."""
+        """Writes what led to a loss that is not finite, and names the files; stops at too many."""
         bad = [entry for entry in window if not torch.isfinite(entry["loss"])]
         entry = (bad or window)[0]
         where = f"epoch {entry['epoch']}, step {entry['step']}"

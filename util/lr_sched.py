@@ -28,8 +28,7 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args: N
 
 
 def scale_learning_rate(args: Namespace, world_size: int) -> int:
-    """Sets `args.lr` = blr * effective batch / 256 unless `--lr` was given; returns the effective batch size.
-    """
+    """Sets `args.lr` = blr * effective batch / 256 unless `--lr` was given; returns that batch size."""
     effective_batch = args.batch_size * args.accum_iter * world_size
     if args.lr is None:
         args.lr = args.blr * effective_batch / 256

@@ -41,7 +41,7 @@ class SmoothedValue:
         self.pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
 
     def flush(self) -> None:
-        """Reads the pending values, one copy from the device for all of them; what is not finite is left out."""
+        """Reads the pending values, one copy from the device for all; drops what is not finite."""
         tensors = [value for value, _ in self.pending if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         for value, n in self.pending:

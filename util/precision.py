@@ -69,7 +69,7 @@ class NativeScalerWithGradNormCount:
     ) -> torch.Tensor | None:
         """Adds the gradients of `loss`; with `update_grad` also clips to `clip_grad` and steps.
 
-        With `parameters`, no step is made when their gradients' norm is not finite: the model stays as it was.
+        With `parameters`, no step is made when their gradients' norm is not finite: the model stays.
 
         Returns the gradients' total norm before clipping, a tensor on the device, when `parameters` are given
         and a step was made; else None.

@@ -12,8 +12,10 @@ def model_state(content: dict) -> dict[str, torch.Tensor]:
     removed.
     """
     state = content.get("model", content.get("state_dict", content))
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    return strip_prefixes(state)
+    if not isinstance(state, dict):
+        raise UserError(f"the checkpoint's model is a {type(state).__name__}, not a dict of tensors")
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return strip_prefixes(tensors)
 
 
 def strip_prefixes(state: dict) -> dict:

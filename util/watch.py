@@ -68,8 +68,8 @@ def _watch(rank: int, world_size: int) -> None:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
                 if claim(f"rank {neighbour} does not answer"):
-                    text = f"rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, out of memory,"
-                    print(f"[rank {rank}] error: {text} or its machine is gone); all stop", flush=True)
+                    text = f"rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, out of"
+                    print(f"[rank {rank}] error: {text} memory, or its machine is gone)", flush=True)
                 leave(1)
     except (RuntimeError, OSError):  # the store's server, rank 0 or the launcher, is gone
         if not _stop.wait(PATIENCE):

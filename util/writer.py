@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the training: the loop waits for a copy of the state in memory, not for the disk."""
+"""Writes checkpoints beside the training: the loop waits for a copy in memory, not for the disk."""
 
 import threading
 from collections.abc import Callable
