@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-extra test-gpu lint format bench clean setup
+.PHONY: demo test test-slow test-faults test-slurm test-extra test-gpu lint format bench clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
@@ -21,6 +21,15 @@ test-slow: setup
 test-extra: setup
 	$(PY) -m pip install -q elpv-dataset --no-deps
 	$(PY) -m pytest -m extra
+
+test-faults: setup
+	$(PY) tests/faults.py --runs 10 --kills 5
+	$(PY) tests/faults.py --runs 4 --kills 3 --processes 2
+	$(PY) tests/faults.py --runs 3 --kills 3 --job finetune
+	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe
+
+test-slurm: setup
+	SLURM_TEST_REQUIRED=1 $(PY) -m pytest -m slurm
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu

@@ -134,8 +134,8 @@ def with_clocks(spent: dict[str, float]) -> tuple[type, type]:
 def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging: bool, spent=None):
     """One epoch with or without logging; returns seconds on the clock and of processor time.
 
-    On a GPU, which works beside the processor, both are the clock's. `spent`: takes the seconds of the calls of
-    logging, which are then clocked.
+    On a GPU, which works beside the processor, both are the clock's. `spent`: takes the seconds of the
+    logging calls, which are then clocked.
     """
     model, optimizer, scaler = parts
     device = torch.device(args.device)

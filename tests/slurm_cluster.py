@@ -58,11 +58,12 @@ SlurmdTimeout=300
 SlurmdParameters=config_overrides
 KillWait=30
 MinJobAge=600
+EnforcePartLimits=ALL
 InactiveLimit=0
 Waittime=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} CPUs={cpus} RealMemory=1000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2_port} CPUs={cpus} RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
+PartitionName=main Nodes=n1,n2 Default=YES State=UP OverSubscribe=FORCE:4
 """
 
 

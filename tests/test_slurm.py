@@ -87,6 +87,7 @@ def test_master_port_follows_job_and_start():
     ports = {slurm.master_port(str(job), str(start)) for job in range(4000, 4100, 10) for start in range(3)}
     assert len(ports) == 30 and all(10000 <= port < 30000 for port in ports)
     assert slurm.master_port("123456789_4") == slurm.master_port("123456789_4", "0")
+    assert slurm.master_port("100", "1") != slurm.master_port("101", "0")  # a neighbour on the same node
 
 
 def launcher_parser(script):
@@ -281,6 +282,7 @@ def job_environment(folder, **values):
 
 
 def test_the_job_tells_the_trainer_who_it_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     for name in names:
         monkeypatch.setenv(name, "stale")
@@ -288,9 +290,10 @@ def test_the_job_tells_the_trainer_who_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     slurm.set_up_processes(job_environment(tmp_path))
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "10009"]
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "12007"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # its own only
     slurm.set_up_processes(job_environment(tmp_path, cluster="local"))
-    assert [os.environ[name] for name in names[4:]] == ["127.0.0.1", "10007"]
+    assert [os.environ[name] for name in names[2:]] == ["0", "2", "127.0.0.1", "10007"]
     slurm.set_up_processes(job_environment(tmp_path, num_tasks=1))
     assert not set(names) & set(os.environ)
 
@@ -336,11 +339,11 @@ def requeued(env, signum, fruitless=False):
     return stop.value.code
 
 
-def test_requeue_asks_slurm_unless_the_job_was_ended(fakes, tmp_path, capsys):
+def test_requeue_asks_slurm_unless_the_job_was_ended(fakes, tmp_path, capsys, monkeypatch):
     env, asked = job_environment(tmp_path, global_rank=0), tmp_path / "asked"
 
-    def scontrol(state, status=0):
-        text = f'[ "$1" = show ] && echo "JobId=7 JobState={state} Reason=None" && exit 0\n'
+    def scontrol(state, status=0, reason="None"):
+        text = f'[ "$1" = show ] && echo "JobId=7 JobState={state} Reason={reason}" && exit 0\n'
         program(fakes, "scontrol", f"{text}echo $@ >> {asked}; echo disabled >&2; exit {status}")
 
     scontrol("RUNNING")
@@ -353,6 +356,9 @@ def test_requeue_asks_slurm_unless_the_job_was_ended(fakes, tmp_path, capsys):
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         assert requeued(env, signum) == interrupt.EXIT_REQUEUE
     assert not asked.exists() and "--resume auto" in capsys.readouterr().out
+    scontrol("COMPLETING", reason="TimeLimit")  # saving took longer than was left
+    assert requeued(env, signal.SIGUSR2) == 0 and asked.exists()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     scontrol("RUNNING", status=1)
     with pytest.raises(TrainingError, match=r"saved, but SLURM did not requeue the job \(disabled\)"):
         slurm.requeue(env, interrupt.Interrupted(signal.SIGUSR2), False)

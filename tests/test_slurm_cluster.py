@@ -63,11 +63,14 @@ def log_of(folder):
 
 
 def wait_for_state(cluster, job_id, states, seconds):
-    return wait_for(
-        f"job {job_id} in state {states}, now {cluster.job(job_id).get('JobState')}",
-        lambda: cluster.job(job_id) if cluster.job(job_id).get("JobState") in states else None,
-        seconds,
-    )
+    def job_in_state():
+        job = cluster.job(job_id)
+        return job if job.get("JobState") in states else None
+
+    try:
+        return wait_for(f"job {job_id} in state {states}", job_in_state, seconds)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}: {cluster.job(job_id)}") from None
 
 
 def wait_until_trained(folder, seconds=120, step=r"Epoch: \[[1-9]"):
@@ -107,19 +110,9 @@ def undisturbed(cluster, images, tmp_path_factory):
 
 def test_srun_without_a_launcher_on_two_nodes(cluster, images, undisturbed, tmp_path):
     """The processes find each other by SLURM's variables alone."""
-    command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, str(REPO / "main_pretrain.py")]
-    command += [
-        *TINY.split(),
-        "--data_path",
-        str(images),
-        "--num_workers",
-        "1",
-        "--device",
-        "cpu",
-        "--epochs",
-        "3",
-    ]
-    done = cluster.run(*command, "--output_dir", str(tmp_path), "--log_dir", "", timeout=300)
+    flags = f"--data_path {images} --num_workers 1 --device cpu --epochs 3 --output_dir {tmp_path}"
+    script = [sys.executable, str(REPO / "main_pretrain.py"), *TINY.split(), *flags.split(), "--log_dir", ""]
+    done = cluster.run("srun", "--nodes=2", "--ntasks=2", *script, timeout=300)
     assert "4 x 2 processes" in done.stdout
     assert_same_weights(undisturbed(3), tmp_path)
 

@@ -9,7 +9,6 @@ Run as a program, this module is the start of a job's processes. Importing it ne
 """
 
 import argparse
-import contextlib
 import importlib
 import os
 import re
@@ -18,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 
 from util import interrupt
@@ -47,18 +47,16 @@ def master_address(nodelist: str) -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            shown = _command("scontrol", "show", "node", host).stdout
-            if address := re.search(r"\bNodeAddr=(\S+)", shown):
-                return address[1]
+        if address := re.search(r"\bNodeAddr=(\S+)", _command("scontrol", "show", "node", host).stdout):
+            return address[1]
     return host
 
 
-def master_port(job_id: str, step: str = "0") -> int:
-    """A port below those that systems give out by themselves, from the job's id and the number of its step or
-    start; the same on all processes, rarely that of another job.
+def master_port(job_id: str, start: str = "0") -> int:
+    """A port below those that systems give out by themselves, from the job's id and the number of its start or
+    step: the same on all processes, and another one than for jobs that may run on the same node.
     """
-    return 10000 + sum(int(number) for number in re.findall(r"\d+", f"{job_id} {step}")) % 20000
+    return 10000 + (int(re.sub(r"\D", "", job_id)) + 1000 * int(start)) % 20000
 
 
 class TrainingJob:
@@ -114,10 +112,12 @@ def set_up_processes(env) -> None:
     if env.cluster == "slurm":
         address = master_address(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
         start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # at some sites a process sees its own GPU only
+    gpu = env.local_rank % len(visible.split(",")) if visible else env.local_rank
     known = {
         "RANK": env.global_rank,
         "WORLD_SIZE": env.num_tasks,
-        "LOCAL_RANK": env.local_rank,
+        "LOCAL_RANK": gpu,
         "LOCAL_WORLD_SIZE": env.num_tasks // env.num_nodes,
         "MASTER_ADDR": address,
         "MASTER_PORT": master_port(env.job_id, start),
@@ -158,11 +158,10 @@ def requeue(env, stop: interrupt.Interrupted, fruitless: bool) -> None:
         TrainingError: SLURM refuses, or several starts in a row were fruitless.
     """
     slurm = env.cluster == "slurm"
-    # COMPLETING: SLURM is ending the job; `scontrol requeue` would revive even one that the user cancelled
-    if slurm and "JobState=COMPLETING" in _command("scontrol", "show", "job", "-o", env.job_id).stdout:
-        print(f"{stop} (ended by SLURM, which starts it again if it was not cancelled)", flush=True)
-        sys.exit(stop.status)
-    if stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
+    state = _command("scontrol", "show", "job", "-o", env.job_id).stdout if slurm else ""
+    # SLURM has ended it already, by scancel or to requeue it itself; asked now, it would revive a cancelled job
+    ended = "JobState=COMPLETING" in state and "Reason=TimeLimit" not in state
+    if ended or stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
         print(stop, flush=True)
         sys.exit(stop.status)
 
@@ -175,18 +174,26 @@ def requeue(env, stop: interrupt.Interrupted, fruitless: bool) -> None:
             "submit again with a longer --timeout or a shorter --signal_delay_s"
         )
     if slurm:
-        result = _command("scontrol", "requeue", env.job_id)
-        if result.returncode != 0:
+        for pause in (5, 10, 0):  # a controller that pre-empts many jobs may be busy
+            result = _command("scontrol", "requeue", env.job_id)
+            if result.returncode == 0:
+                break
+            time.sleep(pause)
+        else:
             raise TrainingError(
                 f"saved, but SLURM did not requeue the job ({' '.join(result.stderr.split())}); to go on, "
                 f"submit again with --output_dir {env.paths.folder}"
             )
-    print(f"{signal.Signals(stop.signum).name}: saved; job {env.job_id} starts again", flush=True)
+    print(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again", flush=True)
     sys.exit(0 if slurm else LOCAL_RESTART)
 
 
 def _command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+    """Runs a command with text output; one that does not answer in a minute has failed."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(words, 1, "", str(error))
 
 
 def main() -> None:

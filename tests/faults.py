@@ -1,0 +1,130 @@
+"""Fault campaign: kills a run at random moments, resumes it until done, compares it with an undisturbed one.
+
+    python tests/faults.py --runs 10 --kills 5                 ten pre-trainings, each killed five times
+    python tests/faults.py --runs 4 --kills 3 --processes 2    one of two processes is killed each time
+    python tests/faults.py --job finetune --runs 2 --kills 3
+
+Each run saves after every step (--save_minutes of a few milliseconds), so that kills also fall into saves.
+Prints the count and exits with 1 unless all final weights are identical.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from golden_utils import REPO  # noqa: E402
+from image_utils import make_folder  # noqa: E402
+
+from util.checkpoint import load_checkpoint  # noqa: E402
+
+COMMON = (
+    "--input_size 32 --patch_size 8 --batch_size 4 --warmup_epochs 1 --num_workers 1 --device cpu --log_dir="
+)
+JOBS = {
+    "pretrain": "main_pretrain.py --model mae_vit_tiny_patch16 --decoder_embed_dim 32 --decoder_depth 1 "
+    "--decoder_num_heads 2 --vis_freq 0 --save_freq 1000",
+    "finetune": "main_finetune.py --model vit_tiny_patch16 --mixup 0.8 --cutmix 1.0",
+    "linprobe": "main_linprobe.py --model vit_tiny_patch16",
+}
+
+
+def command(args, data: Path, output: Path) -> list[str]:
+    words = [*JOBS[args.job].split(), *COMMON.split(), "--epochs", str(args.epochs)]
+    words += [
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(output),
+        "--resume",
+        "auto",
+        "--save_minutes",
+        "0.0001",
+    ]
+    words += ["--keep_checkpoints", "2"]
+    if args.processes > 1:
+        port = str(random.randint(20000, 29000))
+        words = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes),
+                 "--master_addr", "127.0.0.1", "--master_port", port, *words]  # fmt: skip
+    return [sys.executable, *words]
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def run_once(args, data: Path, output: Path, kill_after: float | None, rng: random.Random) -> bool:
+    """One start; killed `kill_after` seconds after training began. Returns whether it ended by itself, well."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(command(args, data, output), cwd=REPO, env=env, **options)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if kill_after is not None and "Epoch: [" in line:
+            time.sleep(kill_after)
+            if args.processes > 1:
+                os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            kill_after = None
+    code = process.wait(timeout=60)
+    if code not in (0, 1, -signal.SIGKILL):
+        sys.exit(f"unexpected exit status {code}:\n{''.join(lines[-30:])}")
+    return code == 0
+
+
+def campaign(args, folder: Path) -> tuple[int, int]:
+    """(identical runs, kills)."""
+    data = make_folder(folder / "data" / "train", 24, classes=2).parent
+    make_folder(data / "val", 6, classes=2)
+    last = f"checkpoint-{args.epochs - 1}.pth"
+    if not run_once(args, data, folder / "undisturbed", None, random.Random()):
+        sys.exit("the undisturbed run failed")
+    expected = load_checkpoint(folder / "undisturbed" / last)["model"]
+    identical = kills = 0
+    for number in range(args.runs):
+        rng = random.Random(f"{args.seed}-{number}")
+        output = folder / f"run-{number}"
+        left = args.kills
+        while not run_once(args, data, output, rng.uniform(0, args.spread) if left else None, rng):
+            kills += 1
+            left = max(left - 1, 0)
+        final = load_checkpoint(output / last)["model"]
+        same = all(torch.equal(value, final[key]) for key, value in expected.items())
+        identical += same
+        print(f"run {number}: {args.kills - left} kills, {'identical' if same else 'DIFFERENT'}", flush=True)
+        shutil.rmtree(output)
+    return identical, kills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--job", default="pretrain", choices=JOBS)
+    parser.add_argument("--runs", default=3, type=int)
+    parser.add_argument("--kills", default=5, type=int, help="of each run")
+    parser.add_argument("--processes", default=1, type=int)
+    parser.add_argument("--epochs", default=12, type=int)
+    parser.add_argument("--spread", default=2.0, type=float, help="kill within so many seconds of training")
+    parser.add_argument("--seed", default=0, type=int)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        identical, kills = campaign(args, Path(folder))
+    count = f"{identical} of {args.runs} runs identical to the undisturbed one"
+    print(f"{count}, {kills} kills, {args.processes} processes")
+    sys.exit(identical != args.runs)
+
+
+if __name__ == "__main__":
+    main()
