@@ -29,6 +29,7 @@ test-faults: setup
 	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe
 
 test-slurm: setup
+	bash tests/slurm_setup.sh
 	SLURM_TEST_REQUIRED=1 $(PY) -m pytest -m slurm
 
 test-gpu: setup
@@ -56,4 +57,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data output_dir
+	rm -rf $(VENV) demo_data demo_output output_dir

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 import torch
 
 from util import lr_sched
-from util.curves import StepCurves
 from util.distributed import get_rank, get_world_size, log, without_gradient_traffic
 from util.evaluation import predict_samples, summarize
 from util.guard import RunGuard
 from util.metrics import MetricLogger, SmoothedValue
 from util.precision import autocast, resolve_amp_dtype
+from util.records import StepCurves
 from util.rng import seed_step
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
 

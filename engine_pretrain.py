@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import torch
 
 from util import lr_sched
-from util.curves import StepCurves
 from util.distributed import all_reduce_sum, get_rank, get_world_size, without_gradient_traffic
 from util.guard import RunGuard
 from util.metrics import MetricLogger, SmoothedValue
 from util.precision import autocast, resolve_amp_dtype
+from util.records import StepCurves
 from util.rng import seed_step
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
 from util.visualize import fixed_noise

@@ -18,9 +18,9 @@ from util.features import encoder_features
 from util.finetune_data import check_classes, labelled_images
 from util.finetune_transforms import eval_transform
 from util.knn import knn_accuracy
-from util.metrics import log_arguments, write_log
 from util.model_info import read_model_info
 from util.precision import resolve_amp_dtype, resolve_device
+from util.records import log_arguments, write_log
 from util.rng import seed_all
 from util.transfer import build_classifier, eval_loader
 from util.transforms import channel_stats

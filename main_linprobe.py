@@ -41,9 +41,9 @@ from util.finetune_transforms import eval_transform, probe_transform
 from util.guard import RunGuard
 from util.lars import LARS
 from util.lr_sched import scale_learning_rate
-from util.metrics import log_arguments, make_log_writer
 from util.model_info import make_model_info
 from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.records import log_arguments, make_log_writer
 from util.rng import seed_all
 from util.transfer import (
     add_classifier_args,

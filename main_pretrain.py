@@ -1,7 +1,8 @@
 """Pre-trains a masked autoencoder (MAE, arXiv 2111.06377).
 
 Look at it run, with no data and no GPU (makes a small demo set):
-    python main_pretrain.py --model mae_vit_tiny_patch16 --input_size 64 --patch_size 8 --epochs 10
+    python main_pretrain.py --model mae_vit_tiny_patch16 --input_size 64 --patch_size 8 --batch_size 32 \
+        --epochs 10 --warmup_epochs 1 --blr 8e-3
 
 On your images, one GPU:
     python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --norm_pix_loss --batch_size 256
@@ -14,13 +15,11 @@ Go on after an interruption: the same command with --resume auto.
 """
 
 import argparse
-import math
 import time
 from datetime import timedelta
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch.nn.parallel import DistributedDataParallel
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
@@ -45,13 +44,14 @@ from util.distributed import (
     is_main_process,
     log,
     shut_down,
+    wrap_model,
 )
 from util.guard import RunGuard
 from util.knn import knn_accuracy, knn_loaders
 from util.lr_sched import scale_learning_rate
-from util.metrics import log_arguments, make_log_writer, write_log
 from util.pictures import pick_images, write_pictures
 from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.records import log_arguments, make_log_writer, trim_log, write_log
 from util.rng import seed_all
 from util.sampler import EpochSampler, build_loader
 from util.transforms import channel_stats
@@ -122,15 +122,14 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
         )
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    if int(model.patch_embed.num_patches * (1 - args.mask_ratio)) < 1:
-        raise UserError(
-            f"--mask_ratio {args.mask_ratio}: keeps none of {model.patch_embed.num_patches} patches"
-        )
+    patches = model.patch_embed.num_patches
+    kept = int(patches * (1 - args.mask_ratio))
+    if not 0 < kept < patches:
+        raise UserError(f"--mask_ratio {args.mask_ratio}: keeps {kept or 'none'} of {patches} patches")
     return model
 
 
 def main(args: argparse.Namespace) -> None:
-    interrupt.install()
     init_distributed_mode(args)
     check_args(args)
     device = resolve_device(args.device, args.gpu)
@@ -161,8 +160,6 @@ def main(args: argparse.Namespace) -> None:
     # Model
     seed_all(args.seed)
     model_without_ddp = model = build_model(args).to(device)
-    if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # Optimizer: biases and norms are not decayed
     effective_batch = scale_learning_rate(args, get_world_size())
@@ -173,7 +170,9 @@ def main(args: argparse.Namespace) -> None:
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    log_writer = make_log_writer(args.log_dir)
+    if args.distributed:
+        model = wrap_model(model, device)
+    log_writer = make_log_writer(args.log_dir, purge_step=int(1000 * args.start_epoch) if resumed else None)
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     log(f"data: {dataset.describe()}; held out: {val_dataset.describe() if val_dataset else 'none'}")
@@ -185,30 +184,20 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Training
-    def save(epoch: int, step: int = 0, meters: list | None = None) -> None:
-        save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, step=step, meters=meters)
+    def save(epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
+        save_model(
+            args, epoch, model, model_without_ddp, optimizer, loss_scaler, step, meters=meters, **extra
+        )
 
-    guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
-    start_time = time.time()
-    for epoch in range(args.start_epoch, args.epochs):
-        if args.max_steps and epoch * math.ceil(steps_per_epoch / args.accum_iter) >= args.max_steps:
-            break
-        sampler.set_epoch(epoch, args.start_step if epoch == args.start_epoch else 0)
-        stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
-        dataset.report_bad_images()
-        if guard.inside_epoch:
-            break
-
-        final = epoch + 1 == args.epochs or (guard.stopped and not guard.signum)
-        if final or guard.stopped or epoch % args.save_freq == 0:
-            save(epoch)
+    def finish_epoch(epoch: int, stats: dict[str, float]) -> None:
+        """What comes after an epoch's training and its checkpoint: held-out loss, k-NN, pictures, log."""
+        final = epoch + 1 == args.epochs or guard.reached_max_steps
         record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
-        if args.vis_freq and (final or epoch % args.vis_freq == 0):
-            if val_loader is not None:
-                record["val_loss"] = evaluate(val_loader, model_without_ddp, device, args)
-                log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
-            if pictures is not None:
-                write_pictures(model_without_ddp, pictures, args, epoch, record.get("val_loss"), log_writer)
+        if val_loader is not None and (final or epoch % args.vis_freq == 0):
+            record["val_loss"] = evaluate(val_loader, model_without_ddp, device, args)
+            log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
+        if pictures is not None and (final or epoch % args.vis_freq == 0):
+            write_pictures(model_without_ddp, pictures, args, epoch, record.get("val_loss"), log_writer)
         if knn and (final or epoch % args.knn_freq == 0):
             record["knn_acc1"] = knn_accuracy(model_without_ddp, *knn, device, args=args)["acc1"]
             log(f"Epoch: [{epoch}] k-NN accuracy: {record['knn_acc1']:.2f} %")
@@ -217,10 +206,30 @@ def main(args: argparse.Namespace) -> None:
                 log_writer.add_scalar(name, record[name], int((epoch + 1) * 1000))
             log_writer.flush()
         write_log(args.output_dir, record)
+
+    guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
+    interrupt.install()
+    start_time = time.time()
+    if resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
+        finish_epoch(args.start_epoch - 1, resumed["stats"])  # a signal came right after it
+    for epoch in range(args.start_epoch, args.epochs):
+        start_step = args.start_step if epoch == args.start_epoch else 0
+        if guard.check_max_steps(epoch, start_step):
+            break
+        sampler.set_epoch(epoch, start_step)
+        stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
+        dataset.report_bad_images()
+        if guard.inside_epoch:
+            break
+        if guard.stopped or epoch + 1 == args.epochs or epoch % args.save_freq == 0:
+            save(epoch, stats=stats)
+        if guard.signal_came():  # there may be little time: the rest of the epoch comes after resuming
+            break
+        finish_epoch(epoch, stats)
         if guard.stopped:
             break
 
-    if args.max_steps:
+    if guard.reached_max_steps:
         log(f"stopped by --max_steps {args.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
     if log_writer is not None:

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine_pretrain
 import main_pretrain
 from util.demo_data import TRAIN
-from util.metrics import make_log_writer, write_log
 from util.precision import NativeScalerWithGradNormCount, resolve_device
+from util.records import make_log_writer, write_log
 from util.transforms import channel_stats
 
 TARGET_PERCENT = 1.0

@@ -27,7 +27,7 @@ def save(folder, epoch, step=0, model=None, **args):
     model = model or make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     path = checkpoint.save_model(make_args(folder, **args), epoch, model, model, optimizer, None, step=step)
-    checkpoint.finish_saving()
+    checkpoint._writer.wait()
     return path
 
 

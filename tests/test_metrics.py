@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from util.metrics import MetricLogger, SmoothedValue, make_log_writer, write_log
+from util.metrics import MetricLogger, SmoothedValue
+from util.records import make_log_writer, trim_log, write_log
 
 
 def test_smoothed_value_mixes_numbers_and_tensors():
@@ -96,3 +97,25 @@ def test_log_writer(tmp_path):
     writer.add_scalar("x", 1.0, 0)
     writer.close()
     assert list((tmp_path / "curves").glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_log_drops_what_will_come_again(tmp_path):
+    for epoch in range(3):
+        write_log(tmp_path, {"epoch": epoch})
+    assert trim_log(tmp_path, 2) and not trim_log(tmp_path, 4) and trim_log("", 3)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
+
+
+def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, capsys):
+    writer = make_log_writer(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    writer.writer.add_scalar = full
+    writer.add_scalar("x", 1.0, 0)
+    writer.add_scalar("x", 1.0, 1)
+    writer.close()
+    assert capsys.readouterr().err.count("no more TensorBoard curves: No space left on device") == 1
+    write_log(tmp_path / "gone", {"epoch": 0})
+    assert "log.txt: not written" in capsys.readouterr().err

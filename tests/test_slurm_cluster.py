@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 TINY = "--model mae_vit_tiny_patch16 --input_size 32 --patch_size 8 --decoder_embed_dim 32 --decoder_depth 1"
 TINY += " --decoder_num_heads 2 --batch_size 4 --warmup_epochs 1 --vis_freq 0 --save_freq 1000 --print_freq 8"
 TWO_NODES = "--nodes 2 --gpus_per_node 0 --tasks_per_node 1"
-IMAGES = 64  # 8 steps an epoch
+IMAGES = 128  # 16 steps an epoch
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 

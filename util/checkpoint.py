@@ -15,43 +15,13 @@ from pathlib import Path
 
 import torch
 
-from util.args import UserError
-from util.distributed import get_world_size, is_main_process, log, warn
+from util.args import TrainingError, UserError
+from util.distributed import check_agreement, gather, get_world_size, is_main_process, log, warn
 from util.state_dict import check_state, model_state
-from util.writer import BackgroundWriter
+from util.writer import BackgroundWriter, save_checkpoint
 
 _writer = BackgroundWriter()
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
-
-
-def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Writes `content` to a temporary file in the same folder, flushes it to disk and renames it.
-
-    At any moment `path` holds the old file or the whole new one.
-
-    Raises:
-        OSError: the folder cannot be written or is full; the temporary file is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, RuntimeError):  # what torch makes of a full disk
-            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load_checkpoint(source: str | Path) -> dict:
@@ -96,29 +66,40 @@ def load_checkpoint(source: str | Path) -> dict:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a folder, the furthest in training first."""
+    """Checkpoints of a folder, the last written first: an older run may have come further there."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for path in Path(output_dir).iterdir():
             if match := _NAME.fullmatch(path.name):
                 epoch, step = int(match[1]), match[2]
-                found.append(((epoch, int(step)) if step else (epoch + 1, 0), path))
-    return [path for _, path in sorted(found, reverse=True)]
+                position = (epoch, int(step)) if step else (epoch + 1, 0)
+                with contextlib.suppress(FileNotFoundError):  # removed by its run
+                    found.append((path.stat().st_mtime_ns, position, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint of a folder and its content; unreadable ones are passed over with a
-    warning.
+    warning. The first process chooses for all.
+
+    Raises:
+        UserError: another process cannot read what the first one chose.
     """
-    for path in list_checkpoints(output_dir):
-        try:
-            content = load_checkpoint(path)
-            if "model" in content:
-                return path, content
-            warn(f"{path}: holds no model; passed over")
-        except UserError as error:
-            warn(f"{error}; passed over for the one before")
-    return None
+    chosen = content = None
+    if is_main_process():
+        for path in list_checkpoints(output_dir):
+            try:
+                content = load_checkpoint(path)
+                if "model" in content:
+                    chosen = path
+                    break
+                warn(f"{path}: holds no model; passed over")
+            except UserError as error:
+                warn(f"{error}; passed over for the one before")
+    chosen = gather(chosen)[0]
+    if chosen is None:
+        return None
+    return chosen, content if is_main_process() else load_checkpoint(chosen)
 
 
 def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
@@ -182,18 +163,24 @@ def save_model(
             save_checkpoint(path, copy)
             if best:
                 _keep_best(path)
+            _remove_old(path, getattr(args, "keep_checkpoints", 0))
         except OSError as error:
             warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on, make room")
-        else:
-            _remove_old(path, getattr(args, "keep_checkpoints", 0))
+            raise
 
     _writer.start(write, content)
     return path
 
 
 def finish_saving() -> None:
-    """Returns when the last checkpoint is on disk (or its failure has been warned about)."""
+    """Returns when the last checkpoint is on disk.
+
+    Raises:
+        TrainingError: it could not be written, so that this state is lost when the run ends.
+    """
     _writer.wait()
+    if _writer.failed:
+        raise TrainingError("the last checkpoint could not be written (see above); the run ends without it")
 
 
 def _keep_best(path: Path) -> None:
@@ -227,6 +214,9 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     """
     args.start_step = 0
     if not args.resume:
+        if args.output_dir and list_checkpoints(args.output_dir):
+            log(f"note: {args.output_dir} holds checkpoints of an earlier run, which this fresh one will overwrite; "
+                "--resume auto goes on from them")  # fmt: skip
         return None
     if args.resume == "auto":
         newest = find_newest(args.output_dir) if args.output_dir else None
@@ -250,9 +240,26 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     args.start_epoch, args.start_step = content["epoch"] + 1, content.get("step", 0)
     if args.start_step:
         args.start_step = _position(args, content, source)
+    check_agreement(args)  # all processes go on from the same place
+    _warn_of_changes(args, content)
     where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
     log(f"resume: {source}, going on at {where}")
     return content
+
+
+def _warn_of_changes(args, content: dict) -> None:
+    """Says which settings of the recipe are no longer those of the checkpoint."""
+    names = (
+        "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter mean"
+    )
+    saved, own = content.get("args") or {}, vars(args)
+    changed = [
+        f"{name} {saved[name]} -> {own[name]}"
+        for name in (*names.split(), "std", "layer_decay", "drop_path", "data_path")
+        if name in saved and name in own and str(saved[name]) != str(own[name])
+    ]
+    if changed and is_main_process():
+        warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
 
 
 def _position(args, content: dict, source) -> int:

@@ -25,7 +25,7 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     """Prints on standard error on any process, with its rank when there are several."""
     rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
-    print(f"{rank}warning: {message}", file=sys.stderr, flush=True)
+    print(f"{rank}warning: {message}\n", end="", file=sys.stderr, flush=True)  # one write: of threads too
 
 
 def get_world_size() -> int:
@@ -76,6 +76,13 @@ def all_reduce_mean(x: float | torch.Tensor) -> float | torch.Tensor:
         return all_reduce_sum(x) / get_world_size()
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     return (all_reduce_sum(torch.tensor(x, dtype=torch.float64, device=device)) / get_world_size()).item()
+
+
+def wrap_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """DistributedDataParallel around `model`; the gradients live in the buckets that are sent."""
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
 
 
 def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
@@ -154,7 +161,7 @@ def init_distributed_mode(args: Namespace) -> None:
 def check_agreement(args: Namespace, **facts) -> None:
     """Raises UserError, naming what differs, unless all processes have the same arguments and `facts`."""
     own = {name: repr(value) for name, value in {**vars(args), **facts}.items()}
-    for name in ("rank", "gpu", "local_rank", "given"):  # belong to the process
+    for name in ("rank", "gpu", "local_rank", "num_workers", "given"):  # belong to the process
         own.pop(name, None)
     everyone = gather(own)
     for rank, theirs in enumerate(everyone):

@@ -13,6 +13,8 @@ import torch
 
 from util.args import UserError, size_pair
 from util.checkpoint import load_checkpoint
+from util.distributed import is_main_process, warn
+from util.hugging_face import HF_LAYER, from_hugging_face
 from util.pos_embed import interpolate_pos_embed
 from util.state_dict import compare_state, describe_kind, model_state
 
@@ -20,29 +22,9 @@ from util.state_dict import compare_state, describe_kind, model_state
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
-# Hugging Face's names (of its files, then of its newer modules) -> ours, inside a block
-_HF_BLOCK = {
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_HF_OUTER = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-    "classifier.weight": "head.weight",
-    "classifier.bias": "head.bias",
-}
-_HF_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
-_HF_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
+# Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
+# the encoder computes (a norm before the blocks, register tokens, ...)
+_BESIDE = ("decoder", "mask_token", "head", "norm.", "fc_norm", "pre_logits", "pooler", "classifier")
 
 
 @dataclass
@@ -51,7 +33,7 @@ class LoadReport:
 
     kind: the file in words. missing: keys of the model that the file does not have (they keep their initial
     values). unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of
-    head tensors for another number of classes. resized: ((rows, columns) in the file, in the model) of the
+    its head, which is new in every recipe. resized: ((rows, columns) in the file, in the model) of the
     position table, or None.
     """
 
@@ -70,7 +52,7 @@ class LoadReport:
         lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
         lines.append(f"  unexpected keys, not used ({len(self.unexpected)}): {_shorten(self.unexpected)}")
         if self.dropped:
-            lines.append(f"  for other classes, not used ({len(self.dropped)}): {', '.join(self.dropped)}")
+            lines.append(f"  the file's head, not used ({len(self.dropped)}): {', '.join(self.dropped)}")
         return "\n".join(lines)
 
 
@@ -80,34 +62,41 @@ def _shorten(keys: list[str]) -> str:
     return ", ".join(f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()) or "none"
 
 
-def load_encoder(model: torch.nn.Module, source: str, flag: str = "--finetune") -> LoadReport:
-    """Loads the encoder (and a head that fits) of the file or https URL `source` into `model`, in place.
+def load_encoder(
+    model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
+) -> LoadReport:
+    """Loads the encoder of the file or https URL `source` into `model`, in place; a head is left.
 
-    Position tables are resized bicubically when the patch grid differs.
+    Position tables are resized bicubically when the patch grid differs. `content`: of `source`, where it has
+    been read already.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
         file's kind.
     """
-    content = load_checkpoint(source)
+    content = load_checkpoint(source) if content is None else content
     state, kind = encoder_state(content)
-    if not _has_encoder(state):
+    if not has_encoder(state):
         some = ", ".join(list(state)[:3]) or "no tensors"
         raise UserError(
             f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
             f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth"
         )
     report = LoadReport(source, kind)
-    own = model.state_dict()
     for key in [k for k in state if k.startswith("head.")]:
-        if key in own and own[key].shape != state[key].shape:
-            report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
+        report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
     _fit_pos_embed(model, state, content, report, flag)
     missing, unexpected, mismatched = compare_state(model, state)
     lost = [k for k in missing if not k.startswith(_OPTIONAL)]
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
+    names = {key: key.removeprefix("vit.").removeprefix("embeddings.") for key in unexpected}
+    if strange := [key for key, name in names.items() if not name.startswith(_BESIDE)]:
+        raise UserError(
+            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}), so "
+            "that its encoder computes something else; only plain ViTs with a class token can be used"
+        )
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
     report.unexpected = unexpected
@@ -115,11 +104,19 @@ def load_encoder(model: torch.nn.Module, source: str, flag: str = "--finetune") 
     return report
 
 
+def check_final_norm(report: LoadReport) -> None:
+    """Raises UserError where a frozen encoder would give its class token behind a norm that was not trained."""
+    if "norm.weight" in report.missing:
+        raise UserError(
+            f"--cls_token: {report.source} ({report.kind}) has no norm for the class token; pass --global_pool"
+        )
+
+
 def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
     state = model_state(content)
     kind = describe_kind(state)
-    if kind.startswith("Hugging Face") or any(_HF_LAYER.search(key) for key in state):
+    if kind.startswith("Hugging Face") or any(HF_LAYER.search(key) for key in state):
         if not kind.startswith("Hugging Face"):
             kind = "Hugging Face ViT, encoder only"
         if "classifier.weight" in state:
@@ -128,29 +125,6 @@ def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
     if "head.1.weight" in state:
         kind = "linear probe (encoder, BatchNorm, head)"
     return state, kind
-
-
-def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of a Hugging Face ViT or ViTMAE encoder under this code's names; q, k, v become one tensor.
-
-    Keys of the decoder and others that the encoder does not have keep their names.
-    """
-    result, parts = {}, {}
-    for key, value in state.items():
-        name = key.removeprefix("vit.")
-        layer = None if key.startswith("decoder.") else _HF_LAYER.fullmatch(name)
-        if name in _HF_OUTER:
-            result[_HF_OUTER[name]] = value
-        elif layer and (qkv := _HF_QKV.fullmatch(layer[2])):
-            parts.setdefault((layer[1], layer[3]), {})[qkv[1][0]] = value
-        elif layer and layer[2] in _HF_BLOCK:
-            result[f"blocks.{layer[1]}.{_HF_BLOCK[layer[2]]}.{layer[3]}"] = value
-        else:
-            result[key] = value
-    for (number, kind), values in parts.items():
-        if values.keys() == set("qkv"):
-            result[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat([values[letter] for letter in "qkv"])
-    return result
 
 
 def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
@@ -170,7 +144,12 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
     table, width = state["pos_embed"], model.pos_embed.shape[2]
     if table.shape[2] != width:
         return  # another width: reported with the other shapes
-    grid = stored_grid(content, state)
+    grid, (rows, columns) = stored_grid(content, state), model.patch_embed.grid_size
+    if grid is None and rows != columns and table.shape == model.pos_embed.shape and is_main_process():
+        warn(
+            f"{report.source}: does not say the patch grid of its {rows * columns} positions; they are taken "
+            f"for the model's {rows}x{columns}"
+        )
     try:
         if interpolate_pos_embed(model, state, grid):
             side = round((table.shape[1] - 1) ** 0.5)
@@ -182,7 +161,7 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         ) from None
 
 
-def _has_encoder(state: dict) -> bool:
+def has_encoder(state: dict) -> bool:
     shapes = {key: value.ndim for key, value in state.items()}
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     return all(shapes.get(key) == rank for key, rank in ranks.items()) and _count_blocks(state) > 0
@@ -195,6 +174,8 @@ def _count_blocks(state: dict) -> int:
 def _kind_of_useless(content: dict, kind: str) -> str:
     if "model" not in content and {"param_groups", "state"} <= content.keys():
         return "an optimizer's state"
+    if any(key.startswith(("decoder_", "decoder.")) for key in model_state(content)):
+        return "a decoder without its encoder"
     return kind
 
 
@@ -231,7 +212,7 @@ def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:
     if number is None:
         return
     depth = len(model.blocks)
-    if number != 0.5 and (number < 0 or number != int(number) or number > depth):
+    if number != 0.5 and number not in range(depth + 1):
         raise UserError(
             f"--trainable_blocks {number:g}: must be 0, 0.5 or a whole number up to the model's {depth}"
         )

@@ -52,7 +52,8 @@ class RunGuard:
         self.save_seconds = 60 * (getattr(args, "save_minutes", 0) or 0)
         self.allowed = getattr(args, "skip_nonfinite", 0) or 0
         self.last_save = time.monotonic()
-        self.signum, self.stopped, self.inside_epoch = 0, False, False
+        self.signum, self.stopped, self.inside_epoch, self.reached_max_steps = 0, False, False, False
+        self.device = torch.device("cpu")
         self.bad_steps = self.bad_in_a_row = 0
         self.window: list[dict] = []  # micro-steps since the last optimizer step
         self.pending: deque = deque()  # optimizer steps whose flags have not been read
@@ -80,6 +81,7 @@ class RunGuard:
             TrainingError: more losses in a row were not finite than `skip_nonfinite` allows.
         """
         losses = torch.stack([entry["loss"] for entry in self.window])
+        self.device = losses.device
         late = bool(self.save_seconds) and time.monotonic() - self.last_save > self.save_seconds
         own = torch.tensor([0.0, interrupt.requested() or 0, late])
         flags = own.to(losses.device, non_blocking=True)
@@ -91,7 +93,8 @@ class RunGuard:
         while len(self.pending) > (DELAY if losses.is_cuda else 0):
             save = self._read_oldest() or save
 
-        self.stopped = self.signum > 0 or self._reached_max_steps(epoch, done)
+        self.check_max_steps(epoch, done)
+        self.stopped = self.signum > 0 or self.reached_max_steps
         self.inside_epoch = self.stopped and done < self.steps
         if self.save is not None and (self.inside_epoch or (save and done < self.steps)):
             self.read_all()  # nothing is saved that has not been looked at
@@ -99,9 +102,18 @@ class RunGuard:
             self.last_save = time.monotonic()
         return self.stopped
 
-    def _reached_max_steps(self, epoch: int, done: int) -> bool:
+    def check_max_steps(self, epoch: int, done: int) -> bool:
+        """Whether `max_steps` optimizer steps have been made, `done` micro-steps into an epoch."""
         updates = epoch * math.ceil(self.steps / self.accum_iter) + math.ceil(done / self.accum_iter)
-        return bool(self.max_steps) and updates >= self.max_steps
+        self.reached_max_steps = bool(self.max_steps) and updates >= self.max_steps
+        return self.reached_max_steps
+
+    def signal_came(self) -> bool:
+        """Whether a signal has come to any process; all must ask. It ends the run."""
+        signum = all_reduce_max(torch.tensor([float(interrupt.requested() or 0)], device=self.device))
+        self.signum = max(self.signum, int(signum.item()))
+        self.stopped = self.stopped or self.signum > 0
+        return self.signum > 0
 
     def read_all(self) -> None:
         """Reads the flags that are still under way; call it before saving. Raises TrainingError as above."""

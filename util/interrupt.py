@@ -3,6 +3,7 @@
 Imports neither torch nor numpy, so that a launcher can install the handlers before the slow imports.
 """
 
+import os
 import signal
 import threading
 
@@ -55,3 +56,5 @@ def _handle(number: int, frame) -> None:
         raise KeyboardInterrupt
     if _requested is None:
         _requested = number
+        text = f"{signal.Signals(number).name}: finishing the step, then saving and leaving"
+        os.write(2, f"{text}{', again to leave at once' if number == signal.SIGINT else ''}\n".encode())

@@ -1,20 +1,15 @@
-"""Meters, log lines and log files. Tensors stay on the device until a line is printed, so no step waits for
-them.
-"""
+"""Meters and log lines. Tensors stay on the device until a line is printed, so no step waits for them."""
 
 import datetime
-import json
 import math
 import resource
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 
-from util.args import UserError
 from util.distributed import all_reduce_sum, get_world_size, is_main_process, log
 
 try:
@@ -161,33 +156,38 @@ class MetricLogger:
             )
         clock = _Clock()
         iterator = iter(iterable)
-        for number in range(start, length):
-            try:
-                with clock.waiting():
-                    item = next(iterator)
-            except StopIteration:
-                break
-            yield item
-            clock.steps += 1
-            if bar is not None:
-                bar.update()
-            if number % print_freq == 0 or number == length - 1:
-                # Reading the meters waits for the device: the rate that follows is that of finished steps
-                text = str(self)
-                rate = clock.rate(self.images_per_step)
+        try:
+            for number in range(start, length):
+                try:
+                    with clock.waiting():
+                        item = next(iterator)
+                except StopIteration:
+                    break
+                yield item
+                clock.steps += 1
                 if bar is not None:
-                    bar.set_postfix_str(self.delimiter.join([text, *rate]), refresh=False)
-                else:
-                    eta = datetime.timedelta(seconds=int(clock.seconds_per_step * (length - 1 - number)))
-                    place = f"[{number:>{len(str(length))}}/{length}]"
-                    log(self.delimiter.join([header, place, f"eta: {eta}", text, *rate]))
+                    bar.update()
+                if number % print_freq == 0 or number == length - 1:
+                    self._print_line(header, number, length, clock, bar)
+        finally:  # also when the loop is left early
+            if bar is not None:
+                bar.close()
+            seconds, steps = clock.total, max(clock.steps, 1)
+            log(
+                f"{header} Total time: {datetime.timedelta(seconds=int(seconds))} ({seconds / steps:.4f} s "
+                f"/ it, data wait {clock.wait_percent:.1f} %)  {self}"
+            )
+
+    def _print_line(self, header: str, number: int, length: int, clock, bar) -> None:
+        # Reading the meters waits for the device: the rate that follows is that of finished steps
+        text = str(self)
+        rate = clock.rate(self.images_per_step)
         if bar is not None:
-            bar.close()
-        seconds, steps = clock.total, max(clock.steps, 1)
-        log(
-            f"{header} Total time: {datetime.timedelta(seconds=int(seconds))} ({seconds / steps:.4f} s / it, "
-            f"data wait {clock.wait_percent:.1f} %)"
-        )
+            bar.set_postfix_str(self.delimiter.join([text, *rate]), refresh=False)
+            return
+        eta = datetime.timedelta(seconds=int(clock.seconds_per_step * (length - 1 - number)))
+        place = f"[{number:>{len(str(length))}}/{length}]"
+        log(self.delimiter.join([header, place, f"eta: {eta}", text, *rate]))
 
 
 class _Clock:
@@ -232,35 +232,3 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def write_log(output_dir: str | Path | None, record: dict) -> None:
-    """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process; NaN and inf
-    become null.
-    """
-    if output_dir and is_main_process():
-        record = {key: None if value != value or value in (float("inf"), float("-inf")) else value
-                  for key, value in record.items()}  # fmt: skip
-        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def log_arguments(args) -> None:
-    """Prints all settings, one a line, in alphabetical order."""
-    log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items()) if name != "given"))
-
-
-def make_log_writer(log_dir: str | Path | None):
-    """TensorBoard's writer on the first process; None elsewhere and without a folder.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    if not log_dir or not is_main_process():
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    try:
-        return SummaryWriter(log_dir=str(log_dir))
-    except OSError as error:
-        raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None

@@ -53,7 +53,7 @@ def master_address(nodelist: str) -> str:
 
 
 def master_port(job_id: str, start: str = "0") -> int:
-    """A port below those that systems give out by themselves, from the job's id and the number of its start or
+    """A port below those that systems give out themselves, from the job's id and the number of its start or
     step: the same on all processes, and another one than for jobs that may run on the same node.
     """
     return 10000 + (int(re.sub(r"\D", "", job_id)) + 1000 * int(start)) % 20000
@@ -159,7 +159,7 @@ def requeue(env, stop: interrupt.Interrupted, fruitless: bool) -> None:
     """
     slurm = env.cluster == "slurm"
     state = _command("scontrol", "show", "job", "-o", env.job_id).stdout if slurm else ""
-    # SLURM has ended it already, by scancel or to requeue it itself; asked now, it would revive a cancelled job
+    # SLURM has ended it, by scancel or to requeue it itself; asked now, it would revive even a cancelled job
     ended = "JobState=COMPLETING" in state and "Reason=TimeLimit" not in state
     if ended or stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
         print(stop, flush=True)

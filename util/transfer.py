@@ -26,8 +26,8 @@ from util.evaluation import (
     write_predictions,
 )
 from util.finetune_data import LabelledImages, check_classes, count_classes
-from util.metrics import write_log
 from util.model_info import adopt_model_info, check_class_names, read_model_info
+from util.records import write_log
 from util.sampler import EpochSampler, build_loader
 from util.state_dict import check_state, model_state
 

@@ -1,6 +1,6 @@
 """Pictures of what a masked autoencoder sees and predicts: original, masked, reconstruction, pasted.
 
-Training writes them every few epochs, `demo/visualize.py` for any checkpoint. All of it is deterministic: the
+Training writes them every few epochs. All of it is deterministic: the
 same weights, images and noise give the same bytes of PNG, and nothing of the caller's state changes.
 """
 
