@@ -1,6 +1,7 @@
 """Command-line parts that the main scripts share, and how a user's mistake is reported."""
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -18,7 +19,12 @@ class TrainingError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser with one line on errors instead of the whole usage text."""
+    """argparse's parser with one line on errors instead of the whole usage text; --help keeps a description's
+    lines.
+    """
+
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
@@ -147,27 +153,29 @@ def add_distributed_args(parser: argparse.ArgumentParser) -> None:
                        help="after which waiting for another process is an error")  # fmt: skip
 
 
+# The smallest value of each flag that has one, whichever script has it; floats must be finite too
+_AT_LEAST = dict.fromkeys(["batch_size", "accum_iter", "epochs", "print_freq", "in_chans", "recount", "k"], 1)
+_AT_LEAST |= dict.fromkeys(["num_workers", "keep_checkpoints", "max_steps", "start_epoch", "save_minutes"], 0)
+_AT_LEAST |= dict.fromkeys(["skip_nonfinite", "warmup_epochs", "lr", "blr", "min_lr", "weight_decay"], 0)
+_AT_LEAST |= dict.fromkeys(["mixup", "cutmix", "color_jitter"], 0)
+_ABOVE_ZERO = {"layer_decay", "clip_grad", "temperature", "dist_timeout"}
+
+
 def check_common_args(args: argparse.Namespace) -> None:
-    """Raises UserError for values of the shared flags that cannot work."""
-    at_least = {
-        "batch_size": 1,
-        "accum_iter": 1,
-        "epochs": 1,
-        "print_freq": 1,
-        "in_chans": 1,
-        "num_workers": 0,
-    }
-    at_least |= {
-        "keep_checkpoints": 0,
-        "max_steps": 0,
-        "start_epoch": 0,
-        "save_minutes": 0,
-        "skip_nonfinite": 0,
-        "warmup_epochs": 0,
-    }
-    for flag, least in at_least.items():
-        value = getattr(args, flag, least)
-        if value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}")
-    if getattr(args, "clip_grad", None) is not None and args.clip_grad <= 0:
-        raise UserError(f"--clip_grad {args.clip_grad}: must be above 0; leave it out for no clipping")
+    """Raises UserError for values that cannot work of the flags that the scripts share, or most of them."""
+    for flag, least in _AT_LEAST.items():
+        value = getattr(args, flag, None)
+        if value is not None and (not math.isfinite(value) or value < least):
+            raise UserError(f"--{flag} {value}: must be at least {least}" + _finite_text(value))
+    for flag in sorted(_ABOVE_ZERO):
+        value = getattr(args, flag, None)
+        if value is not None and (not math.isfinite(value) or value <= 0):
+            advice = "; leave it out for no clipping" if flag == "clip_grad" else ""
+            raise UserError(f"--{flag} {value}: must be above 0{_finite_text(value)}{advice}")
+    start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
+    if epochs is not None and start_epoch >= epochs:
+        raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
+
+
+def _finite_text(value: float) -> str:
+    return "" if math.isfinite(value) else " and finite"

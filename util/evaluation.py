@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from util.distributed import get_world_size
+from util.distributed import get_world_size, warn
+from util.image_io import printable
 from util.precision import autocast, resolve_amp_dtype
 from util.transforms import normalize_batch
 
@@ -119,7 +120,21 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
         )
     model.train(was_training)
     columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
-    return _gather(columns)
+    return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)
+
+
+def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of `columns` without the samples whose files could not be decoded (--bad_images skip).
+
+    Other pictures took their places in the batches; counted here, those would be counted twice.
+    """
+    dataset = getattr(data_loader, "dataset", None)
+    bad = getattr(dataset, "bad", None)
+    if bad is None or not (dropped := bad[indices] > 0).any():
+        return columns
+    names = ", ".join(printable(dataset.files.paths[i]) for i in indices[dropped].tolist()[:5])
+    warn(f"{int(dropped.sum())} images could not be decoded and are left out of the figures: {names}")
+    return [column[~dropped] for column in columns]
 
 
 def _gather(columns: list[torch.Tensor]) -> Predictions:
@@ -149,9 +164,11 @@ def summarize(predictions: Predictions) -> dict[str, float]:
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """int64 (K, K): entry [i, j] counts the samples of class i that were taken for class j."""
+    """int64 (K, K): entry [i, j] counts the samples of class i that were taken for class j, or, in the last
+    column, for one beyond it.
+    """
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(matrix, (predictions.labels, predictions.top[:, 0]), 1)
+    np.add.at(matrix, (predictions.labels, np.minimum(predictions.top[:, 0], num_classes - 1)), 1)
     return matrix
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from util.distributed import get_world_size
-from util.evaluation import in_groups
+from util.evaluation import drop_unreadable, in_groups
 from util.precision import autocast, resolve_amp_dtype
 from util.transforms import normalize_batch
 
@@ -34,7 +34,11 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
 
 @torch.no_grad()
 def extract_features(
-    feature_fn: Callable[[torch.Tensor], torch.Tensor], data_loader: Iterable, device, args=None
+    feature_fn: Callable[[torch.Tensor], torch.Tensor],
+    data_loader: Iterable,
+    device,
+    args=None,
+    keep_all: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of every sample of a loader, of all processes, in the order of the data set.
 
@@ -43,6 +47,8 @@ def extract_features(
         data_loader: batches (images, labels[, indices]), dealt over processes by
             `util.evaluation.EvalSampler`.
         args: if given: amp_dtype, mean, std.
+        keep_all: an unreadable file has the features of the picture in its place, so that row i belongs to
+            index i; else it has none.
 
     Returns:
         features float32 (n, D) and labels int64 (n,), on the CPU.
@@ -55,7 +61,10 @@ def extract_features(
         with autocast(device, amp_dtype):
             features = feature_fn(normalize_batch(images, device, mean, std))
         rows.append((features.float().cpu(), labels, indices))
-    columns = _gather([torch.cat(parts) for parts in zip(*rows, strict=True)] if rows else None)
+    columns = [torch.cat(parts) for parts in zip(*rows, strict=True)] if rows else None
+    if columns and not keep_all:
+        columns = drop_unreadable(data_loader, columns, columns[2])
+    columns = _gather(columns)
     order = torch.argsort(columns[2], stable=True)
     return columns[0][order], columns[1][order]
 
@@ -92,11 +101,13 @@ class FeatureLoader:
     Args:
         features: float32 (V, n, D), one per view; labels: int64 (n,).
         sampler: yields indices or (epoch, index), as for images; drop_last: only full batches.
+        dataset: the images; an evaluation asks it which could not be decoded.
     """
 
     def __init__(
-        self, features: torch.Tensor, labels: torch.Tensor, sampler, batch_size: int, drop_last=False
+        self, features: torch.Tensor, labels: torch.Tensor, sampler, batch_size, drop_last=False, dataset=None
     ):
+        self.dataset = dataset
         self.features, self.labels, self.sampler = features, labels, sampler
         self.batch_size, self.drop_last = batch_size, drop_last
 

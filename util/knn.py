@@ -11,6 +11,7 @@ from util.distributed import get_rank, get_world_size, log
 from util.evaluation import EvalSampler
 from util.features import encoder_features, extract_features
 from util.finetune_data import check_classes, labelled_images
+from util.finetune_transforms import eval_transform
 from util.sampler import build_loader
 
 
@@ -80,7 +81,8 @@ def knn_loaders(args: Namespace) -> tuple | None:
         args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
     """
     try:
-        datasets = [labelled_images(split, args) for split in ("train", "val")]
+        centre = eval_transform(args, always_crop=True)  # as main_knn.py
+        datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
         check_classes(*datasets)
     except UserError as error:
         log(f"no k-NN accuracy: {error}")

@@ -6,6 +6,7 @@ import torch
 
 import models_vit
 from util.args import UserError, size_pair
+from util.distributed import is_main_process, warn
 from util.encoder import encoder_state, stored_grid
 
 # Entry of a checkpoint's `model_info` -> the flag that says the same
@@ -71,18 +72,33 @@ def _model_name(state: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
+def warn_of_other_stats(args: Namespace, content: dict, source: str) -> None:
+    """Warns where the encoder in a file was trained with other means or deviations than `args` has."""
+    stored = content.get("model_info") or content.get("args") or {}
+    for name in ("mean", "std"):
+        theirs, own = stored.get(name), getattr(args, name)
+        if isinstance(theirs, list | tuple) and _plain(name, theirs, len(own)) != _plain(name, own):
+            ours = " ".join(map(str, own))
+            text = f"{source} was trained with --{name} {' '.join(map(str, theirs))}, now it is {ours}"
+            if is_main_process():
+                warn(text)
+
+
 def adopt_model_info(args: Namespace, info: dict, source: str, given: set[str]) -> None:
     """Sets the flags that the user did not give to what a checkpoint says; `given`: names of those that were.
 
     Raises:
-        UserError: a flag that was given says something else than the checkpoint.
+        UserError: a flag that was given says something else than the checkpoint; a model of unknown name.
     """
+    if info.get("model", args.model) not in models_vit.MODELS:
+        names = ", ".join(models_vit.MODELS)
+        raise UserError(f"{source}: is of a model {info['model']!r}, which is not known here ({names})")
     for name, flag in FLAGS.items():
         stored = info.get(name)
         if stored is None:
             continue
         own = getattr(args, name, None)
-        if name in given and own is not None and _plain(name, own) != _plain(name, stored):
+        if name in given and own is not None and _plain(name, own, args.in_chans) != _plain(name, stored):
             raise UserError(
                 f"{flag}: {_say(name, own)} was given, but {source} was trained with "
                 f"{_say(name, stored)}; leave the flag out"
@@ -90,11 +106,13 @@ def adopt_model_info(args: Namespace, info: dict, source: str, given: set[str]) 
         setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
 
 
-def _plain(name: str, value):
+def _plain(name: str, value, channels: int = 0):
+    """A form that can be compared; one mean or deviation stands for all `channels`."""
     if name == "input_size":
         return size_pair(value)
     if isinstance(value, list | tuple):
-        return [round(float(v), 6) for v in value]
+        values = [round(float(v), 6) for v in value]
+        return values * channels if len(values) == 1 and channels else values
     return value
 
 
@@ -106,11 +124,21 @@ def _say(name: str, value) -> str:
     return str(value)
 
 
-def check_class_names(info: dict, class_names: list[str], source: str, data_path) -> None:
-    """Raises UserError when a checkpoint's classes are not those of the data set, in number or in name."""
+def check_class_names(
+    info: dict, class_names: list[str], source: str, data_path, nb_classes_given: bool = False
+) -> None:
+    """Raises UserError when a checkpoint's classes are not those of the data set, in number or in name.
+
+    Where it stores no names, `nb_classes_given` says that the data may have the first few of its classes.
+    """
     stored, count = info.get("class_names"), info.get("nb_classes")
     if count is not None and len(class_names) > count:
         raise UserError(f"{source}: has {count} classes, but {data_path} has {len(class_names)}")
+    if not stored and count is not None and len(class_names) < count and not nb_classes_given:
+        raise UserError(
+            f"{source}: has {count} classes without names, but {data_path} has {len(class_names)}, whose "
+            f"labels would mean others; if they are the first {len(class_names)}, pass --nb_classes {count}"
+        )
     if stored and list(stored) != list(class_names):
         differing = sorted(set(stored) ^ set(class_names)) or ["the order"]
         raise UserError(

@@ -5,6 +5,7 @@ The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `mai
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ import torch
 import models_vit
 from engine_finetune import closing_line
 from util.args import UserError, check_common_args, image_size
-from util.checkpoint import load_checkpoint
+from util.checkpoint import find_newest, load_checkpoint
 from util.distributed import get_rank, get_world_size, is_main_process, log, warn
-from util.encoder import encoder_state
+from util.encoder import encoder_state, has_encoder
 from util.evaluation import (
     MAX_CLASSES,
     EvalSampler,
@@ -66,34 +67,57 @@ def check_classifier_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {value}: must be at least 1")
     if args.save_predictions and not args.output_dir:
         raise UserError("--save_predictions: needs an --output_dir to write to")
+    if args.save_predictions and args.eval:
+        make_report_dir(args.output_dir)
+
+
+def make_report_dir(folder: str) -> None:
+    """Makes the folder of a result that is not a checkpoint; raises UserError unless it can be written."""
+    if not folder or not is_main_process():
+        return
+    probe = Path(folder) / f".write-test-{os.getpid()}"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
 
 
 def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.ArgumentParser) -> dict | None:
-    """Reads `--resume FILE` and takes the model's flags from it; returns its content, None without a file.
+    """Reads what `--resume` names and takes the model's flags from it; returns its content, None without one.
+
+    `--resume auto` becomes the newest checkpoint of the run, if there is any: it is checked like any other.
 
     Args:
         recipe: "finetune" or "linprobe", the script that calls.
-        parser: its flags; tells what was given when `args` has no `given`.
+        parser: its flags; tells what was given when `args` has no `given`, which is set then.
 
     Raises UserError where a flag on the command line says something else than the checkpoint.
     """
-    given = args.__dict__.pop("given", None)
-    if given is None:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if getattr(args, "given", None) is None:
+        args.given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    newest = None
+    if args.resume == "auto":
+        newest = find_newest(args.output_dir) if args.output_dir else None
+        args.resume = str(newest[0]) if newest else "auto"
     if not args.resume or args.resume == "auto":
         return None
-    content = load_checkpoint(args.resume)
+    content = newest[1] if newest else load_checkpoint(args.resume)
     info = read_model_info(content)
     if "recipe" not in info:
-        kind = encoder_state(content)[1]
-        raise UserError(
-            f"--resume {args.resume}: holds no classifier ({kind}); to start from its encoder, pass it "
-            "with --finetune"
-        )
+        state, kind = encoder_state(content)
+        advice = "; to start from its encoder, pass it with --finetune" if has_encoder(state) else ""
+        raise UserError(f"--resume {args.resume}: holds no classifier ({kind}){advice}")
     written_by = info["recipe"]
     if written_by != recipe:
         raise UserError(f"--resume {args.resume}: was written by main_{written_by}.py; use that script")
-    adopt_model_info(args, info, args.resume, set(given))
+    adopt_model_info(args, info, args.resume, set(args.given))
+    stored = content.get("args") or {}
+    if "optimizer" in content and not args.eval and "trainable_blocks" in stored:
+        stored, own = stored["trainable_blocks"], getattr(args, "trainable_blocks", None)
+        if stored != own:
+            raise UserError(f"--trainable_blocks {own}: {args.resume} was trained with {stored}")
     return content
 
 
@@ -102,7 +126,8 @@ def prepare_classes(args, train: LabelledImages | None, val: LabelledImages, con
     if train is not None:
         check_classes(train, val)
     if content is not None:
-        check_class_names(read_model_info(content), val.classes, args.resume, val.files.source)
+        info, given = read_model_info(content), "nb_classes" in args.given
+        check_class_names(info, val.classes, args.resume, val.files.source, given)
     args.nb_classes = count_classes(args, val)
 
 
@@ -165,18 +190,20 @@ def evaluate_and_report(
     predictions = predict_samples(loader, model, device, args)
     stats = summarize(predictions)
     if report and is_main_process():
-        names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
         folder = Path(args.output_dir) if args.output_dir else None
-        _write_reports(predictions, names, folder, args, dataset)
+        _write_reports(predictions, folder, args, dataset)
     log(closing_line(stats))
     return stats
 
 
-def _write_reports(predictions, names, folder, args, dataset) -> None:
+def _write_reports(predictions, folder, args, dataset) -> None:
+    names = list(dataset.classes)
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        if len(names) <= MAX_CLASSES:
+        if len(names) <= MAX_CLASSES:  # however many outputs the head has
+            if predictions.top[:, 0].max() >= len(names):
+                names.append("(other classes)")
             matrix = confusion_matrix(predictions, len(names))
             table = per_class_table(matrix, names)
             log(table)
@@ -186,6 +213,7 @@ def _write_reports(predictions, names, folder, args, dataset) -> None:
                 )
                 draw_confusion(matrix, names).save(folder / "confusion.png")
         if args.save_predictions:
+            names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
             write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
             log(f"predictions: {folder / 'predictions.csv'}")
     except OSError as error:

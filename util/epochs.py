@@ -1,0 +1,64 @@
+"""What ends an epoch of fine-tuning and of probing: evaluation, checkpoint, log; the loops stand in the scripts.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from util.checkpoint import save_model
+from util.distributed import get_world_size, log
+from util.finetune_data import LabelledImages
+from util.transfer import evaluate_and_report, record_epoch
+
+
+def share_buffers(module: torch.nn.Module) -> None:
+    """Gives every process the first one's buffers.
+
+    Each has updated BatchNorm's running statistics with its own last batch, and the first one's are saved.
+    """
+    if get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@dataclass
+class EpochEnd:
+    """Evaluates, saves and logs, and knows the best accuracy so far.
+
+    model: bare, what is saved. trained: bare, what is trained and evaluated: the model, or its head where
+    `val_loader` gives features. info: the checkpoint's `model_info`. best: top-1 accuracy in percent.
+    """
+
+    args: argparse.Namespace
+    model: torch.nn.Module
+    trained: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_scaler: object
+    val_loader: object
+    val_set: LabelledImages
+    device: torch.device
+    log_writer: object
+    info: dict
+    best: float = -1.0
+
+    def save(self, epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
+        """Writes a checkpoint after `epoch` or, with `step`, inside it; see `util.checkpoint.save_model`."""
+        save_model(
+            self.args, epoch, self.trained, self.model, self.optimizer, self.loss_scaler, step,
+            meters=meters, model_info=self.info, best_acc1=self.best, **extra,
+        )  # fmt: skip
+
+    def finish(self, epoch: int, stats: dict[str, float]) -> None:
+        """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
+        share_buffers(self.trained)
+        report = epoch + 1 == self.args.epochs
+        test = evaluate_and_report(
+            self.val_loader, self.trained, self.device, self.args, self.val_set, report
+        )
+        is_best, self.best = test["acc1"] > self.best, max(self.best, test["acc1"])
+        self.save(epoch, best=is_best)
+        log(f"best accuracy so far: {self.best:.3f} %")
+        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        record_epoch(self.args, epoch, stats, test, n_parameters, self.log_writer)
