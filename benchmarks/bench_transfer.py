@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPO))
 
 from models_mae import MODELS as MAE_MODELS  # noqa: E402
 from util.args import image_size  # noqa: E402
+from util.demo_data import ensure_demo_data  # noqa: E402
 from util.rng import seed_all  # noqa: E402
 
 PROBE = "--global_pool --batch_size 64 --epochs 100 --warmup_epochs 10 --lr 12.8 --cache_features"
@@ -51,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
     flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
     flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
+    flag("--few", default=1, type=int, metavar="N", help="fine-tune on one in N training images")
     flag("--num_workers", default=2, type=int)
     flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
     flag("--json", default=None, metavar="FILE", help="also write all figures there")
@@ -117,10 +119,28 @@ def measure(args, work: Path) -> dict:
                 else:
                     script, key = ("main_linprobe.py", "main_finetune.py")[task == "finetune"], "test_acc1"
                     own = args.probe_flags if task == "probe" else args.finetune_flags
+                    if task == "finetune" and args.few > 1:
+                        data = Path(args.data_path) if args.data_path else ensure_demo_data()
+                        flags += ["--data_path", str(one_in(args.few, data.resolve(), work))]
                     flags += [*shlex.split(own), "--log_dir", "", "--keep_checkpoints", "1"]
                 records = run(script, flags, work / f"{task}-{kind}-{seed}", commands)
                 figures[task][kind].append(records[-1][key])
     return {"figures": figures, "commands": commands}
+
+
+def one_in(few: int, data: Path, work: Path) -> Path:
+    """An ImageFolder of links to the first 1/`few` of each class's training images, and to all of `val`."""
+    folder = work / f"one_in_{few}"
+    for kind in sorted(p for p in (data / "train").iterdir() if p.is_dir()):
+        (folder / "train" / kind.name).mkdir(parents=True, exist_ok=True)
+        files = sorted(kind.iterdir())
+        for file in files[: max(1, len(files) // few)]:
+            link = folder / "train" / kind.name / file.name
+            if not link.exists():
+                link.symlink_to(file.resolve())
+    if not (folder / "val").exists():
+        (folder / "val").symlink_to((data / "val").resolve())
+    return folder
 
 
 def print_table(figures: dict) -> None:

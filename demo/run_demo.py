@@ -37,13 +37,16 @@ def main() -> None:
     args = parser.parse_args()
     start = time.time()
     output = (REPO / args.output_dir).resolve()
-    if output.exists() and not (output / "log.txt").exists():
+    marker = output / ".demo"
+    if output.exists() and not marker.exists():
         sys.exit(f"run_demo.py: error: --output_dir {output} exists and is no demo's; pass another")
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    marker.touch()
 
-    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER,
-        "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "2", "--blr", "8e-3",
-        "--vis_freq", "4", "--print_freq", "20",
+    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
+        "--batch_size", "16", "--epochs", str(args.epochs), "--warmup_epochs", "1", "--blr", "1.6e-2",
+        "--vis_freq", "4", "--print_freq", "50",
         "--output_dir", str(output), "--log_dir", str(output))  # fmt: skip
     records = read_log(output)
     checkpoint = output / f"checkpoint-{records[-1]['epoch']}.pth"
