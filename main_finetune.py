@@ -15,21 +15,27 @@ The recipes of the paper are in FINETUNE.md.
 """
 
 import argparse
-import math
 import time
 from datetime import timedelta
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch.nn.parallel import DistributedDataParallel
 
 from engine_finetune import train_one_epoch
 from util import interrupt
 from util.args import ArgumentParser, UserError, add_data_args, add_distributed_args, add_run_args, run_script
-from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
-from util.distributed import check_agreement, get_world_size, init_distributed_mode, log, shut_down
-from util.encoder import load_encoder, set_trainable_blocks
+from util.checkpoint import check_output_dir, finish_saving, load_model
+from util.distributed import (
+    check_agreement,
+    get_world_size,
+    init_distributed_mode,
+    log,
+    shut_down,
+    wrap_model,
+)
+from util.encoder import set_trainable_blocks
+from util.epochs import EpochEnd
 from util.finetune_data import build_dataset
 from util.guard import RunGuard
 from util.lr_decay import param_groups_lrd
@@ -47,7 +53,7 @@ from util.transfer import (
     load_for_eval,
     prepare_classes,
     read_resume,
-    record_epoch,
+    start_from,
     train_loader,
 )
 from util.transforms import channel_stats
@@ -102,13 +108,15 @@ def check_args(args: argparse.Namespace) -> None:
     check_classifier_args(args)
     if uses_mixup(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UserError("--cutmix_minmax: takes two numbers, smallest and largest")
+    if args.cutmix_minmax is not None:
+        if len(args.cutmix_minmax) != 2:
+            raise UserError("--cutmix_minmax: takes two numbers, smallest and largest")
+        if not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
+            text = " ".join(map(str, args.cutmix_minmax))
+            raise UserError(f"--cutmix_minmax {text}: must rise and lie between 0 and 1")
     for flag in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must lie between 0 and 1")
-    if args.layer_decay <= 0:
-        raise UserError(f"--layer_decay {args.layer_decay}: must be above 0")
     if args.remode not in ("pixel", "rand", "const"):
         raise UserError(f"--remode {args.remode}: must be pixel, rand or const")
 
@@ -161,13 +169,11 @@ def main(args: argparse.Namespace) -> None:
         shut_down()
         return
     if args.finetune:
-        log(str(load_encoder(model, args.finetune)))
+        start_from(model, args)
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     torch.nn.init.zeros_(model.head.bias)
     set_trainable_blocks(model, args.trainable_blocks)
     model_without_ddp = model.to(device)
-    if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # Optimizer: earlier layers learn more slowly
     effective_batch = scale_learning_rate(args, get_world_size())
@@ -181,6 +187,8 @@ def main(args: argparse.Namespace) -> None:
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
+    if args.distributed:
+        model = wrap_model(model, device)
     log_writer = make_log_writer(args.log_dir)
 
     info = make_model_info(args, val_set.classes, "finetune")
@@ -194,31 +202,19 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Training
-    best = resumed.get("best_acc1", -1.0)
-
-    def save(epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
-        save_model(
-            args, epoch, model, model_without_ddp, optimizer, loss_scaler, step,
-            meters=meters, model_info=info, best_acc1=best, **extra,
-        )  # fmt: skip
-
-    def finish_epoch(epoch: int, stats: dict[str, float]) -> None:
-        nonlocal best
-        report = epoch + 1 == args.epochs
-        test = evaluate_and_report(val_loader, model_without_ddp, device, args, val_set, report)
-        is_best, best = test["acc1"] > best, max(best, test["acc1"])
-        save(epoch, best=is_best)
-        log(f"best accuracy so far: {best:.3f} %")
-        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
-
-    guard = RunGuard(args, save, train_set, len(loader), resumed.get("meters"))
+    end = EpochEnd(
+        args, model_without_ddp, model_without_ddp, optimizer, loss_scaler, val_loader, val_set,
+        device, log_writer, info, resumed.get("best_acc1", -1.0),
+    )  # fmt: skip
+    guard = RunGuard(args, end.save, train_set, len(loader), resumed.get("meters"))
     start_time = time.time()
     if "not_evaluated" in resumed:  # a signal came at the very end of that epoch
-        finish_epoch(args.start_epoch - 1, resumed["not_evaluated"])
+        end.finish(args.start_epoch - 1, resumed["not_evaluated"])
     for epoch in range(args.start_epoch, args.epochs):
-        if args.max_steps and epoch * math.ceil(len(loader) / args.accum_iter) >= args.max_steps:
+        start_step = args.start_step if epoch == args.start_epoch else 0
+        if guard.check_max_steps(epoch, start_step):
             break
-        sampler.set_epoch(epoch, args.start_step if epoch == args.start_epoch else 0)
+        sampler.set_epoch(epoch, start_step)
         stats = train_one_epoch(
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, mixup, log_writer, args, guard,
@@ -227,9 +223,9 @@ def main(args: argparse.Namespace) -> None:
         if guard.inside_epoch:
             break
         if guard.signum:  # there may be little time: evaluate after resuming
-            save(epoch, not_evaluated=stats)
+            end.save(epoch, not_evaluated=stats)
             break
-        finish_epoch(epoch, stats)
+        end.finish(epoch, stats)
         if guard.stopped:
             break
 

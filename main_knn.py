@@ -10,19 +10,27 @@ is random.
 
 import argparse
 
-from util.args import ArgumentParser, UserError, add_data_args, add_distributed_args, image_size, run_script
+from util.args import (
+    ArgumentParser,
+    UserError,
+    add_data_args,
+    add_distributed_args,
+    check_common_args,
+    image_size,
+    run_script,
+)
 from util.checkpoint import load_checkpoint
 from util.distributed import init_distributed_mode, log, shut_down
-from util.encoder import load_encoder
+from util.encoder import check_final_norm
 from util.features import encoder_features
 from util.finetune_data import check_classes, labelled_images
 from util.finetune_transforms import eval_transform
 from util.knn import knn_accuracy
-from util.model_info import read_model_info
+from util.model_info import adopt_model_info, read_model_info
 from util.precision import resolve_amp_dtype, resolve_device
 from util.records import log_arguments, write_log
 from util.rng import seed_all
-from util.transfer import build_classifier, eval_loader
+from util.transfer import build_classifier, eval_loader, make_report_dir, start_from
 from util.transforms import channel_stats
 
 import models_vit  # isort: skip
@@ -57,15 +65,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def adopt_flags(args: argparse.Namespace, content: dict) -> None:
+    """Takes the model's flags from a file that stores them; UserError where the command line contradicts."""
+    given = args.__dict__.pop("given", None)
+    if given is None:
+        parser = get_args_parser()
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    stored = content.get("model_info")
+    if isinstance(stored, dict):  # pooling is a choice here, and there is no head
+        info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}
+        adopt_model_info(args, info, args.finetune, set(given))
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Prints and returns knn_acc1 and knn_acc5 in percent."""
     init_distributed_mode(args)
-    for flag, least in (("k", 1), ("batch_size", 1), ("num_workers", 0), ("in_chans", 1), ("patch_size", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    check_common_args(args)
+    if args.patch_size is not None and args.patch_size < 1:
+        raise UserError(f"--patch_size {args.patch_size}: must be at least 1")
+    make_report_dir(args.output_dir)
+    content = load_checkpoint(args.finetune) if args.finetune else {}
+    adopt_flags(args, content)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
@@ -77,15 +97,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
 
     # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken
-    pooled, args.nb_classes, wanted = args.global_pool, 0, args.global_pool
-    info = read_model_info(load_checkpoint(args.finetune)) if args.finetune else {}
-    args.global_pool = "recipe" in info and bool(info.get("global_pool"))
-    if args.global_pool and not wanted:
-        raise UserError(f"--cls_token: {args.finetune} was fine-tuned with global pooling")
+    pooled, args.nb_classes = args.global_pool, 0
+    args.global_pool = pooled and bool(read_model_info(content).get("global_pool"))
     seed_all(args.seed)
-    model = build_classifier(args).to(device).eval()
+    model = build_classifier(args)
     if args.finetune:
-        log(str(load_encoder(model, args.finetune)))
+        check_final_norm(start_from(model, args, content))
+    model = model.to(device).eval()
 
     loaders = (eval_loader(dataset, args, pin_mem=False) for dataset in (train_set, val_set))
     stats = knn_accuracy(

@@ -12,13 +12,10 @@ Without --finetune the encoder is random: what a probe makes of it is the figure
 """
 
 import argparse
-import hashlib
-import math
 import time
 from datetime import timedelta
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from engine_finetune import train_one_epoch
 from util import interrupt
@@ -31,11 +28,17 @@ from util.args import (
     add_run_args,
     run_script,
 )
-from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
-from util.distributed import check_agreement, get_rank, get_world_size, init_distributed_mode, log, shut_down
-from util.encoder import load_encoder
-from util.evaluation import EvalSampler
-from util.features import FeatureLoader, extract_features
+from util.checkpoint import check_output_dir, finish_saving, load_model
+from util.distributed import (
+    check_agreement,
+    get_world_size,
+    init_distributed_mode,
+    log,
+    shut_down,
+    wrap_model,
+)
+from util.encoder import check_final_norm
+from util.epochs import EpochEnd
 from util.finetune_data import labelled_images
 from util.finetune_transforms import eval_transform, probe_transform
 from util.guard import RunGuard
@@ -43,6 +46,7 @@ from util.lars import LARS
 from util.lr_sched import scale_learning_rate
 from util.model_info import make_model_info
 from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.probe import cache_features, encoder_digest
 from util.records import log_arguments, make_log_writer
 from util.rng import seed_all
 from util.transfer import (
@@ -54,7 +58,7 @@ from util.transfer import (
     load_for_eval,
     prepare_classes,
     read_resume,
-    record_epoch,
+    start_from,
     train_loader,
 )
 from util.transforms import channel_stats
@@ -89,6 +93,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_classifier_args(args)
+    if args.batch_size < 2 and not args.eval:
+        raise UserError(f"--batch_size {args.batch_size}: BatchNorm needs at least 2 images per process")
     if args.cache_views < 1:
         raise UserError(f"--cache_views {args.cache_views}: must be at least 1")
     if args.cache_views > 1 and (args.no_aug or not args.cache_features):
@@ -103,40 +109,6 @@ def put_on_probe(model: torch.nn.Module) -> None:
     model.head = torch.nn.Sequential(norm, model.head)
     model.requires_grad_(False)
     model.head.requires_grad_(True)
-
-
-def encoder_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over the bits of everything but the head, parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if not name.startswith("head."):
-            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def cache_features(model, train_set, val_set, args, device, pin_mem) -> tuple[FeatureLoader, FeatureLoader]:
-    """Runs the frozen encoder over both sets; loaders of features for training and evaluation."""
-    start = time.time()
-    model.eval()
-    views = []
-    for view in range(args.cache_views):
-        images = eval_loader(train_set, args, pin_mem, epoch=view)
-        features, train_labels = extract_features(model.forward_features, images, device, args)
-        views.append(features)
-    images = eval_loader(val_set, args, pin_mem)
-    val_features, val_labels = extract_features(model.forward_features, images, device, args)
-    train_features = torch.stack(views)
-    size = (train_features.numel() + val_features.numel()) * 4 / 2**20
-    log(
-        f"features: {args.cache_views} views of {len(train_labels)} and {len(val_labels)} images, "
-        f"{size:.0f} MB, in {time.time() - start:.1f} s"
-    )
-    val_sampler = EvalSampler(len(val_labels), get_world_size(), get_rank())
-    _, sampler = train_loader(train_set, args, pin_mem)
-    return (
-        FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True),
-        FeatureLoader(val_features[None], val_labels, val_sampler, args.batch_size),
-    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -167,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune and not args.eval:
-        log(str(load_encoder(model, args.finetune)))
+        check_final_norm(start_from(model, args))
     put_on_probe(model)
     model_without_ddp = model.to(device)
     if args.eval:
@@ -202,38 +174,23 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_features:
         loader, val_loader = cache_features(model_without_ddp, train_set, val_set, args, device, pin_mem)
         trained, sampler = model_without_ddp.head, loader.sampler
-    if args.distributed:
-        model = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
-    else:
-        model = trained
+    model = wrap_model(trained, device) if args.distributed else trained
 
     # Training
-    best = resumed.get("best_acc1", -1.0)
-
-    def save(epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
-        save_model(
-            args, epoch, model, model_without_ddp, optimizer, loss_scaler, step,
-            meters=meters, model_info=info, best_acc1=best, **extra,
-        )  # fmt: skip
-
-    def finish_epoch(epoch: int, stats: dict[str, float]) -> None:
-        nonlocal best
-        report = epoch + 1 == args.epochs
-        test = evaluate_and_report(val_loader, trained, device, args, val_set, report)
-        is_best, best = test["acc1"] > best, max(best, test["acc1"])
-        save(epoch, best=is_best)
-        log(f"best accuracy so far: {best:.3f} %")
-        record_epoch(args, epoch, stats, test, n_parameters, log_writer)
-
-    guard = RunGuard(args, save, train_set, len(loader), resumed.get("meters"))
+    end = EpochEnd(
+        args, model_without_ddp, trained, optimizer, loss_scaler, val_loader, val_set,
+        device, log_writer, info, resumed.get("best_acc1", -1.0),
+    )  # fmt: skip
+    guard = RunGuard(args, end.save, train_set, len(loader), resumed.get("meters"))
     before = encoder_digest(model_without_ddp)
     start_time = time.time()
     if "not_evaluated" in resumed:  # a signal came at the very end of that epoch
-        finish_epoch(args.start_epoch - 1, resumed["not_evaluated"])
+        end.finish(args.start_epoch - 1, resumed["not_evaluated"])
     for epoch in range(args.start_epoch, args.epochs):
-        if args.max_steps and epoch * math.ceil(len(loader) / args.accum_iter) >= args.max_steps:
+        start_step = args.start_step if epoch == args.start_epoch else 0
+        if guard.check_max_steps(epoch, start_step):
             break
-        sampler.set_epoch(epoch, args.start_step if epoch == args.start_epoch else 0)
+        sampler.set_epoch(epoch, start_step)
         stats = train_one_epoch(
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             None, None, log_writer, args, guard,
@@ -242,9 +199,9 @@ def main(args: argparse.Namespace) -> None:
         if guard.inside_epoch:
             break
         if guard.signum:  # there may be little time: evaluate after resuming
-            save(epoch, not_evaluated=stats)
+            end.save(epoch, not_evaluated=stats)
             break
-        finish_epoch(epoch, stats)
+        end.finish(epoch, stats)
         if guard.stopped:
             break
 

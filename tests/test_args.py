@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import pytest
 from golden_utils import GOLDEN
@@ -65,11 +66,30 @@ def test_run_script_prints_one_line(error, code, capsys, monkeypatch):
     assert stop.value.code == code and capsys.readouterr().err == f"script.py: error: {error}\n"
 
 
+def test_help_keeps_the_lines_of_the_description():
+    text = ArgumentParser(description="one\n    two\nthree").format_help()
+    assert "one\n    two\nthree" in text
+
+
 @pytest.mark.parametrize(
-    "change", [dict(accum_iter=0), dict(batch_size=0), dict(clip_grad=-1.0), dict(num_workers=-1)]
+    "change",
+    [
+        dict(accum_iter=0),
+        dict(batch_size=0),
+        dict(clip_grad=-1.0),
+        dict(num_workers=-1),
+        dict(recount=0),
+        *({name: math.nan} for name in ("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad")),
+        *({name: math.inf} for name in ("mixup", "cutmix", "temperature", "color_jitter", "save_minutes")),
+        *({name: -0.1} for name in ("lr", "weight_decay", "mixup", "cutmix", "color_jitter")),
+        *({name: 0.0} for name in ("layer_decay", "temperature", "clip_grad")),
+        dict(start_epoch=5),
+    ],
 )
 def test_values_that_cannot_work(change):
-    args = argparse.Namespace(**{**dict(accum_iter=1, batch_size=1, clip_grad=None, num_workers=0), **change})
+    fine = dict(accum_iter=1, batch_size=1, clip_grad=None, num_workers=0, lr=None, mixup=0, epochs=5)
+    check_common_args(argparse.Namespace(**fine))
+    args = argparse.Namespace(**{**fine, **change})
     flag, value = next(iter(change.items()))
     with pytest.raises(UserError, match=f"--{flag} {value}: must be"):
         check_common_args(args)

@@ -1,5 +1,6 @@
 """Encoders from every kind of file, with an exact report; the golden interpolation; partial fine-tuning."""
 
+import math
 from argparse import Namespace
 from functools import partial
 
@@ -13,8 +14,9 @@ from torch import nn
 import models_mae
 import models_vit
 from util.args import UserError
-from util.encoder import from_hugging_face, load_encoder, set_trainable_blocks
+from util.encoder import load_encoder, set_trainable_blocks
 from util.features import encoder_features
+from util.hugging_face import from_hugging_face
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 POOLED = ["fc_norm.weight", "fc_norm.bias"]
@@ -131,16 +133,51 @@ def test_fine_tuned_file_with_other_classes(tmp_path):
     assert report.dropped == ["head.weight: (9, 24)", "head.bias: (9,)"]
     assert report.missing == report.unexpected == []
     assert torch.equal(vit.head.weight, head) and torch.equal(vit.fc_norm.weight, old.fc_norm.weight)
-    assert "for other classes, not used (2): head.weight: (9, 24)" in str(report)
+    assert "the file's head, not used (2): head.weight: (9, 24)" in str(report)
 
 
-def test_fine_tuned_file_with_the_same_classes_keeps_its_head(tmp_path):
+def test_fine_tuned_file_with_the_same_classes_gives_no_head_either(tmp_path):
     old = make_vit(global_pool=True, seed=5)
     torch.save({"model": old.state_dict()}, tmp_path / "a.pth")
     vit = make_vit(global_pool=True)
+    head = vit.head.weight.clone()
     report = load_encoder(vit, str(tmp_path / "a.pth"))
-    assert (report.missing, report.unexpected, report.dropped) == ([], [], [])
-    assert torch.equal(vit.head.weight, old.head.weight)
+    assert (report.missing, report.unexpected) == ([], [])
+    assert report.dropped == ["head.weight: (5, 24)", "head.bias: (5,)"]
+    assert torch.equal(vit.head.weight, head)
+
+
+@pytest.mark.parametrize("key", ["norm_pre.weight", "reg_token", "dist_token", "attn_pool.q.weight"])
+def test_an_encoder_that_computes_something_else_is_refused(tmp_path, key):
+    torch.save({"model": {**encoder_only(make_mae()), key: torch.zeros(24)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=rf"other.pth.*does not know \({key}\)"):
+        load_encoder(make_vit(), str(tmp_path / "other.pth"))
+
+
+def test_what_stands_beside_the_encoder_is_no_obstacle(tmp_path):
+    extra = [
+        "pooler.dense.weight",
+        "classifier.weight",
+        "head_dist.weight",
+        "decoder.x",
+        "pre_logits.fc.bias",
+    ]
+    state = {**make_mae().state_dict(), **{key: torch.zeros(2) for key in extra}}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    assert set(extra) <= set(load_encoder(make_vit(), str(tmp_path / "a.pth")).unexpected)
+    hf = to_hugging_face(encoder_only(make_mae()))
+    torch.save({**hf, "vit.pooler.dense.weight": torch.zeros(2)}, tmp_path / "hf.pth")
+    assert load_encoder(make_vit(), str(tmp_path / "hf.pth")).unexpected == ["vit.pooler.dense.weight"]
+
+
+def test_table_of_unknown_grid_that_fits_a_rectangle_is_warned_of(tmp_path, capsys):
+    mae = make_mae(img_size=(16, 48))
+    torch.save({"model": mae.state_dict()}, tmp_path / "a.pth")
+    torch.save({"model": mae.state_dict(), "args": {"input_size": (16, 48)}}, tmp_path / "b.pth")
+    load_encoder(make_vit(img_size=(16, 48)), str(tmp_path / "b.pth"))
+    assert capsys.readouterr().err == ""
+    load_encoder(make_vit(img_size=(16, 48)), str(tmp_path / "a.pth"))
+    assert "does not say the patch grid of its 12 positions; they are taken" in capsys.readouterr().err
 
 
 def test_timm_weights_as_safetensors(tmp_path):
@@ -214,6 +251,10 @@ def test_no_usable_encoder(tmp_path):
     )
     with pytest.raises(UserError, match=r"--finetune .*resnet.pth.*not a vision transformer .*conv1.weight"):
         load_encoder(make_vit(), str(tmp_path / "resnet.pth"))
+    decoder = {k: v for k, v in make_mae().state_dict().items() if k.startswith("decoder")}
+    torch.save({"model": decoder}, tmp_path / "decoder.pth")
+    with pytest.raises(UserError, match="this file is a decoder without its encoder"):
+        load_encoder(make_vit(), str(tmp_path / "decoder.pth"))
     optimizer = torch.optim.AdamW(make_vit().parameters())
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pth")
     with pytest.raises(UserError, match="an optimizer's state"):
@@ -255,6 +296,6 @@ def test_trainable_blocks():
     assert trainable(0.5) == {*HEAD, *POOLED, *last_mlp}
     assert trainable(1) == {*HEAD, *POOLED, *(n for n in everything if n.startswith("blocks.2."))}
     assert {"norm.weight", "norm.bias"} <= trainable(1, global_pool=False)
-    for wrong in (-1, 0.7, 4):
+    for wrong in (-1, 0.7, 4, math.nan, math.inf):
         with pytest.raises(UserError, match="--trainable_blocks"):
             trainable(wrong)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from util.evaluation import (
     summarize,
     write_predictions,
 )
+from util.features import FeatureLoader, extract_features
 
 COUNT = 83  # two whole groups and a shorter one
 
@@ -171,6 +173,56 @@ def test_confusion_and_table():
     assert lines[1].split() == ["cat", "2", "1", "50.00", "dog", "(1)"]
     assert lines[2].split() == ["dog", "3", "2", "66.67", "cat", "(1)"]
     assert lines[3].split() == ["nothing", "0", "0", "-", "-"]
+
+
+class WithBadFiles(Images):
+    """As a data set with --bad_images skip: samples 3 and 40 were replaced by their neighbours."""
+
+    def __init__(self):
+        self.bad = torch.zeros(COUNT, dtype=torch.uint8)
+        self.files = Namespace(paths=[f"{i}.png" for i in range(COUNT)])
+
+    def __getitem__(self, index):
+        if index in (3, 40):
+            self.bad[index] = 1
+            return (*super().__getitem__(index + 1)[:2], index)
+        return super().__getitem__(index)
+
+
+def test_samples_that_cannot_be_read_are_not_counted(capsys):
+    loader = torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT))
+    found, whole = (predict_samples(x, make_model(), "cpu") for x in (loader, make_loader(7)))
+    keep = ~np.isin(whole.indices, (3, 40))
+    assert np.array_equal(found.indices, whole.indices[keep]) and len(found.labels) == COUNT - 2
+    assert np.array_equal(found.losses, whole.losses[keep])
+    assert (
+        "2 images could not be decoded and are left out of the figures: 3.png, 40.png"
+        in capsys.readouterr().err
+    )
+
+
+def test_features_of_samples_that_cannot_be_read():
+    def loader():
+        return torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT))
+
+    model = make_model().eval()
+    whole, labels = extract_features(model.forward_features, make_loader(7), "cpu")
+    keep = ~torch.isin(torch.arange(COUNT), torch.tensor([3, 40]))
+    features, found = extract_features(model.forward_features, loader(), "cpu")
+    assert torch.equal(features, whole[keep]) and torch.equal(found, labels[keep])
+    features, found = extract_features(model.forward_features, images := loader(), "cpu", keep_all=True)
+    assert torch.equal(features[keep], whole[keep]) and len(found) == COUNT
+    # An evaluation on features in memory leaves them out too
+    cached = FeatureLoader(features[None], found, EvalSampler(COUNT), 7, dataset=images.dataset)
+    assert len(predict_samples(cached, model.head, "cpu").labels) == COUNT - 2
+
+
+def test_predictions_beyond_the_classes_of_the_data():
+    matrix = confusion_matrix(
+        Predictions(np.arange(3), np.array([0, 0, 1]), np.zeros(3), np.array([[0], [700], [2]]), np.ones(3)),
+        3,
+    )
+    assert matrix.tolist() == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
 
 
 def test_predictions_csv(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,13 @@ def test_exit_code_and_one_line(tmp_path):
         ("--accum_iter 0", "--accum_iter 0: must be at least 1"),
         ("--input_size 30", "30x30 is not divisible by the patch size 8"),
         ("--trainable_blocks 7", "--trainable_blocks 7: must be"),
+        ("--trainable_blocks nan", "--trainable_blocks nan: must be"),
+        ("--trainable_blocks inf", "--trainable_blocks inf: must be"),
+        ("--start_epoch 1", "--start_epoch 1: must be below --epochs 1"),
+        ("--cutmix_minmax 0.8 0.2", "--cutmix_minmax 0.8 0.2: must rise and lie between 0 and 1"),
+        ("--cutmix_minmax 0.2 1.2", "must rise and lie between 0 and 1"),
+        ("--color_jitter -1", "--color_jitter -1.0: must be at least 0"),
+        ("--recount 0", "--recount 0: must be at least 1"),
         ("--smoothing 1.5", "--smoothing 1.5: must lie between 0 and 1"),
         ("--layer_decay 0", "--layer_decay 0.0: must be above 0"),
         ("--aa nonsense", "--aa nonsense"),
@@ -379,6 +387,44 @@ def test_bad_data(pictures, trained, tmp_path):
         data_path=pictures,
         resume=tmp_path / "mae.pth",
     )
+
+
+def test_resume_auto_is_checked_like_a_file(pictures, trained, tmp_path):
+    def fails(message, flags, data=pictures):
+        with pytest.raises(UserError, match=message):
+            run(main_finetune, RECIPE, "--resume auto", flags, data_path=data, output_dir=out)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(trained / "checkpoint-0.pth", out)
+    fails("the class token was given, but .*checkpoint-0.pth was trained with global pooling", "--cls_token")
+    fails("--mean: .* was given", "--mean 0.5")
+    fails("--trainable_blocks 1.0: .*checkpoint-0.pth was trained with None", "--trainable_blocks 1")
+    fails("differing: red, sea", "", make_pictures(tmp_path / "b", classes=("bright", "dark", "sea")))
+    torch.save({"model": make_mae().state_dict(), "epoch": 1}, out / "checkpoint-1.pth")
+    fails("holds no classifier .*pass it with --finetune", "")
+    torch.save({"model": {"conv.weight": torch.zeros(2)}, "epoch": 2}, out / "checkpoint-2.pth")
+    fails(r"holds no classifier \(not a vision transformer\)$", "")
+
+
+def test_evaluation_of_classes_without_names(pictures, tmp_path, capsys):
+    path = released_files(tmp_path)["finetuned"]  # of 9 classes
+    with pytest.raises(UserError, match=r"has 9 classes without names, but .* has 3"):
+        run(main_finetune, "--eval", resume=path, data_path=pictures, output_dir=tmp_path)
+    run(main_finetune, "--eval --nb_classes 9", resume=path, data_path=pictures, output_dir=tmp_path / "out")
+    table = (tmp_path / "out" / "per_class.txt").read_text().splitlines()
+    names = [line.split()[0] for line in table[1:]]
+    assert names in (["bright", "dark", "red"], ["bright", "dark", "red", "(other"])
+    assert [line.split()[1] for line in table[1:4]] == ["8", "8", "8"]
+
+
+def test_folder_of_predictions_is_checked_first(pictures, trained, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(main_finetune, "build_dataset", None)
+    with pytest.raises(UserError, match=r"--output_dir .*file: cannot be written"):
+        flags = "--eval --save_predictions"
+        resume = trained / "checkpoint-1.pth"
+        run(main_finetune, flags, resume=resume, data_path=pictures, output_dir=tmp_path / "file")
 
 
 def test_evaluation_with_other_classes(trained, tmp_path):

@@ -1,11 +1,14 @@
 """main_linprobe.py: frozen encoder, recipe's head, cached features, exact resume, evaluation, bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from golden_utils import GOLDEN
+from golden_utils import GOLDEN, REPO
 from torch import nn
 from transfer_utils import (
     given_args,
@@ -196,6 +199,8 @@ def test_released_layouts(pictures, tmp_path, kind, capsys):
         ("--cache_views 0", "--cache_views 0: must be at least 1"),
         ("--cache_views 2", "--cache_views: needs --cache_features"),
         ("--cache_features --cache_views 2 --no_aug", "--no_aug would make all views the same"),
+        ("--batch_size 1", "--batch_size 1: BatchNorm needs at least 2 images"),
+        ("--start_epoch 3", "--start_epoch 3: must be below --epochs 1"),
         ("--batch_size 100", "more than the 24 training images"),
         ("--eval", "--eval needs the checkpoint"),
         ("--nb_classes 1", "out of range"),
@@ -213,3 +218,67 @@ def test_bad_flags(pictures, tmp_path, flags, message):
 def test_missing_val(tmp_path):
     with pytest.raises(UserError, match="has no val/ folder"):
         run(main_linprobe, data_path=make_pictures(tmp_path / "a", splits=("train",)), output_dir=tmp_path)
+
+
+def test_global_pool_classifier_has_no_class_token_to_probe(pictures, tmp_path):
+    path = released_files(tmp_path)["finetuned"]
+    with pytest.raises(
+        UserError, match=r"--cls_token: .*has no norm for the class token; pass --global_pool"
+    ):
+        run(
+            main_linprobe, "--epochs 1 --batch_size 8", finetune=path, data_path=pictures, output_dir=tmp_path
+        )
+
+
+def test_an_undecodable_validation_image_is_left_out_with_and_without_cache(
+    pictures, encoder, tmp_path, capsys
+):
+    data = make_pictures(tmp_path / "data")
+    path = data / "val" / "dark" / "3.png"
+    path.write_bytes(path.read_bytes()[:200])  # looks like a picture until it is decoded
+    flags = [RECIPE, "--no_aug --bad_images skip"]
+    for name, more in (("plain", ""), ("cached", "--cache_features")):
+        run(main_linprobe, *flags, more, finetune=encoder, data_path=data, output_dir=tmp_path / name)
+        assert "1 images could not be decoded and are left out of the figures" in capsys.readouterr().err
+    lines = (tmp_path / "plain" / "per_class.txt").read_text().splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["8", "7", "8"]
+    plain, cached = (read_log(tmp_path / name)[-1]["test_loss"] for name in ("plain", "cached"))
+    np.testing.assert_allclose(plain, cached, rtol=1e-4)
+
+
+PROCESS = """
+import json, sys
+sys.path[:0] = [{repo!r}, {tests!r}]
+import main_linprobe, models_vit, torch
+from transfer_utils import run, vit_test
+torch.set_num_threads(1)
+models_vit.MODELS["vit_test"] = vit_test
+run(main_linprobe, sys.argv[1], data_path={data!r}, output_dir={out!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--cache_features"])
+def test_figures_of_two_processes_are_those_of_the_checkpoint(tmp_path, flags, monkeypatch):
+    """Each process sees other batches, so BatchNorm's statistics would differ; all evaluate, one saves."""
+    data = make_pictures(tmp_path / "data", per_class=24)  # 72 validation images: three groups
+    out, script = tmp_path / "out", tmp_path / "run.py"
+    script.write_text(PROCESS.format(repo=str(REPO), tests=str(REPO / "tests"), data=str(data), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    recipe = f"--batch_size 8 --epochs 2 --warmup_epochs 0 --blr 5 {flags}"
+    done = subprocess.run(
+        [*command, str(script), recipe], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = []
+    original = main_linprobe.evaluate_and_report
+    monkeypatch.setattr(
+        main_linprobe, "evaluate_and_report", lambda *a, **k: figures.append(original(*a, **k))
+    )
+    for epoch in (0, 1):
+        resume = out / f"checkpoint-{epoch}.pth"
+        run(main_linprobe, "--eval", resume=resume, data_path=data, output_dir=tmp_path / "eval")
+    for record, stats in zip(read_log(out), figures, strict=True):
+        assert record["test_acc1"] == stats["acc1"]
+        np.testing.assert_allclose(record["test_loss"], stats["loss"], rtol=1e-7 if flags else 0)

@@ -94,8 +94,8 @@ def load_encoder(
     names = {key: key.removeprefix("vit.").removeprefix("embeddings.") for key in unexpected}
     if strange := [key for key, name in names.items() if not name.startswith(_BESIDE)]:
         raise UserError(
-            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}), so "
-            "that its encoder computes something else; only plain ViTs with a class token can be used"
+            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
+            "its encoder computes something else; only plain ViTs with a class token can be used"
         )
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
@@ -105,11 +105,10 @@ def load_encoder(
 
 
 def check_final_norm(report: LoadReport) -> None:
-    """Raises UserError where a frozen encoder would give its class token behind a norm that was not trained."""
+    """Raises UserError where a frozen class token would come out of a norm that was never trained."""
     if "norm.weight" in report.missing:
-        raise UserError(
-            f"--cls_token: {report.source} ({report.kind}) has no norm for the class token; pass --global_pool"
-        )
+        file = f"{report.source} ({report.kind})"
+        raise UserError(f"--cls_token: {file} has no norm for the class token; pass --global_pool")
 
 
 def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:

@@ -1,4 +1,6 @@
-"""What ends an epoch of fine-tuning and of probing: evaluation, checkpoint, log; the loops stand in the scripts.
+"""What ends an epoch of fine-tuning and of probing: evaluation, checkpoint, log.
+
+The loops themselves stand in the scripts.
 """
 
 import argparse

@@ -74,7 +74,8 @@ def _model_name(state: dict[str, torch.Tensor]) -> str | None:
 
 def warn_of_other_stats(args: Namespace, content: dict, source: str) -> None:
     """Warns where the encoder in a file was trained with other means or deviations than `args` has."""
-    stored = content.get("model_info") or content.get("args") or {}
+    entries = (content.get("model_info"), content.get("args"), {})
+    stored = next(entry for entry in entries if isinstance(entry, dict))
     for name in ("mean", "std"):
         theirs, own = stored.get(name), getattr(args, name)
         if isinstance(theirs, list | tuple) and _plain(name, theirs, len(own)) != _plain(name, own):

@@ -15,7 +15,7 @@ from engine_finetune import closing_line
 from util.args import UserError, check_common_args, image_size
 from util.checkpoint import find_newest, load_checkpoint
 from util.distributed import get_rank, get_world_size, is_main_process, log, warn
-from util.encoder import encoder_state, has_encoder
+from util.encoder import LoadReport, encoder_state, has_encoder, load_encoder
 from util.evaluation import (
     MAX_CLASSES,
     EvalSampler,
@@ -27,7 +27,7 @@ from util.evaluation import (
     write_predictions,
 )
 from util.finetune_data import LabelledImages, check_classes, count_classes
-from util.model_info import adopt_model_info, check_class_names, read_model_info
+from util.model_info import adopt_model_info, check_class_names, read_model_info, warn_of_other_stats
 from util.records import write_log
 from util.sampler import EpochSampler, build_loader
 from util.state_dict import check_state, model_state
@@ -169,6 +169,15 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
         raise UserError(f"--model {args.model}: {error}") from None
     args.patch_size = model.patch_embed.patch_size[0]
     return model
+
+
+def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
+    """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
+    content = load_checkpoint(args.finetune) if content is None else content
+    report = load_encoder(model, args.finetune, content=content)
+    log(str(report))
+    warn_of_other_stats(args, content, args.finetune)
+    return report
 
 
 def load_for_eval(model: torch.nn.Module, content: dict, source: str) -> None:
