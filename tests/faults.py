@@ -63,7 +63,7 @@ def children(pid: int) -> list[int]:
 
 
 def run_once(args, data: Path, output: Path, kill_after: float | None, rng: random.Random) -> bool:
-    """One start; killed `kill_after` seconds after training began. Returns whether it ended by itself, well."""
+    """One start; killed `kill_after` seconds after training began. Returns whether it ended well."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     process = subprocess.Popen(command(args, data, output), cwd=REPO, env=env, **options)

@@ -55,6 +55,8 @@ def load_checkpoint(source: str | Path) -> dict:
         raise UserError(f"{source}: no such file") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if len(reason.split()) == 1:  # "101" and "EOFError" is what rubbish and empty files give
+            reason = "it is no checkpoint, or damaged"
         if "Weights only load failed" in reason or "Unsupported" in reason:
             reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
         raise UserError(f"{source}: cannot be read as a checkpoint: {reason}") from None
@@ -215,8 +217,8 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     args.start_step = 0
     if not args.resume:
         if args.output_dir and list_checkpoints(args.output_dir):
-            log(f"note: {args.output_dir} holds checkpoints of an earlier run, which this fresh one will overwrite; "
-                "--resume auto goes on from them")  # fmt: skip
+            text = f"{args.output_dir} holds checkpoints of an earlier run"
+            log(f"note: {text}, which this fresh one will overwrite; --resume auto goes on from them")
         return None
     if args.resume == "auto":
         newest = find_newest(args.output_dir) if args.output_dir else None

@@ -33,7 +33,9 @@ def describe_kind(state: dict) -> str:
             " with decoder" if "decoder.mask_token" in state else ", encoder only"
         )
     if "patch_embed.proj.weight" not in state:
-        return "not a vision transformer"
+        return (
+            "a decoder without its encoder" if "decoder_pred.weight" in state else "not a vision transformer"
+        )
     if "mask_token" in state and "decoder_pred.weight" in state:
         return "full MAE (encoder and decoder)"
     if "head.weight" in state:
