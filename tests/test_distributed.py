@@ -117,7 +117,11 @@ def test_two_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
-    # At another world size: the same position with the same effective batch, or a reason why not
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_at_the_same_sample(images, tmp_path):
+    """The same position with the same effective batch, or a reason why not."""
+    flags = ("--batch_size", "4")
     code, out = pretrain(2, images, tmp_path / "other", *flags, "--max_steps", "4")
     assert code == 0, out
     code, out = pretrain(1, images, tmp_path / "other", "--batch_size", "6", "--resume", "auto")

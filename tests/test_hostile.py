@@ -20,7 +20,7 @@ import main_linprobe
 import main_pretrain
 import models_mae
 from util import checkpoint
-from util.args import ArgumentParser, UserError, parse_args
+from util.args import ArgumentParser, TrainingError, UserError, parse_args
 from util.image_io import BadImage, read_image
 
 
@@ -171,10 +171,12 @@ def test_a_full_disk_keeps_training_and_the_old_checkpoint(tmp_path, capsys):
         needed = checkpoint.shutil.disk_usage
         checkpoint.shutil.disk_usage = lambda _: type("Usage", (), {"free": free})()  # it fills up later
         try:
-            main_pretrain.main(parse_args(parser, [*command, "--resume", "auto"]))
+            with pytest.raises(TrainingError, match="the last checkpoint could not be written"):
+                main_pretrain.main(parse_args(parser, [*command, "--resume", "auto"]))
         finally:
             checkpoint.shutil.disk_usage = needed
-        assert "NO CHECKPOINT WAS WRITTEN" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "NO CHECKPOINT WAS WRITTEN" in error and "no space left on device" in error
         assert len((output / "log.txt").read_text().splitlines()) == 2  # training went on to the end
         assert checkpoint.load_checkpoint(output / "checkpoint-0.pth")["epoch"] == 0
         assert not list(output.glob(".checkpoint*")) and not (output / "checkpoint-1.pth").exists()

@@ -23,6 +23,7 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     if not _finite(content.get("model")):
         raise OSError("the model's weights are not finite")
+    room = shutil.disk_usage(path.parent).free
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -30,11 +31,10 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        full = shutil.disk_usage(path.parent).free < 2**20
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError):  # what torch makes of the system's error
-            reason = "no space left on device" if full else str(error).splitlines()[0]
+            reason = "no space left on device" if _bytes(content) > room else str(error).splitlines()[0]
             raise OSError(reason) from error
         raise
     with contextlib.suppress(OSError):  # some file systems cannot flush a folder
@@ -43,6 +43,14 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _bytes(content) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return sum(map(_bytes, parts))
 
 
 def _finite(state) -> bool:
