@@ -165,7 +165,10 @@ def build_val_dataset(args) -> ImageDataset | None:
 
     `args` are those of `build_pretrain_dataset`; raises UserError as it does.
     """
-    files = _find(args, "val")
+    try:
+        files = _find(args, "val")
+    except UserError as error:
+        raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
     if files is None:
         return None
     size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
