@@ -278,6 +278,7 @@ def test_learns(pictures, tmp_path):
     assert read_log(tmp_path)[-1]["test_acc1"] > 80
 
 
+@pytest.mark.slow  # `test_evaluation.py` has a quick one
 @pytest.mark.parametrize("command", ["torchrun"])
 def test_evaluation_on_two_processes(pictures, tmp_path, command):
     torch.manual_seed(0)
