@@ -47,7 +47,7 @@ from util.lr_sched import scale_learning_rate
 from util.model_info import make_model_info
 from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
 from util.probe import cache_features, encoder_digest
-from util.records import log_arguments, make_log_writer
+from util.records import log_arguments, make_log_writer, trim_log
 from util.rng import seed_all
 from util.transfer import (
     add_classifier_args,
@@ -157,7 +157,8 @@ def main(args: argparse.Namespace) -> None:
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    log_writer = make_log_writer(args.log_dir)
+    purge_step = int(1000 * args.start_epoch) if "epoch" in resumed else None
+    log_writer = make_log_writer(args.log_dir, purge_step)
 
     info = make_model_info(args, val_set.classes, "linprobe")
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
@@ -184,8 +185,8 @@ def main(args: argparse.Namespace) -> None:
     guard = RunGuard(args, end.save, train_set, len(loader), resumed.get("meters"))
     before = encoder_digest(model_without_ddp)
     start_time = time.time()
-    if "not_evaluated" in resumed:  # a signal came at the very end of that epoch
-        end.finish(args.start_epoch - 1, resumed["not_evaluated"])
+    if "epoch" in resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
+        end.finish(args.start_epoch - 1, resumed["stats"])  # the run ended before that epoch was logged
     for epoch in range(args.start_epoch, args.epochs):
         start_step = args.start_step if epoch == args.start_epoch else 0
         if guard.check_max_steps(epoch, start_step):
@@ -199,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
         if guard.inside_epoch:
             break
         if guard.signum:  # there may be little time: evaluate after resuming
-            end.save(epoch, not_evaluated=stats)
+            end.save(epoch, stats=stats)
             break
         end.finish(epoch, stats)
         if guard.stopped:

@@ -172,7 +172,9 @@ def main(args: argparse.Namespace) -> None:
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
     if args.distributed:
         model = wrap_model(model, device)
-    log_writer = make_log_writer(args.log_dir, purge_step=int(1000 * args.start_epoch) if resumed else None)
+    log_writer = make_log_writer(
+        args.log_dir, purge_step=int(1000 * args.start_epoch) if "epoch" in resumed else None
+    )
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     log(f"data: {dataset.describe()}; held out: {val_dataset.describe() if val_dataset else 'none'}")
@@ -210,8 +212,8 @@ def main(args: argparse.Namespace) -> None:
     guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
     interrupt.install()
     start_time = time.time()
-    if resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
-        finish_epoch(args.start_epoch - 1, resumed["stats"])  # a signal came right after it
+    if "epoch" in resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
+        finish_epoch(args.start_epoch - 1, resumed["stats"])  # the run ended before that epoch was logged
     for epoch in range(args.start_epoch, args.epochs):
         start_step = args.start_step if epoch == args.start_epoch else 0
         if guard.check_max_steps(epoch, start_step):

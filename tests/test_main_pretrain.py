@@ -203,3 +203,13 @@ def test_from_the_shell(images, tmp_path):
     good = shell()
     assert good.returncode == 0, good.stderr
     assert "stopped by --max_steps 1" in good.stdout and (tmp_path / "checkpoint-0-step1.pth").exists()
+
+
+def test_an_older_checkpoint_gives_no_epoch_twice_and_weights_alone_harm_no_log(images, tmp_path):
+    whole = run(images, tmp_path, "--save_freq", "1")
+    assert run(images, tmp_path, "--save_freq", "1", "--resume", str(tmp_path / "checkpoint-0.pth")) == whole
+    (tmp_path / "log.txt").write_text((tmp_path / "log.txt").read_text().splitlines()[0] + "\n")
+    assert run(images, tmp_path, "--resume", "auto") == whole  # killed between saving and logging
+    torch.save({"model": weights(tmp_path / "checkpoint-1.pth")}, tmp_path / "weights.pth")
+    again = run(images, tmp_path, "--resume", str(tmp_path / "weights.pth"), "--epochs", "1")
+    assert again[:2] == whole and len(again) == 3

@@ -60,7 +60,7 @@ class EpochEnd:
             self.val_loader, self.trained, self.device, self.args, self.val_set, report
         )
         is_best, self.best = test["acc1"] > self.best, max(self.best, test["acc1"])
-        self.save(epoch, best=is_best)
+        self.save(epoch, best=is_best, stats=stats)
         log(f"best accuracy so far: {self.best:.3f} %")
         n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record_epoch(self.args, epoch, stats, test, n_parameters, self.log_writer)
