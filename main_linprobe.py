@@ -199,11 +199,11 @@ def main(args: argparse.Namespace) -> None:
         train_set.report_bad_images()
         if guard.inside_epoch:
             break
-        if guard.signum:  # there may be little time: evaluate after resuming
+        if guard.signal_came():  # there may be little time: evaluate after resuming
             end.save(epoch, stats=stats)
             break
         end.finish(epoch, stats)
-        if guard.stopped:
+        if guard.stopped or (epoch + 1 < args.epochs and guard.signal_came()):
             break
 
     if encoder_digest(model_without_ddp) != before:

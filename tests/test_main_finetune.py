@@ -28,7 +28,7 @@ from transfer_utils import (
 
 import main_finetune
 import models_vit
-from util import interrupt
+from util import epochs, interrupt
 from util.args import UserError
 from util.model_info import read_model_info
 
@@ -123,9 +123,12 @@ def test_stopped_inside_an_epoch_and_resumed_is_undisturbed(pictures, trained, t
     assert same_state(state_of(tmp_path / "checkpoint-best.pth"), state_of(trained / "checkpoint-best.pth"))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, None])
 def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, monkeypatch, batch):
-    """The run saves and leaves; resumed, it ends as the undisturbed one, evaluations included."""
+    """The run saves and leaves; resumed, it ends as the undisturbed one, evaluations included.
+
+    The signal comes with that batch of the first epoch, or (None) during its evaluation.
+    """
 
     class Loader:
         def __init__(self, loader):
@@ -145,13 +148,22 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
     def train_one_epoch(model, criterion, loader, *rest):
         return original(model, criterion, Loader(loader), *rest)
 
+    evaluate = epochs.evaluate_and_report
+
+    def evaluate_and_report(*rest):
+        if batch is None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(*rest)
+
     with monkeypatch.context() as patch, pytest.raises(interrupt.Interrupted, match="SIGUSR1"):
         patch.setattr(main_finetune, "train_one_epoch", train_one_epoch)
+        patch.setattr(epochs, "evaluate_and_report", evaluate_and_report)
         run(main_finetune, RECIPE, data_path=pictures, output_dir=tmp_path)
     interrupt.clear()
     names = {path.name for path in tmp_path.glob("*.pth")}
-    assert names == ({"checkpoint-0-step2.pth"} if batch == 1 else {"checkpoint-0.pth"})
-    assert not (tmp_path / "log.txt").exists()
+    saved = {1: {"checkpoint-0-step2.pth"}, 3: {"checkpoint-0.pth"}}
+    assert names == saved.get(batch, {"checkpoint-0.pth", "checkpoint-best.pth"})
+    assert (tmp_path / "log.txt").exists() == (batch is None)
     run(main_finetune, RECIPE, "--resume auto", data_path=pictures, output_dir=tmp_path)
     interrupt.clear()
     assert same_state(state_of(tmp_path / "checkpoint-1.pth"), state_of(trained / "checkpoint-1.pth"))
