@@ -1,11 +1,12 @@
 """Command-line parts that the main scripts share, and how a user's mistake is reported."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from util.interrupt import Interrupted
 
@@ -47,15 +48,23 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     several processes, the one that failed first has the last word, and takes the others down.
     """
     args = parse_args(parser)
+    with errors_in_one_line(parser.prog):
+        try:
+            main(args)
+        except Interrupted as stop:
+            print(f"{parser.prog}: {stop}", file=sys.stderr, flush=True)
+            sys.exit(stop.status)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(name: str) -> Iterator[None]:
+    """Turns errors that end script `name` into its last line and an exit status, on all processes."""
     try:
-        main(args)
-    except Interrupted as stop:
-        print(f"{parser.prog}: {stop}", file=sys.stderr, flush=True)
-        sys.exit(stop.status)
+        yield
     except (UserError, TrainingError) as error:
-        _fail(f"{parser.prog}: error: {error}", 2 if isinstance(error, UserError) else 1)
+        _fail(f"{name}: error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
-        _fail(f"{parser.prog}: interrupted", 130)
+        _fail(f"{name}: interrupted", 130)
     except Exception:
         _fail(None, 1)
 
@@ -142,8 +151,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def add_distributed_args(parser: argparse.ArgumentParser) -> None:
-    """Processes; normally the launcher's environment says all of it."""
+def add_distributed_args(parser: argparse.ArgumentParser, fsdp: bool = False) -> None:
+    """Processes; normally the launcher's environment says all of it. `fsdp`: the script can shard a model."""
     group = parser.add_argument_group("distributed training")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
     group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="set by old launchers")
@@ -151,6 +160,10 @@ def add_distributed_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
     group.add_argument("--dist_timeout", default=30, type=float, metavar="MINUTES",
                        help="after which waiting for another process is an error")  # fmt: skip
+    if fsdp:
+        group.add_argument("--fsdp", action="store_true",
+                           help="share weights, gradients and optimizer state among the processes, for "
+                           "models that do not fit otherwise (FSDP2); results stay the same")  # fmt: skip
 
 
 # The smallest value of each flag that has one, whichever script has it; floats must be finite too

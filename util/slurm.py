@@ -18,10 +18,9 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 
 from util import interrupt
-from util.args import TrainingError, UserError, default_workers
+from util.args import TrainingError, UserError, default_workers, errors_in_one_line
 
 LOCAL_RESTART = 144  # exit status with which a local job asks to be started again, as submitit's
 MAX_FRUITLESS_STARTS = 5  # in a row that end before anything new was saved; more would go on forever
@@ -80,10 +79,9 @@ class TrainingJob:
             interrupt.install()  # in the place of submitit's handlers
         signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
         env = submitit.JobEnvironment()
-        from util import distributed
         from util.checkpoint import list_checkpoints
 
-        try:
+        with errors_in_one_line(self.script):
             set_up_processes(env)
             set_up_arguments(self.args, env)
             newest = list_checkpoints(self.args.output_dir)[:1]
@@ -93,13 +91,6 @@ class TrainingJob:
                 if env.global_rank == 0:
                     requeue(env, stop, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
                 sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
-        except (UserError, TrainingError) as error:
-            status = 2 if isinstance(error, UserError) else 1
-            distributed.fail(f"{self.script}: error: {error}", status)
-        except Exception:
-            if distributed.get_world_size() == 1:
-                raise
-            distributed.fail(traceback.format_exc().rstrip(), 1, own_fault=False)
 
 
 def set_up_processes(env) -> None:
