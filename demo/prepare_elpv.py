@@ -2,12 +2,14 @@
 
     pip install elpv-dataset
     python demo/prepare_elpv.py OUT_DIR
+    python demo/prepare_elpv.py OUT_DIR --labels both
 
 2,624 electroluminescence photographs of solar cells, 300x300, 8-bit grey, each labelled with the probability
-of a defect (0, 1/3, 2/3 or 1) and the type of its module. Here a cell is defective from a probability of 0.5;
-75 % of the cells of each probability and type go to train and 25 % to val, always the same. The files are
-copied as they are. They have their own licence (CC BY-NC-SA 4.0: no commercial use), so this repository holds
-none of them.
+of a defect (0, 1/3, 2/3 or 1) and the type of its module, monocrystalline or polycrystalline. Here a cell is
+defective from a probability of 0.5; the classes are that (--labels defect), the type, or both at once. 75 % of
+the cells of each probability and type go to train and 25 % to val, always the same. The files are copied as
+they are. They have their own licence (CC BY-NC-SA 4.0: no commercial use), so this repository holds none of
+them.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +28,11 @@ from util.args import ArgumentParser, UserError, run_script
 
 PACKAGE = "elpv_dataset"
 INSTALL = "pip install elpv-dataset"
-CLASSES = ("defective", "functional")
+LABELS = {  # what --labels asks for: the class of a cell with this probability of a defect and this type
+    "defect": lambda probability, kind: "defective" if probability >= 0.5 else "functional",
+    "type": lambda probability, kind: kind,
+    "both": lambda probability, kind: f"{kind}-{LABELS['defect'](probability, kind)}",
+}
 VAL_SHARE = 0.25
 TERMS = """\
 Licence of the pictures: CC BY-NC-SA 4.0 (no commercial use). Please cite: Buerhop-Lutz et al., EU PVSEC 2018,
@@ -91,12 +98,7 @@ def split_rows(rows: list[tuple[str, float, str]]) -> dict[str, list[tuple[str, 
     return split
 
 
-def label(probability: float) -> str:
-    """Class of a cell with this probability of a defect."""
-    return CLASSES[0] if probability >= 0.5 else CLASSES[1]
-
-
-def copy(folder: Path, split: dict, out: Path) -> None:
+def copy(folder: Path, split: dict, out: Path, label: Callable) -> None:
     """Copies the pictures to out/split/class/, by way of a folder beside `out`: `out` is whole or not there.
 
     Raises UserError if `out` is not empty or cannot be written.
@@ -106,8 +108,8 @@ def copy(folder: Path, split: dict, out: Path) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; name another one, or remove it")
         for name, rows in split.items():
-            for path, probability, _ in rows:
-                target = work / name / label(probability) / Path(path).name
+            for path, probability, kind in rows:
+                target = work / name / label(probability, kind) / Path(path).name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, target)
         if out.exists():
@@ -123,12 +125,12 @@ def main(args: argparse.Namespace) -> None:
     """Makes the ImageFolder and prints what is in it."""
     folder, out = find_data(), Path(args.out).expanduser().resolve()
     split = split_rows(read_labels(folder))
-    copy(folder, split, out)
+    label = LABELS[args.labels]
+    copy(folder, split, out, label)
     print(TERMS)
     for name, rows in split.items():
-        counts = {c: sum(label(row[1]) == c for row in rows) for c in CLASSES}
-        kinds = {k: sum(row[2] == k for row in rows) for k in sorted({row[2] for row in rows})}
-        text = ", ".join(f"{n} {k}" for k, n in (counts | kinds).items())
+        counts = Counter(label(*row[1:]) for row in rows)
+        text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         print(f"{out / name}: {len(rows)} pictures ({text})")
     print(f"use it: python main_pretrain.py --data_path {out}")
 
@@ -136,4 +138,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT_DIR", help="folder to make; it must not exist, or be empty")
+    parser.add_argument("--labels", default="defect", choices=LABELS, help="what the classes are")
     run_script(main, parser)

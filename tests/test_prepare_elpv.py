@@ -77,9 +77,27 @@ def test_makes_a_stratified_image_folder_of_identical_files(package, tmp_path):
         of_split = {key[1:]: n for key, n in counts.items() if key[0] == split}
         bad = sum(n for (p, _), n in of_split.items() if p >= 0.5)
         total = sum(of_split.values())
-        assert (
-            f"{out / split}: {total} pictures ({bad} defective, {total - bad} functional, " in result.stdout
-        )
+        assert f"{out / split}: {total} pictures ({bad} defective, {total - bad} functional)" in result.stdout
+
+
+@pytest.mark.parametrize("labels", ["type", "both"])
+def test_other_labels_of_the_same_split(package, tmp_path, labels):
+    _, rows = package
+    assert prepare(tmp_path / "defect").returncode == 0
+    result = prepare(tmp_path / labels, "--labels", labels)
+    assert result.returncode == 0 and result.stderr == ""
+    names = [{p.name for p in (tmp_path / folder / "val").rglob("*.png")} for folder in ("defect", labels)]
+    assert names[0] == names[1]
+    classes = Counter()
+    for path in (tmp_path / labels).rglob("*.png"):
+        probability, kind = rows[path.name]
+        state = "defective" if probability >= 0.5 else "functional"
+        assert path.parent.name == (kind if labels == "type" else f"{kind}-{state}")
+        classes[path.parts[-3], path.parent.name] += 1
+    for (split, name), count in classes.items():
+        line = next(x for x in result.stdout.splitlines() if x.startswith(f"{tmp_path / labels / split}:"))
+        assert f"{count} {name}" in line
+    assert_one_line_error(prepare(tmp_path / "x", "--labels", "colour"), "--labels", "colour")
 
 
 def test_split_is_the_same_each_time_and_in_any_order_of_rows():
