@@ -6,10 +6,10 @@
 
 2,624 electroluminescence photographs of solar cells, 300x300, 8-bit grey, each labelled with the probability
 of a defect (0, 1/3, 2/3 or 1) and the type of its module, monocrystalline or polycrystalline. Here a cell is
-defective from a probability of 0.5; the classes are that (--labels defect), the type, or both at once. 75 % of
-the cells of each probability and type go to train and 25 % to val, always the same. The files are copied as
-they are. They have their own licence (CC BY-NC-SA 4.0: no commercial use), so this repository holds none of
-them.
+defective from a probability of 0.5; the classes are that (--labels defect), the type, or both at once. 75 %
+of the cells of each probability and type go to train and 25 % to val, always the same. The files are copied
+as they are. They have their own licence (CC BY-NC-SA 4.0: no commercial use), so this repository holds none
+of them.
 """
 
 import argparse
