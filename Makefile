@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-faults test-slurm test-extra test-gpu lint format bench clean setup
+.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-gpu lint format bench clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
@@ -31,6 +31,11 @@ test-faults: setup
 test-slurm: setup
 	bash tests/slurm_setup.sh
 	SLURM_TEST_REQUIRED=1 $(PY) -m pytest -m slurm
+
+test-browser: setup
+	$(PY) -m pip install -q 'gradio>=6' selenium
+	command -v chromedriver > /dev/null || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }
+	$(PY) -m pytest -m browser
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu
