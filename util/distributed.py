@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from util import watch
 from util.args import UserError
+from util.fsdp import is_sharded, shard_model
 
 
 def log(message: str) -> None:
@@ -78,8 +79,14 @@ def all_reduce_mean(x: float | torch.Tensor) -> float | torch.Tensor:
     return (all_reduce_sum(torch.tensor(x, dtype=torch.float64, device=device)) / get_world_size()).item()
 
 
-def wrap_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """DistributedDataParallel around `model`; the gradients live in the buckets that are sent."""
+def wrap_model(model: torch.nn.Module, device: torch.device, fsdp: bool = False) -> torch.nn.Module:
+    """`model` as several processes train it; make the optimizer afterwards.
+
+    DistributedDataParallel around it, with the gradients in the buckets that are sent; with `fsdp` itself,
+    sharded in place.
+    """
+    if fsdp:
+        return shard_model(model, device)
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
@@ -87,6 +94,8 @@ def wrap_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
     """Context of a micro-step that is not the last of its accumulation window: gradients stay here."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(not active)
     return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 

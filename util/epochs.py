@@ -12,6 +12,7 @@ import torch.distributed as dist
 from util.checkpoint import save_model
 from util.distributed import get_world_size, log
 from util.finetune_data import LabelledImages
+from util.fsdp import full_copy
 from util.transfer import evaluate_and_report, record_epoch
 
 
@@ -57,7 +58,7 @@ class EpochEnd:
         share_buffers(self.trained)
         report = epoch + 1 == self.args.epochs
         test = evaluate_and_report(
-            self.val_loader, self.trained, self.device, self.args, self.val_set, report
+            self.val_loader, full_copy(self.trained), self.device, self.args, self.val_set, report
         )
         is_best, self.best = test["acc1"] > self.best, max(self.best, test["acc1"])
         self.save(epoch, best=is_best, stats=stats)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from util.fsdp import whole_tensor
+
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Writes `content` to a temporary file in the same folder, flushes it to disk and renames it.
@@ -59,14 +61,19 @@ def _finite(state) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
-def snapshot(content):
-    """A copy of nested dicts, lists and tuples whose tensors are copied to CPU memory."""
+def snapshot(content, keep: bool = True):
+    """A copy of nested dicts, lists and tuples whose tensors are copied to CPU memory.
+
+    Sharded tensors are gathered, one at a time, for which all processes must call this; with `keep=False`
+    this one only takes part.
+    """
     if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
+        content = whole_tensor(content.detach())
+        return content.to("cpu", copy=True) if keep else None
     if isinstance(content, dict):
-        return {key: snapshot(value) for key, value in content.items()}
+        return {key: snapshot(value, keep) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(snapshot(value) for value in content)
+        return type(content)(snapshot(value, keep) for value in content)
     return content
 
 
