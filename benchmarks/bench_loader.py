@@ -1,8 +1,10 @@
 """Images per second of the loaders: one thread in this process, then DataLoader workers end to end.
 
-Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself. Rounds of all
-variants are interleaved, so that a busy moment of the machine hits all of them; medians over rounds, ratios
-within a round. One thread is timed by the processor time it used, workers by the clock.
+Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself, and copies of
+them as `python -m util.resize_dataset --short S` writes them. Rounds of all variants are interleaved, so that
+a busy moment of the machine hits all of them; medians over rounds, ratios within a round. One thread is timed
+by the processor time it used. Workers are timed by the clock: both loaders at each number of workers, and at
+the largest the other variants of the default one, among them other numbers of batches worked ahead.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,9 +30,12 @@ import torchvision
 from PIL import Image
 
 from util import image_io
+from util import sampler as sampler_module
+from util.args import default_workers
 from util.datasets import ImageDataset, build_pretrain_dataset
 from util.image_io import read_image
 from util.sampler import EpochSampler, build_loader
+from util.shrink import copy_image
 from util.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -38,6 +44,9 @@ from util.transforms import (
     reference_transform,
     resize_crop,
 )
+
+REPEATS = 4
+REPEATED = f"default, --repeated_aug {REPEATS}, per crop"
 
 
 def draw_pictures(folder: Path, count: int) -> None:
@@ -58,7 +67,15 @@ def draw_pictures(folder: Path, count: int) -> None:
         image.save(folder / f"{number:04d}.jpg", quality=int(rng.integers(92, 96)), subsampling="4:2:0")
 
 
-def single_variants(paths: list[str], size: int) -> dict[str, Callable[[str], object]]:
+def make_copies(paths: list[str], folder: Path, short: int) -> dict[str, str]:
+    """{path: path of its copy} with shorter sides of at most `short` pixels."""
+    copies = {path: str(folder / f"short{short}" / f"{i:05d}.jpg") for i, path in enumerate(paths)}
+    for path, copy in copies.items():
+        copy_image(path, copy, str(folder), short, quality=95)
+    return copies
+
+
+def single_variants(paths: list[str], size: int, copies: dict[int, dict]) -> dict[str, Callable]:
     """{name: one image's work}; the first is what the others are compared with, then steps of the default."""
     chain = reference_transform(size, IMAGENET_MEAN, IMAGENET_STD)
     transform, rng = PretrainTransform(size), random.Random(0)
@@ -72,10 +89,20 @@ def single_variants(paths: list[str], size: int) -> dict[str, Callable[[str], ob
         image = decoded[path]
         return resize_crop(image, random_resized_crop_box(*image.shape[:2], rng), transform.size)
 
+    def repeated(path: str) -> list[torch.Tensor]:
+        image = read_image(path)
+        return [transform(image, rng) for _ in range(REPEATS)]
+
+    shrunk = {
+        f"default, copies by --short {short}": lambda path, of=of: transform(read_image(of[path]), rng)
+        for short, of in copies.items()
+    }
     return {
         "reference chain (Pillow, torchvision)": reference,
         "default": lambda path: transform(read_image(path), rng),
         "default without simplejpeg": lambda path: transform(read_image(path, use_simplejpeg=False), rng),
+        **shrunk,
+        REPEATED: repeated,
         "  of which: read and decode": read_image,
         "  of which: crop and resize": resize_only,
         "  of which: crop box": lambda path: random_resized_crop_box(400, 480, rng),
@@ -84,13 +111,13 @@ def single_variants(paths: list[str], size: int) -> dict[str, Callable[[str], ob
 
 
 def time_single(variants: dict[str, Callable], paths: list[str]) -> dict[str, float]:
-    """Seconds of processor time per image of each variant, one pass over `paths`."""
+    """Seconds of processor time per sample of each variant, one pass over `paths`."""
     seconds = {}
     for name, work in variants.items():
         start = time.process_time()
         for path in paths:
             work(path)
-        seconds[name] = (time.process_time() - start) / len(paths)
+        seconds[name] = (time.process_time() - start) / len(paths) / (REPEATS if name == REPEATED else 1)
     return seconds
 
 
@@ -108,16 +135,46 @@ class Repeated(torch.utils.data.Dataset):
         return self.dataset[epoch * self.times + index // len(self.dataset), index % len(self.dataset)]
 
 
-def make_loaders(args: argparse.Namespace) -> dict[str, torch.utils.data.DataLoader]:
-    """{name: loader} of both loaders for each number of workers; the reference of one number comes first."""
+def without_simplejpeg(dataset: ImageDataset) -> ImageDataset:
+    """`dataset` that decodes JPEGs with Pillow."""
+
+    def read(position: int, epoch: int, index: int) -> torch.Tensor:
+        image = read_image(dataset.files.paths[position], use_simplejpeg=False)
+        return dataset.transform(image, random.Random(epoch * len(dataset) + index))
+
+    dataset._read = read
+    return dataset
+
+
+def make_loader(args, dataset: ImageDataset, workers: int, ahead: int = sampler_module.PREFETCH):
+    """A loader whose epochs are long enough to be timed; its workers work `ahead` batches ahead."""
+    dataset = Repeated(dataset, 1 + args.samples * max(workers, 1) // args.images)
+    sampler = EpochSampler(len(dataset), seed=0, batch_size=args.batch_size)
+    with mock.patch.object(sampler_module, "PREFETCH", ahead):
+        return build_loader(dataset, sampler, args.batch_size, workers, args.pin_mem, drop_last=True)
+
+
+def make_loaders(args: argparse.Namespace, folder: Path) -> dict[str, torch.utils.data.DataLoader]:
+    """{name: loader}. Names end with the number of workers, and each number begins with the reference."""
+
+    def dataset(kind: str = "default", path: str = args.data_path) -> ImageDataset:
+        return build_pretrain_dataset(argparse.Namespace(**{**vars(args), "loader": kind, "data_path": path}))
+
     loaders = {}
     for workers in args.workers:
+        ending = f", {workers} workers"
         for kind in ("reference", "default"):
-            args.loader = kind
-            dataset = Repeated(build_pretrain_dataset(args), 1 + 600 * max(workers, 1) // args.images)
-            sampler = EpochSampler(len(dataset), seed=0, batch_size=args.batch_size)
-            name = f"--loader {kind}, {workers} workers"
-            loaders[name] = build_loader(dataset, sampler, args.batch_size, workers, drop_last=True)
+            loaders[f"--loader {kind}{ending}"] = make_loader(args, dataset(kind), workers)
+        if workers == max(args.workers):
+            pillow = without_simplejpeg(dataset())
+            loaders[f"default without simplejpeg{ending}"] = make_loader(args, pillow, workers)
+            for short in args.short:
+                copies = dataset(path=str(folder / f"short{short}"))
+                loaders[f"default, copies by --short {short}{ending}"] = make_loader(args, copies, workers)
+            for ahead in args.prefetch if workers else ():
+                loaders[f"default, {ahead} batches ahead{ending}"] = make_loader(
+                    args, dataset(), workers, ahead
+                )
     return loaders
 
 
@@ -132,6 +189,11 @@ def time_loader(loader: torch.utils.data.DataLoader, epoch: int) -> float:
     return (time.perf_counter() - start) / count
 
 
+def reference_of(name: str) -> str:
+    """The reference's loader with as many workers as `name` has."""
+    return f"--loader reference, {name.rsplit(', ', 1)[1]}"
+
+
 def report(rounds: list[dict[str, float]], baseline: Callable[[str], str]) -> list[dict]:
     """Median rates, and medians over rounds of each round's ratio to its baseline; printed as a table."""
     rows = []
@@ -144,7 +206,7 @@ def report(rounds: list[dict[str, float]], baseline: Callable[[str], str]) -> li
     for row in rows:
         ratio = f"{row['ratio']:7.2f} x" if not row["variant"].startswith("  ") else ""
         print(
-            f"{row['variant']:40s} {row['images_per_s']:9.0f} images/s {row['us_per_image']:8.0f} us {ratio}"
+            f"{row['variant']:46s} {row['images_per_s']:9.0f} images/s {row['us_per_image']:8.0f} us {ratio}"
         )
     return rows
 
@@ -155,11 +217,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")
     parser.add_argument("--images", default=200, type=int, help="how many are used")
+    parser.add_argument("--samples", default=600, type=int, help="that each worker reads in a round")
     parser.add_argument("--input_size", default=224, type=int)
     parser.add_argument("--rounds", default=7, type=int)
+    cores = default_workers()
+    powers = sorted({*(2**n for n in range(10) if 2**n < cores), cores})
     parser.add_argument(
-        "--workers", default=[1, 2], type=int, nargs="*", help="numbers of workers; none: skip"
-    )
+        "--workers", default=powers, type=int, nargs="*",
+        help=f"numbers of workers; none: skip (default: {' '.join(map(str, powers))})",
+    )  # fmt: skip
+    parser.add_argument("--short", default=[400, 320], type=int, nargs="*", help="shorter sides of copies")
+    parser.add_argument("--prefetch", default=[1, 4], type=int, nargs="*", help="batches ahead to compare")
     parser.add_argument("--batch_size", default=64, type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     return parser
@@ -167,11 +235,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as copies_folder:
         if args.data_path is None:
             args.data_path = folder
             draw_pictures(Path(folder), args.images)
-        args.loader = "default"
+        args.loader, args.pin_mem = "default", torch.cuda.is_available()
         paths = build_pretrain_dataset(args).files.paths[: args.images]
         args.images = len(paths)
         sizes = [os.path.getsize(path) for path in paths]
@@ -184,7 +252,10 @@ def main(args: argparse.Namespace) -> None:
             "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
             "images": f"{len(paths)}, mean {np.mean(sizes) / 1e3:.0f} kB, {np.mean(pixels) / 1e3:.0f} kpx",
         }
-        singles, loaders = single_variants(paths, args.input_size), make_loaders(args)
+        place = Path(copies_folder)
+        copies = {short: make_copies(paths, place, short) for short in args.short}
+        singles = single_variants(paths, args.input_size, copies)
+        loaders = make_loaders(args, place)
         time_single(singles, paths)  # warm-up: files into the page cache
         single_rounds, loader_rounds = [], []
         for number in range(args.rounds):
@@ -195,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
         result["single"] = report(single_rounds, lambda name: next(iter(singles)))
         if loaders:
             print("\nDataLoader end to end, by the clock; ratio to the reference with as many workers")
-            result["loaders"] = report(loader_rounds, lambda name: name.replace("default", "reference"))
+            result["loaders"] = report(loader_rounds, reference_of)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 

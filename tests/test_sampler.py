@@ -108,6 +108,21 @@ def test_positions_inside_an_epoch():
         EpochSampler(50).set_epoch(0, 1)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_repeats_follow_each_other_and_lengthen_the_epoch(replicas):
+    plain = [EpochSampler(29, replicas, rank, 1, batch_size=2) for rank in range(replicas)]
+    samplers = [EpochSampler(29, replicas, rank, 1, batch_size=6, repeats=3) for rank in range(replicas)]
+    for one, three in zip(plain, samplers, strict=True):
+        assert len(three) == 3 * len(one) == len(list(three)) == 3 * 2 * (29 // (2 * replicas))
+        assert list(three) == [(*key, repeat) for key in one for repeat in range(3)]
+        one.set_epoch(4, 2, 5)
+        three.set_epoch(4, 2, 5)  # the same images: batches hold as many
+        assert list(three) == [(*key, repeat) for key in one for repeat in range(3)]
+    for options in ({"batch_size": 4}, {}):
+        with pytest.raises(ValueError, match="whole images"):
+            EpochSampler(29, repeats=3, **options)
+
+
 def test_a_set_smaller_than_the_batch_gives_nothing():
     assert len(EpochSampler(10, 2, 0, batch_size=6)) == 0
 
@@ -146,6 +161,49 @@ def test_same_batches_for_any_number_of_workers(folder, kind):
     assert labels.tolist() == [dataset.label(index) for index in numbers.tolist()]
     for k, index in enumerate(numbers.tolist()):
         assert torch.equal(images[k], dataset[0, index][0])
+
+
+@pytest.mark.parametrize("kind", ["default", "reference"])
+def test_repeated_augmentation_decodes_once_and_crops_often(folder, kind, monkeypatch):
+    """Each repeat has draws of its own, the first those of a run without; the same for any workers."""
+    from util import datasets
+
+    decoded = []
+    for name in ("read_image", "open_pil"):
+        original = getattr(datasets, name)
+        monkeypatch.setattr(datasets, name, lambda *a, f=original: (decoded.append(a[0]), f(*a))[1])
+    dataset = dataset_of(folder, kind)
+
+    def batches(workers, start=0):
+        sampler = EpochSampler(len(dataset), seed=5, batch_size=6, repeats=3)
+        sampler.set_epoch(1, start)
+        return list(build_loader(dataset, sampler, 6, workers, drop_last=True))
+
+    plain = batches(0)
+    assert len(plain) == 14 and len(decoded) == 28
+    for images, labels, indices in plain:
+        assert images.shape == (6, 3, 16, 16) and torch.equal(indices, indices[[0, 0, 0, 3, 3, 3]])
+        assert labels.tolist() == [dataset.label(i) for i in indices.tolist()]
+        for i, index in enumerate(indices.tolist()):
+            assert torch.equal(dataset[1, index, i % 3][0], images[i])
+            assert i % 3 or torch.equal(dataset[1, index][0], images[i])
+        assert len({image.numpy().tobytes() for image in images}) == 6
+    for again in (batches(2), [*plain[:5], *batches(0, 5)]):
+        assert all(
+            torch.equal(a, b) for x, y in zip(plain, again, strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+
+def test_all_repeats_of_a_bad_image_are_replaced_by_the_next(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (30, 30), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    data = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(data[: len(data) // 2])
+    dataset = dataset_of(tmp_path, bad_images="skip")
+    keys = [(0, 1, 0), (0, 1, 1), (0, 3, 0), (0, 3, 0), (0, 2), (0, 2), 3, 3]
+    samples = dataset.__getitems__(keys)
+    assert [int(image[0, 0, 0]) // 60 for image, *_ in samples] == [2, 2, 3, 3, 2, 2, 3, 3]
+    assert [index for *_, index in samples] == [1, 1, 3, 3, 2, 2, 3, 3]
 
 
 def test_skipping_to_a_position_decodes_nothing(folder):

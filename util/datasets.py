@@ -1,5 +1,6 @@
 """Data sets of image files; every sample is a function of (seed, epoch, index) only."""
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -28,7 +29,9 @@ class ImageDataset(torch.utils.data.Dataset):
     """Images of a split: `dataset[epoch, index]`, or `dataset[index]` of epoch 0 -> (image, label, index).
 
     The label is -1 where there are no classes. Every random draw depends on (seed, epoch, index) alone, so
-    that neither the number of workers nor a restart changes a sample.
+    that neither the number of workers nor a restart changes a sample. `dataset[epoch, index, repeat]` is a
+    further sample of the same image with draws of its own (`repeat` 0: the same as without); a loader gets
+    those that follow each other in a batch from one decoding.
 
     A file that turns out to be unreadable ends the run with one line that names it (BadImage, a UserError).
     With `bad_images="skip"` the next readable image of the list takes its place, label included, with the
@@ -64,17 +67,35 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.files.paths)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[torch.Tensor, int, int]:
+        epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
+        return self._samples(epoch, index, repeat)[0]
+
+    def __getitems__(self, keys: list[int | tuple[int, ...]]) -> list[tuple[torch.Tensor, int, int]]:
+        """The samples of a batch; a DataLoader asks for them so."""
+        samples = []
+        for pair, group in itertools.groupby(keys, lambda key: key[:2] if isinstance(key, tuple) else key):
+            group = list(group)
+            if len(group) > 1 and isinstance(pair, tuple) and len(group[0]) > 2:
+                samples += self._samples(*pair, [key[2] for key in group])
+            else:
+                samples += [self[key] for key in group]
+        return samples
+
+    def _samples(self, epoch: int, index: int, repeats: list[int]) -> list[tuple[torch.Tensor, int, int]]:
+        """Samples of one image, which is read once; one if `repeats` is empty."""
         position = self.position(index)
         while True:
             try:
-                image = self._read(position, epoch, index)
+                if len(repeats) > 1 or any(repeats):
+                    images = self._read_repeats(position, epoch, index, repeats)
+                else:
+                    images = [self._read(position, epoch, index)]
                 break
             except BadImage as error:
                 self._flag(position, error)
                 position = self.position(position)
-        return image, self.label(position), index
+        return [(image, self.label(position), index) for image in images]
 
     def _read(self, position: int, epoch: int, index: int) -> torch.Tensor:
         """The file at `position`, transformed with the draws of sample (epoch, index)."""
@@ -85,6 +106,19 @@ class ImageDataset(torch.utils.data.Dataset):
                 return self.transform(image)
         image = read_image(path, self.channels)
         return self.transform(image, random.Random(derive_seed(self.seed, epoch, index)))
+
+    def _read_repeats(self, position: int, epoch: int, index: int, repeats: list[int]) -> list[torch.Tensor]:
+        """The file at `position`, decoded once and transformed with the draws of each of `repeats`."""
+        path, images = self.files.paths[position], []
+        image = open_pil(path, MODES[self.channels]) if self.pil else read_image(path, self.channels)
+        for repeat in repeats:
+            numbers = (self.seed, epoch, index, *([repeat] if repeat else []))
+            if self.pil:
+                with sample_seed(*numbers):
+                    images.append(self.transform(image))
+            else:
+                images.append(self.transform(image, random.Random(derive_seed(*numbers))))
+        return images
 
     def _flag(self, position: int, error: BadImage) -> None:
         """Notes an unreadable file; raises BadImage when there may be no more of them."""

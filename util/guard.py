@@ -158,7 +158,8 @@ class RunGuard:
         if not bad:
             text = f"{where}: the loss of another process is not finite"
         else:
-            some = ", ".join(files[:8]) + (f", ... ({len(files)} in all)" if len(files) > 8 else "")
+            names = list(dict.fromkeys(files))  # each once: a batch may hold several crops of an image
+            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
             text = f"{where}: the loss is {entry['loss'].item()}; no process made this step"
             text += f"; images: {some}" if files else ""
             text += f"; the batch is in {place}" if place else ""

@@ -3,8 +3,7 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import numpy as np
 
 from util.args import UserError
 from util.image_io import IMG_EXTENSIONS, printable, probe_image
+from util.index_cache import Folder, list_folders
+from util.spread import spread
 
 MAX_PROBES = 100_000  # files looked at before the start; of larger sets, as many, evenly spread
-_THREADS = 16  # they wait for the disk or the network, not for the processor
 
 
 class PathList(Sequence):
@@ -28,8 +28,22 @@ class PathList(Sequence):
         buffer, ends = bytearray(), array("q", [0])
         for name in names:
             buffer += os.fsencode(name)
+            buffer.append(0)
             ends.append(len(buffer))
         self.root, self._buffer, self._ends = root, bytes(buffer), np.array(ends, dtype=np.int64)
+
+    @classmethod
+    def of_folders(cls, folders: Iterable[Folder], root: str) -> "PathList":
+        """The images of `folders`, in their order, without going through them name by name."""
+        parts = []
+        for folder in folders:
+            prefix = os.fsencode(os.path.join(folder.name, "")) if folder.name else b""
+            parts += [prefix, folder.images.replace(b"\0", b"\0" + prefix), b"\0"]
+        paths = cls((), root)
+        paths._buffer = b"".join(parts)
+        zeros = np.flatnonzero(np.frombuffer(paths._buffer, np.uint8) == 0)
+        paths._ends = np.concatenate([np.zeros(1, np.int64), zeros + 1])
+        return paths
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -44,7 +58,7 @@ class PathList(Sequence):
         position = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= position < len(self):
             raise IndexError(f"file {index} of {len(self)}")
-        return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1]])
+        return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1] - 1])
 
     def take(self, indices: Iterable[int]) -> "PathList":
         """A new list of some of the files."""
@@ -128,75 +142,30 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
     return _check(files, place, bad_images)
 
 
-def _walk(root: str, place: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields (folder relative to `root`, names of its visible files) for `root` and all folders in it.
-
-    A link to a folder is followed unless it leads back to one that it lies in.
-    """
-    stack = [("", ())]
-    while stack:
-        folder, above = stack.pop()
-        path = os.path.join(root, folder) if folder else root
-        try:
-            info = os.stat(path)
-            identity = (info.st_dev, info.st_ino)
-            if identity in above:
-                continue
-            names = []
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if _is_folder(entry):
-                        stack.append((os.path.join(folder, entry.name), (*above, identity)))
-                    else:
-                        names.append(entry.name)
-        except OSError as error:
-            raise UserError(f"{place}: cannot read the folder {printable(path)}: {error.strerror}") from None
-        yield folder, names
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def _search(root: str, place: str) -> ImageFiles:
     """Images, and labels if there are any, of a folder; the order is that of torchvision's ImageFolder."""
-    folders, others = [], Counter()
-    holds_images, holds_files = set(), set()  # names of the folders in `root` that do, "" for itself
-    for folder, names in _walk(root, place):
-        top = folder.split(os.sep, 1)[0]
-        images = []
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in IMG_EXTENSIONS:
-                images.append(name)
-            else:
-                others[extension] += 1
-        if names:
-            holds_files.add(top)
-        if images:
-            holds_images.add(top)
-            # as bytes: a million names as strings would take 80 MB while the others are found
-            folders.append((top, folder, len(images), b"\0".join(map(os.fsencode, sorted(images)))))
+    try:
+        found = list_folders(root)
+    except OSError as error:
+        path = printable(error.filename or root)
+        raise UserError(f"{place}: cannot read the folder {path}: {error.strerror}") from None
+    # The folder in `root` that each lies in, "" for `root` itself
+    tops = {folder.name: folder.name.split(os.sep, 1)[0] for folder in found}
+    others = sum((folder.others for folder in found), Counter())
+    holds_files = {tops[folder.name] for folder in found if folder.count or folder.others}
+    folders = sorted((f for f in found if f.count), key=lambda f: (tops[f.name], f.name))
+    holds_images = {tops[folder.name] for folder in folders}
     if not folders:
         wanted = " ".join(IMG_EXTENSIONS)
         raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
-    folders.sort(key=lambda f: f[:2])
-    paths = PathList(
-        (os.path.join(folder, os.fsdecode(n)) for _, folder, _, names in folders for n in names.split(b"\0")),
-        root,
-    )
-    files = ImageFiles(root, root, paths, ignored=sum(others.values()))
+    paths = PathList.of_folders(folders, root)
+    files = ImageFiles(root, root, paths, ignored=others.total())
     if "" not in holds_images and holds_files - {""} == holds_images:
         files.classes = sorted(holds_images)
         number = {name: i for i, name in enumerate(files.classes)}
         files.labels = np.repeat(
-            np.array([number[top] for top, *_ in folders], dtype=np.int32),
-            [count for _, _, count, _ in folders],
+            np.array([number[tops[folder.name]] for folder in folders], dtype=np.int32),
+            [folder.count for folder in folders],
         )
     return files
 
@@ -237,8 +206,7 @@ def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
         return [(int(i), reason) for i in part if (reason := probe_image(files.paths[i]))]
 
     parts = np.array_split(indices, max(1, len(indices) // 256))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        bad = [found for part in pool.map(probe, parts) for found in part]
+    bad = [found for part in spread(probe, parts) for found in part]
     if not bad:
         return files
     names = ", ".join(f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad[:3])

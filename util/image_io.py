@@ -98,8 +98,11 @@ def probe_image(path: str) -> str | None:
     """Looks at the first bytes of a file: None when an image starts like this, whatever the file's name;
     otherwise the reason in few words."""
     try:
-        with _open(path) as file:
-            return _look(file.read(32))
+        descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:  # half the time that a file object takes: this runs 100,000 times before a start
+            return _look(os.read(descriptor, 32))
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         return _explain(error)
 

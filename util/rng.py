@@ -45,13 +45,13 @@ def seed_step(seed: int, rank: int, epoch: int, step: int) -> None:
 
 
 @contextlib.contextmanager
-def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
+def sample_seed(seed: int, epoch: int, index: int, *repeat: int) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's CPU generators for one sample and restores them afterwards.
 
     For transforms that draw from global generators (torchvision, timm), in a worker or in the main process.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    mixed = derive_seed(seed, epoch, index)
+    mixed = derive_seed(seed, epoch, index, *repeat)
     random.seed(mixed)
     np.random.seed(mixed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed would reseed the accelerators too

@@ -25,7 +25,14 @@ class EpochSampler(Sampler):
     every process gets the same number of full batches, and the rest of the permutation is left out in this
     epoch; without (evaluation) every sample comes once, and processes may differ by one.
 
-    `len()` counts a whole epoch, also where `set_epoch` has cut it short.
+    With `repeats` above 1 (repeated augmentation) it yields (epoch, index, repeat), repeat = 0, 1, ...: an
+    image's samples follow each other and lie in one batch, and an epoch is `repeats` times as long.
+
+    Args:
+        length: of the data set, in images.
+        batch_size: samples of a batch; a multiple of `repeats`.
+
+    `len()` counts the samples of a whole epoch, also where `set_epoch` has cut it short.
     """
 
     def __init__(
@@ -36,7 +43,11 @@ class EpochSampler(Sampler):
         seed: int = 0,
         shuffle: bool = True,
         batch_size: int | None = None,
+        repeats: int = 1,
     ):
+        if repeats > 1 and (batch_size is None or batch_size % repeats):
+            raise ValueError(f"batches of {batch_size} samples do not hold whole images of {repeats} each")
+        self.repeats = repeats
         self.length, self.num_replicas, self.rank = length, num_replicas, rank
         self.seed, self.shuffle, self.batch_size = seed, shuffle, batch_size
         self.epoch, self.start_batch, self.stop_batch = 0, 0, None
@@ -50,19 +61,25 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         if self.batch_size is None:
             return len(range(self.rank, self.length, self.num_replicas))
-        return self.length // (self.num_replicas * self.batch_size) * self.batch_size
+        images = self.batch_size // self.repeats  # of a batch
+        return self.length // (self.num_replicas * images) * self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.length)
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         if self.shuffle:
             order = np.random.default_rng(derive_seed(self.seed, self.epoch)).permutation(self.length)
-        order = order[self.rank :: self.num_replicas][: len(self)]
+        else:
+            order = np.arange(self.length)
+        order = order[self.rank :: self.num_replicas][: len(self) // self.repeats]
         if self.batch_size is not None:
-            stop = None if self.stop_batch is None else self.stop_batch * self.batch_size
-            order = order[self.start_batch * self.batch_size : stop]
+            images = self.batch_size // self.repeats
+            stop = None if self.stop_batch is None else self.stop_batch * images
+            order = order[self.start_batch * images : stop]
         epoch = self.epoch  # of this iteration, whatever is set while it runs
         for index in order:
-            yield epoch, int(index)
+            if self.repeats == 1:
+                yield epoch, int(index)
+            else:
+                yield from ((epoch, int(index), repeat) for repeat in range(self.repeats))
 
 
 def collate(samples: list[tuple]) -> list[torch.Tensor]:
