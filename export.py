@@ -1,0 +1,155 @@
+"""Hands a checkpoint to another library, and proves that the numbers agree.
+
+An encoder for timm, or the whole MAE for Hugging Face's transformers:
+    python export.py --resume out/checkpoint-399.pth --to timm --output exported/timm
+    python export.py --resume out/checkpoint-399.pth --to hf --output exported/hf
+
+A fine-tuned classifier as ONNX (or torch_export, or safetensors with this code's names):
+    python export.py --resume tuned/checkpoint-best.pth --to onnx --output exported/onnx
+
+The other way, to a file for --resume and --finetune of the main scripts:
+    python export.py --from hf --resume vit-mae-base/ --output imported
+
+After writing, the result is loaded with its library and compared with the checkpoint on random images; above
+a difference of 1e-4 nothing is left and the exit code is 1.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from util import export_graph, export_hf, export_own, export_timm
+from util.args import ArgumentParser, TrainingError, UserError, image_size, run_script
+from util.export_files import check_output, output_folder, require
+from util.export_source import Source, read_source
+from util.model_card import make_card
+
+TOLERANCE = 1e-4
+
+
+class Target(NamedTuple):
+    """write(source, folder); check(source, folder) -> {what: largest difference}; usage(source, folder)."""
+
+    title: str
+    write: Callable
+    check: Callable
+    usage: Callable
+
+
+TARGETS = {
+    "timm": Target("timm", export_timm.write_timm, export_timm.check_timm, export_timm.timm_usage),
+    "hf": Target("Hugging Face transformers", export_hf.write_hf, export_hf.check_hf, export_hf.hf_usage),
+    "torch_export": Target(
+        "torch.export",
+        export_graph.write_torch_export,
+        export_graph.check_torch_export,
+        export_graph.torch_export_usage,
+    ),
+    "onnx": Target("ONNX", export_graph.write_onnx, export_graph.check_onnx, export_graph.onnx_usage),
+    "safetensors": Target(
+        "this code, as safetensors",
+        export_own.write_own_safetensors,
+        export_own.check_own_safetensors,
+        export_own.own_usage,
+    ),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; `add_help=False`, as the main scripts'."""
+    parser = argparse.ArgumentParser("MAE export", add_help=False)
+    # fmt: off
+    flag = parser.add_argument_group("export").add_argument
+    flag("--resume", required=True, metavar="FILE|URL|DIR",
+         help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
+              "Face or timm model")
+    flag("--to", choices=TARGETS, help="what to write")
+    flag("--from", choices=["hf", "timm"], dest="from_",
+         help="what --resume is of: writes model.pth for --resume and --finetune of the main scripts")
+    flag("--output", required=True, metavar="DIR", help="a folder that is made; must be new or empty")
+    flag("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
+    flag("--encoder_only", action="store_true", help="leave out the decoder, or the classifier's head")
+    flag = parser.add_argument_group("what a file may not say (released files)").add_argument
+    flag("--input_size", type=image_size, help="pixels: 224, or 32x128 (height x width)")
+    flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
+    flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
+    flag("--norm_pix_loss", action="store_const", const=True,
+         help="the model predicts patches normalised by their own statistics")
+    flag("--mask_ratio", type=float, help="share of patches removed")
+    flag("--num_heads", type=int, help="of the encoder, if it is of no named model")
+    flag("--decoder_num_heads", type=int)
+    # fmt: on
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read or written."""
+    if (args.to is None) == (args.from_ is None):
+        raise UserError("pass one of --to (what to write) and --from (what to read)")
+    if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {args.mask_ratio}: must be at least 0 and below 1")
+    for name in ("num_heads", "decoder_num_heads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def check_kind(args: argparse.Namespace, source: Source) -> None:
+    """Raises UserError where `--from` names another library than the file's."""
+    file = f"--from {args.from_} --resume {args.resume}"
+    theirs = source.kind.startswith("Hugging Face")
+    if args.from_ == "hf" and not theirs:
+        raise UserError(f"{file}: has no tensors of Hugging Face's names, it is {source.kind}; timm's files "
+                        "go with --from timm, this code's need no change")  # fmt: skip
+    if args.from_ == "timm" and (theirs or source.part == "full" or "head.1.weight" in source.state):
+        advice = "pass --from hf" if theirs else "the main scripts take it as it is"
+        raise UserError(f"{file}: is no file of timm's but {source.kind}; {advice}")
+
+
+def report(source: Source, differences: dict[str, float]) -> None:
+    """Prints the differences; raises TrainingError (exit code 1) where one is too large, or not a number."""
+    for what, value in differences.items():
+        print(f"  {what}: {value:.1e}")
+    worst = max(differences, key=lambda what: (differences[what] != differences[what], differences[what]))
+    print(f"largest difference: {differences[worst]:.1e} ({worst})", flush=True)
+    if not differences[worst] <= TOLERANCE:
+        raise TrainingError(
+            f"{source.path}: {worst}: a difference of {differences[worst]:.1e}, more than {TOLERANCE:g}; "
+            "nothing was written"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    output = check_output(args.output, args.overwrite)
+    require(args.to or args.from_)
+    source = read_source(args.resume, args, decoder=args.to in (None, "hf", "safetensors"))
+    check_kind(args, source)
+    verb = "exporting" if args.to else "importing"
+    print(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
+    for note in source.notes:
+        print(f"note: {note}")
+    size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
+    with output_folder(output, size) as folder:
+        if args.from_:
+            export_own.write_checkpoint(source, folder)
+            differences = export_own.check_checkpoint(source, folder, args.from_)
+            report(source, differences)
+        else:
+            target = TARGETS[args.to]
+            target.write(source, folder)
+            differences = target.check(source, folder)
+            report(source, differences)
+            card = make_card(source, target.title, target.usage(source, output.name), differences)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    if args.from_:
+        print(f"written: {args.output}/model.pth; {export_own.checkpoint_advice(source)}")
+    else:
+        print(f"written: {args.output}; load it with\n\n{target.usage(source, args.output)}")
+
+
+_PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}
+
+
+if __name__ == "__main__":
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))
