@@ -11,19 +11,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from models_mae import MaskedAutoencoderViT
-from util import visualize
+from util import grid, visualize
+from util.args import UserError
+from util.grid import draw_grid, grid_tensor, panel_pixels, save_png, shorten, wrap
 from util.visualize import (
     BORROWED_STATISTICS,
     column_headings,
-    draw_grid,
     fixed_noise,
-    grid_tensor,
-    panel_pixels,
+    mask_noise,
+    ratio_grid,
+    read_mask,
     reconstruct,
     reconstruction_grid,
-    save_png,
-    shorten,
-    wrap,
 )
 
 CHANNELS = [1, 2, 3, 4, 13]
@@ -200,9 +199,9 @@ def test_headings_name_hidden_channels():
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_grid_draws_the_headings_of_its_model(norm_pix_loss, monkeypatch):
     drawn = []
-    text = visualize.ImageDraw.ImageDraw.text
+    text = grid.ImageDraw.ImageDraw.text
     monkeypatch.setattr(
-        visualize.ImageDraw.ImageDraw, "text", lambda self, *a, **k: (drawn.append(a[1]), text(self, *a, **k))
+        grid.ImageDraw.ImageDraw, "text", lambda self, *a, **k: (drawn.append(a[1]), text(self, *a, **k))
     )
     model, _, images, mean, std, noise = make(13, norm_pix_loss=norm_pix_loss)
     reconstruction_grid(model, images, noise, 0.75, mean, std, "epoch 20", ["one.png", "two.png"])
@@ -210,6 +209,85 @@ def test_grid_draws_the_headings_of_its_model(norm_pix_loss, monkeypatch):
     for part in ("epoch 20", "one.png", "two.png", *headings):
         assert drawn.count(part) == 1, part
     assert drawn.count("(original patch mean/std)") == (2 if norm_pix_loss else 0)
+
+
+# Several maskings
+
+
+def test_ratios_side_by_side(monkeypatch):
+    drawn = []
+    text = grid.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        grid.ImageDraw.ImageDraw, "text", lambda self, *a, **k: (drawn.append(a[1]), text(self, *a, **k))
+    )
+    model, _, images, mean, std, noise = make(norm_pix_loss=True)
+    maskings = [("50% masked", noise, 0.5), ("75% masked", noise, 0.75)]
+    image = ratio_grid(model, images, maskings, mean, std, "caption", ["a", "b"], batch_size=1)
+    both = [list(reconstruct(model, images, noise, ratio, mean, std).values()) for ratio in (0.5, 0.75)]
+    corners = find_panels(image, [*both[0], *both[1][1:]], scale=5)
+    xs = [x for _, x in corners[:7]]
+    gaps = np.diff(xs)
+    assert gaps[0] == gaps[3] > gaps[1] == gaps[2] == gaps[4] == gaps[5]  # groups are set apart
+    for title, count in {
+        "original": 1,
+        "masked": 2,
+        "reconstruction": 2,
+        "50% masked": 1,
+        "75% masked": 1,
+    }.items():
+        assert drawn.count(title) == count, title
+    assert drawn.count("(original patch mean/std)") == 4
+    # Patches that 75 % leaves visible are visible at 50 % too
+    seen = [(panels[1] != visualize.GREY).any(dim=1) for panels in both]
+    assert (seen[0] | ~seen[1]).all()
+    alone = ratio_grid(model, images, maskings[1:], mean, std, "caption", ["a", "b"])
+    assert to_bytes(alone) == to_bytes(
+        reconstruction_grid(model, images, noise, 0.75, mean, std, "caption", ["a", "b"])
+    )
+
+
+def save_mask(path, values, size=None):
+    image = Image.fromarray(np.asarray(values, dtype=np.uint8))
+    (image.resize(size, Image.Resampling.NEAREST) if size else image).save(path)
+    return path
+
+
+def test_mask_file_of_any_size(tmp_path):
+    values = np.random.RandomState(0).choice([0, 255], (2, 3))
+    expected = torch.from_numpy(values > 0).flatten()
+    for size in (None, (3, 2), (300, 200), (7, 5), (2, 1)):
+        mask = read_mask(save_mask(tmp_path / "mask.png", values, size), (2, 3))
+        assert mask.shape == (6,) and mask.dtype == torch.bool
+        if size != (2, 1):
+            assert torch.equal(mask, expected), size
+    # Like a photograph that is wider than the model's images: the centre counts
+    wide = np.zeros((20, 60), dtype=np.uint8)
+    wide[:, :20], wide[:10, 20:30] = 255, 255  # the left third is cut away
+    assert read_mask(save_mask(tmp_path / "wide.png", wide), (2, 2)).tolist() == [True, False, False, False]
+    # A patch goes by its mean
+    half = np.zeros((8, 8), dtype=np.uint8)
+    half[:4, :3], half[4:, 4:5], half[0, 3] = 255, 255, 255
+    assert read_mask(save_mask(tmp_path / "half.png", half), (2, 2)).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("value", "share"), [(0, "none"), (255, "all")])
+def test_mask_file_that_hides_nothing_or_all(tmp_path, value, share):
+    path = save_mask(tmp_path / "mask.png", np.full((4, 4), value))
+    with pytest.raises(UserError, match=f"removes {share} of the 2x2 patches; white is removed"):
+        read_mask(path, (2, 2))
+
+
+def test_mask_noise_removes_exactly_the_mask():
+    model, _, images, mean, std, _ = make()
+    for count in (1, 5, 15):
+        removed = torch.zeros(16, dtype=torch.bool)
+        removed[torch.randperm(16, generator=torch.Generator().manual_seed(count))[:count]] = True
+        noise, ratio = mask_noise(removed, 2)
+        assert torch.equal(model(images, ratio, noise)[2], removed.float().expand(2, -1))
+        panels = reconstruct(model, images, noise, ratio, mean, std)
+        grey = (panels["masked"] == visualize.GREY).all(dim=1)
+        shown = removed.view(4, 4).repeat_interleave(P, 0).repeat_interleave(P, 1)
+        assert torch.equal(grey, shown.expand(2, -1, -1))
 
 
 # Drawing

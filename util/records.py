@@ -4,12 +4,18 @@ import contextlib
 import json
 import math
 import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from util.args import UserError
 from util.distributed import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
+
+# Arguments that the scripts add themselves: where a process stands, not what the run is
+_NO_SETTING = {"given", "rank", "gpu", "local_rank", "distributed", "start_step"}
 
 
 class StepCurves:
@@ -88,6 +94,36 @@ def log_arguments(args) -> None:
     log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items()) if name != "given"))
 
 
+def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
+    """Prints `facts`, lines such as "model: ...", and tells TensorBoard what run this is.
+
+    It gets a text, "run" (command line, facts, a table of all settings), and the settings as
+    hyper-parameters, in the folder of the curves itself. A resumed run writes both again, at the epoch where
+    it goes on.
+
+    Args:
+        log_writer: of `make_log_writer`, or None.
+        metrics: curves by which TensorBoard compares runs.
+    """
+    log("\n".join(facts))
+    if log_writer is not None:
+        settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NO_SETTING}
+        step = int(1000 * getattr(args, "start_epoch", 0))
+        log_writer.add_run(run_text(settings, facts), settings, metrics, step)
+
+
+def run_text(settings: dict, facts: Sequence[str]) -> str:
+    """Markdown on a run: its command line, lines of facts, a table of settings."""
+
+    def cell(value) -> str:
+        return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    rows = [f"| {name} | {cell(value)} |" for name, value in settings.items()]
+    lines = [f"- {cell(fact)}" for fact in facts]
+    return "\n".join([f"    {command}", "", *lines, "", "| setting | value |", "| --- | --- |", *rows])
+
+
 class CurveWriter:
     """TensorBoard's writer, but a full disk ends the curves, with a warning, and not the training."""
 
@@ -97,15 +133,38 @@ class CurveWriter:
         self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
 
     def __getattr__(self, name: str):
-        def call(*args, **kwargs):
-            if self.writer is not None:
-                try:
-                    getattr(self.writer, name)(*args, **kwargs)
-                except OSError as error:
-                    warn(f"no more TensorBoard curves: {error.strerror or error}")
-                    self.writer = None
+        return lambda *args, **kwargs: self._try(lambda writer: getattr(writer, name)(*args, **kwargs))
 
-        return call
+    def _try(self, write: Callable) -> None:
+        if self.writer is not None:
+            try:
+                write(self.writer)
+            except OSError as error:
+                warn(f"no more TensorBoard curves: {error.strerror or error}")
+                self.writer = None
+
+    def add_run(self, text: str, settings: dict, metrics: Sequence[str], step: int) -> None:
+        """Adds a markdown text, "run", and hyper-parameters; lists and the like go as text.
+
+        `SummaryWriter.add_hparams` would make a folder of its own for them, which TensorBoard shows as
+        another run.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        experiment, start, _ = hparams(
+            plain, dict.fromkeys(metrics, 0.0)
+        )  # the third would say that it is over
+
+        def write(writer) -> None:
+            writer.add_text("run", text, step)
+            for summary in (experiment, start):
+                writer.file_writer.add_summary(summary, step)
+
+        self._try(write)
 
 
 def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -> CurveWriter | None:

@@ -1,24 +1,41 @@
 """Pictures of what a masked autoencoder sees and predicts: original, masked, reconstruction, pasted.
 
-Training writes them every few epochs. All of it is deterministic: the
+Training writes them every few epochs, `demo/visualize.py` when asked. All of it is deterministic: the
 same weights, images and noise give the same bytes of PNG, and nothing of the caller's state changes.
 """
 
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
+
+from util.args import UserError
+from util.grid import draw_grid, grid_tensor, panel_pixels, save_png
+from util.image_io import open_pil
+
+__all__ = [
+    "BORROWED_STATISTICS",
+    "PANELS",
+    "column_headings",
+    "draw_grid",
+    "fixed_noise",
+    "grid_tensor",
+    "mask_noise",
+    "panel_pixels",
+    "ratio_grid",
+    "read_mask",
+    "reconstruct",
+    "reconstruction_grid",
+    "save_png",
+]
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
 BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix_loss model must say
 GREY = 0.5  # of removed patches
-MIN_PANEL_WIDTH, MAX_SCALED_HEIGHT = 160, 640  # pixels
-BACKGROUND, INK, FAINT_INK = (255, 255, 255), (24, 24, 27), (95, 95, 105)
-Colour = tuple[int, int, int]
 
 
 def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> Tensor:
@@ -35,6 +52,41 @@ def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> Tensor:
         generator.seed([*words, row])  # ten times faster than a new generator
         shuffled[:] = generator.permutation(length)
     return torch.from_numpy(noise / np.float32(length))
+
+
+def read_mask(path: str | os.PathLike, grid: tuple[int, int]) -> Tensor:
+    """Reads a mask picture, bool (L,) in image order: True where a patch shall be removed.
+
+    White is removed, black stays. The picture may have any size: like a photograph, it is cut to the largest
+    centred part of the model's shape; a patch is removed when its part is brighter than mid-grey on average.
+
+    Args:
+        grid: (rows, columns) of patches.
+
+    Raises:
+        UserError: no picture, or one that removes all patches or none.
+    """
+    pixels = np.asarray(open_pil(os.fspath(path), "L"), dtype=np.float64) / 255
+    (height, width), (rows, columns) = pixels.shape, grid
+    scale = min(height / rows, width / columns)
+    top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
+    box = (left, top, left + columns * scale, top + rows * scale)
+    image = Image.fromarray(pixels.astype(np.float32))
+    means = np.asarray(image.resize((columns, rows), Image.Resampling.BOX, box=box))
+    removed = torch.from_numpy(means > 0.5).flatten()
+    if removed.all() or not removed.any():
+        share = "all" if removed.all() else "none"
+        raise UserError(
+            f"--mask_file {path}: removes {share} of the {rows}x{columns} patches; white is removed"
+        )
+    return removed
+
+
+def mask_noise(removed: Tensor, rows: int) -> tuple[Tensor, float]:
+    """(noise (rows, L) float32, mask ratio) that make a model remove the patches `removed`, bool (L,)."""
+    kept = len(removed) - int(removed.sum())
+    # Half a patch to spare on both sides: int(L * (1 - ratio)) does not hang on rounding
+    return removed.float().expand(rows, -1), 1 - (kept + 0.5) / len(removed)
 
 
 @contextmanager
@@ -141,110 +193,31 @@ def reconstruction_grid(
     return draw_grid(headings, list(panels.values()), caption, row_labels)
 
 
-def panel_pixels(panel: Tensor) -> np.ndarray:
-    """Turns (C, H, W), values in [0, 1], into uint8 (H, W, 3): the first 3 channels, or the first as grey."""
-    shown = panel[:3] if panel.shape[0] >= 3 else panel[:1].expand(3, -1, -1)
-    return (shown * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Cuts the middle out of `text` until it is at most `width` pixels wide (paths differ at the end)."""
-    if font.getlength(text) <= width:
-        return text
-    for kept in range(len(text) - 1, 1, -1):
-        cut = text[: kept // 2] + "..." + text[len(text) - (kept - kept // 2) :]
-        if font.getlength(cut) <= width:
-            return cut
-    return "..."
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Breaks `text` between words into lines of at most `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(shorten(word, font, width))
-    return lines
-
-
-def heading_lines(heading: str, font: ImageFont.FreeTypeFont, width: float) -> list[tuple[str, Colour]]:
-    """Splits "title (note)" into lines of at most `width` pixels with their colours."""
-    title, bracket, note = heading.partition(" (")
-    lines = [(text, INK) for text in wrap(title, font, width)]
-    return lines + [(text, FAINT_INK) for text in wrap(bracket + note, font, width)]
-
-
-def draw_grid(
-    headings: Sequence[str],
-    columns: Sequence[Tensor],
+def ratio_grid(
+    model: torch.nn.Module,
+    images: Tensor,
+    maskings: Sequence[tuple[str, Tensor, float]],
+    mean: Sequence[float],
+    std: Sequence[float],
     caption: str | None = None,
     row_labels: Sequence[str] | None = None,
+    batch_size: int = 32,
 ) -> Image.Image:
-    """Draws columns of pictures with text around them.
+    """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
 
     Args:
-        headings: one per column; a part in brackets at the end goes below, in a fainter colour.
-        columns: tensors (N, C, H, W) of one size, values in [0, 1]. Small ones are enlarged by a whole factor
-            without smoothing, to at least 160 pixels of width unless that makes them taller than 640.
-        caption: text over everything.
-        row_labels: N texts for the left margin.
-
-    Returns an RGB picture.
+        maskings: (title such as "75% masked", noise (N, L), mask ratio); one alone goes without its title.
+        batch_size: images per forward pass; any number of rows fits into memory.
     """
-    n, _, height, width = columns[0].shape
-    scale = max(1, min(-(-MIN_PANEL_WIDTH // width), MAX_SCALED_HEIGHT // height))
-    panel_h, panel_w = height * scale, width * scale
-    column_w = max(panel_w, MIN_PANEL_WIDTH)  # a tall, thin panel still leaves its heading room
-    size = min(max(13, column_w // 16), 40)
-    font, big_font = ImageFont.load_default(size), ImageFont.load_default(size * 1.2)
-    margin, gap, line = size, size // 2, round(size * 1.4)
-
-    labels = [shorten(label, font, MIN_PANEL_WIDTH) for label in row_labels or []]
-    label_w = round(max(map(font.getlength, labels))) + gap if labels else 0
-    grid_w = label_w + len(columns) * (column_w + gap) - gap
-    captions = wrap(caption or "", big_font, grid_w)
-    blocks = [heading_lines(heading, font, column_w) for heading in headings]
-    headings_y = margin + len(captions) * round(line * 1.2) + (gap if captions else 0)
-    panels_y = headings_y + max(map(len, blocks)) * line + gap // 2
-
-    below = panels_y + n * (panel_h + gap) - gap
-    canvas = Image.new("RGB", (grid_w + 2 * margin, below + margin), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    for i, text in enumerate(captions):
-        draw.text((margin, margin + i * round(line * 1.2)), text, INK, big_font)
-    for row, label in enumerate(labels):
-        y = panels_y + row * (panel_h + gap) + panel_h // 2
-        draw.text((margin + label_w - gap, y), label, INK, font, anchor="rm")
-    for column, (block, panels) in enumerate(zip(blocks, columns, strict=True)):
-        centre = margin + label_w + column * (column_w + gap) + column_w // 2
-        for i, (text, colour) in enumerate(block):
-            draw.text((centre, headings_y + i * line), text, colour, font, anchor="ma")
-        for row, panel in enumerate(panels):
-            pixels = panel_pixels(panel).repeat(scale, axis=0).repeat(scale, axis=1)
-            canvas.paste(Image.fromarray(pixels), (centre - panel_w // 2, panels_y + row * (panel_h + gap)))
-    return canvas
-
-
-def grid_tensor(image: Image.Image) -> np.ndarray:
-    """Returns uint8 (3, H, W), the layout that TensorBoard's `add_image` expects."""
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-
-
-def save_png(image: Image.Image, path: str | os.PathLike) -> str | os.PathLike:
-    """Writes `image` to `path` as a whole or not at all and returns `path`; OSError when it cannot.
-
-    The temporary file lies in the same folder, so that the rename is atomic: no viewer meets half a picture.
-    """
-    folder, name = os.path.split(os.fspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
-    return path
+    headings = column_headings(model.norm_pix_loss, images.shape[1])
+    columns, titles, groups = [], list(headings[:1]), [("", 1)]
+    for title, noise, ratio in maskings:
+        parts = [
+            reconstruct(model, *part, ratio, mean, std)
+            for part in zip(images.split(batch_size), noise.split(batch_size), strict=True)
+        ]
+        panels = [torch.cat([part[name] for part in parts]) for name in PANELS]
+        columns += panels[1:] if columns else panels
+        titles += headings[1:]
+        groups.append((title, 3))
+    return draw_grid(titles, columns, caption, row_labels, groups if len(maskings) > 1 else None)

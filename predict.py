@@ -1,0 +1,141 @@
+"""Says what is on pictures, or writes their features.
+
+    python predict.py --resume tuned/checkpoint-best.pth photo.jpg DIR
+    python predict.py --resume tuned/checkpoint-best.pth DIR --top_k 3 --csv predictions.csv
+    python predict.py --resume out/checkpoint-399.pth DIR --features features.npz --feature_kind mean
+
+Classes come from any checkpoint of main_finetune.py or main_linprobe.py and from released fine-tuned files;
+features from any of our checkpoints, pre-training's too, and from released, timm's and Hugging Face's files.
+Pictures are prepared as in the evaluation of the recipe, with the size and statistics stored in the file.
+Nothing is masked, shuffled or augmented: the same images give the same bytes again, at any --batch_size and
+--num_workers. Among other images, a picture's numbers agree to about 6 digits (float32 rounding).
+
+The .npz holds `features`, float32 (n, D) or, for patches, (n, L, D); `files`; `feature_kind`; and `grid`, the
+rows and columns of patches. Output files that exist are replaced when the new ones are complete. The table
+goes to stdout, everything else that is printed to stderr.
+"""
+
+import argparse
+import os
+import sys
+
+from util.args import ArgumentParser, UserError, check_common_args, default_workers, run_script
+from util.precision import resolve_amp_dtype, resolve_device
+from util.predict import KINDS, Progress, predict, prediction_loader
+from util.predict_inputs import find_inputs
+from util.predict_model import build_classifier, build_encoder, class_names
+from util.predict_output import check_output, table, write_csv, write_features
+from util.predict_weights import add_weights_args, read_weights
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser("MAE prediction", add_help=False)
+    # fmt: off
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER",
+                        help="image files, folders of images (to any depth), .txt lists of images")
+    add_weights_args(parser)
+    flag = parser.add_argument_group("classes").add_argument
+    flag("--top_k", "--topk", type=int, metavar="K", help="classes per image (default: 5, or all there are)")
+    flag("--csv", metavar="FILE", help="write them to FILE instead of printing a table")
+    flag("--class_names", metavar="FILE",
+         help="a text file of one name a line, for checkpoints that store none")
+    flag = parser.add_argument_group("features").add_argument
+    flag("--features", metavar="FILE.npz",
+         help="write features; classes only come with them if --csv or --top_k is given too")
+    flag("--feature_kind", choices=KINDS,
+         help="mean of the patch tokens (default), class token (cls), or all patch tokens (patches), after "
+              "the final norm; a classifier with global pooling has no norm for the last two")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--batch_size", default=64, type=int, help="images per loader batch")
+    flag("--num_workers", default=default_workers(), type=int,
+         help="loader processes (default: one per core, at most 10)")
+    flag("--bad_images", default="error", choices=["error", "skip"],
+         help="a file that is no image: stop, or leave it out")
+    flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
+    flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"],
+         help="mixed precision: faster on a GPU, but features to 2 or 3 digits only")
+    # fmt: on
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read."""
+    check_common_args(args)
+    if args.top_k is not None and args.top_k < 1:
+        raise UserError(f"--top_k {args.top_k}: must be at least 1")
+    if args.feature_kind and not args.features:
+        raise UserError(f"--feature_kind {args.feature_kind}: needs --features FILE.npz")
+    for flag in ("csv", "features"):
+        if getattr(args, flag) is not None:
+            check_output(f"--{flag}", getattr(args, flag))
+
+
+def read_names(path: str, count: int) -> list[str]:
+    """The `count` class names that a text file lists; raises UserError for another number of them."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--class_names {path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    if len(names) != count:
+        raise UserError(f"--class_names {path}: has {len(names)} lines, the checkpoint {count} classes")
+    return class_names(names, count)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Prints to stdout; a reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(args: argparse.Namespace) -> None:
+    check_args(args)
+    device = resolve_device(args.device)
+    resolve_amp_dtype(args.amp_dtype, device)
+    weights = read_weights(args)
+    wants_classes = not args.features or bool(args.csv or args.top_k)
+    names: list[str] = []
+    if wants_classes:
+        model, names = build_classifier(weights)
+        names = read_names(args.class_names, len(names)) if args.class_names else names
+        args.top_k = min(5, len(names)) if args.top_k is None else args.top_k
+        if args.top_k > len(names):
+            raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
+    else:
+        model = build_encoder(weights)
+    kind = (args.feature_kind or "mean") if args.features else None
+    if kind in ("cls", "patches") and model.global_pool:
+        say(f"note: {args.resume} has a norm for the mean of its patches only: {kind} come without a norm")
+
+    files, _ = find_inputs(args.images, args.bad_images)
+    loader = prediction_loader(files, weights, args)
+    size = "x".join(map(str, weights.input_size))
+    say(f"{args.resume}: {weights.kind}, {size} pixels; {len(files.paths)} images; {device}")
+    progress = Progress(len(files.paths))
+    result = predict(
+        model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
+    )
+    progress.close()
+    loader.dataset.report_bad_images()
+    paths = [files.paths[i] for i in result.rows]
+    if args.features:
+        write_features(args.features, paths, result, kind, model.patch_embed.grid_size)
+        say(f"wrote {args.features}: {kind} features {'x'.join(map(str, result.features.shape))}")
+    if args.csv:
+        write_csv(args.csv, paths, names, result)
+        say(f"wrote {args.csv}: {len(paths)} images")
+    elif wants_classes:
+        show(table(paths, names, result))
+
+
+if __name__ == "__main__":
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))
