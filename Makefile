@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-gpu lint format bench clean setup
+.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu lint format bench bench-gpu clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
@@ -19,7 +19,8 @@ test-slow: setup
 	$(PY) -m pytest -m slow
 
 test-extra: setup
-	$(PY) -m pip install -q elpv-dataset --no-deps
+	$(PY) -m pip install --disable-pip-version-check -q elpv-dataset --no-deps
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-extra.txt
 	$(PY) -m pytest -m extra
 
 test-faults: setup
@@ -37,6 +38,10 @@ test-browser: setup
 	command -v chromedriver > /dev/null || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }
 	$(PY) -m pytest -m browser
 
+test-notebook: setup
+	$(PY) -m pip install -q nbclient ipykernel
+	$(PY) -m pytest -m extra tests/test_notebook.py
+
 test-gpu: setup
 	$(PY) -m pytest -m gpu
 
@@ -51,6 +56,18 @@ format: setup
 bench: setup
 	$(PY) benchmarks/bench_loader.py
 	$(PY) benchmarks/bench_logging.py
+	$(PY) benchmarks/bench_safety.py
+	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_features.py
+	$(PY) benchmarks/bench_index.py
+	$(PY) benchmarks/bench_startup.py
+	$(PY) benchmarks/bench_scaling.py
+	$(PY) benchmarks/bench_end_to_end.py --device cpu
+
+bench-gpu: setup
+	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_end_to_end.py
+	$(PY) benchmarks/bench_scaling.py --model mae_vit_large_patch16 --batch_size 64
 
 setup: $(READY)
 

@@ -11,6 +11,7 @@ from util.evaluation import predict_samples, summarize
 from util.guard import RunGuard
 from util.metrics import MetricLogger, SmoothedValue
 from util.precision import autocast, resolve_amp_dtype
+from util.prefetch import OnDevice
 from util.records import StepCurves
 from util.rng import seed_step
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
@@ -66,8 +67,12 @@ def train_one_epoch(
     curves = StepCurves(log_writer)
     optimizer.zero_grad()
 
-    batches = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start)
-    for step, batch in enumerate(batches, start):
+    def move(batch: list) -> list[torch.Tensor]:
+        return [normalize_batch(batch[0], device, mean, std), batch[1].to(device, non_blocking=True)]
+
+    batches = OnDevice(data_loader, device, move)
+    batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
+    for step, (batch, (images, targets)) in enumerate(batches, start):
         if step % accum_iter == 0:
             lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
         if seed is not None:
@@ -76,8 +81,6 @@ def train_one_epoch(
         window = min(accum_iter, steps - step // accum_iter * accum_iter)
         update = (step + 1) % accum_iter == 0 or step + 1 == steps
 
-        images = normalize_batch(batch[0], device, mean, std)
-        targets = batch[1].to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         with without_gradient_traffic(model, not update):

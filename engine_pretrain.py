@@ -1,5 +1,6 @@
 """One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
 
+import inspect
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -10,6 +11,7 @@ from util.distributed import all_reduce_sum, get_rank, get_world_size, without_g
 from util.guard import RunGuard
 from util.metrics import MetricLogger, SmoothedValue
 from util.precision import autocast, resolve_amp_dtype
+from util.prefetch import OnDevice
 from util.records import StepCurves
 from util.rng import seed_step
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
@@ -60,8 +62,10 @@ def train_one_epoch(
     curves = StepCurves(log_writer)
     optimizer.zero_grad()
 
-    batches = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start)
-    for step, batch in enumerate(batches, start):
+    loss_only = {"loss_only": True} if takes_loss_only(model) else {}
+    batches = OnDevice(data_loader, device, lambda batch: [normalize_batch(batch[0], device, mean, std)])
+    batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
+    for step, (batch, (images,)) in enumerate(batches, start):
         if step % accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
         if seed is not None:
@@ -70,10 +74,10 @@ def train_one_epoch(
         window = min(accum_iter, steps - step // accum_iter * accum_iter)
         update = (step + 1) % accum_iter == 0 or step + 1 == steps
 
-        images = normalize_batch(batch[0], device, mean, std)
         with without_gradient_traffic(model, not update):
             with autocast(device, amp_dtype):
-                loss, _, _ = model(images, mask_ratio=args.mask_ratio)
+                loss = model(images, mask_ratio=args.mask_ratio, **loss_only)
+                loss = loss if loss_only else loss[0]
             grad_norm = loss_scaler(
                 loss / window,
                 optimizer,
@@ -99,6 +103,11 @@ def train_one_epoch(
     return metrics.averages()
 
 
+def takes_loss_only(model: torch.nn.Module) -> bool:
+    """Whether the model's forward can return the loss alone; a fork's may know (loss, pred, mask) only."""
+    return "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters
+
+
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, args: Namespace) -> float:
     """Reconstruction loss over held-out images, each masked the same way every time.
@@ -113,13 +122,16 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     """
     was_training = model.training
     model.eval()
+    loss_only = {"loss_only": True} if takes_loss_only(model) else {}
     length = model.patch_embed.num_patches
     total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
     for images, _, indices in data_loader:
         noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
         with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
-            loss, _, _ = model(normalize_batch(images, device, args.mean, args.std), args.mask_ratio, noise)
-        total += torch.stack([loss * len(images), loss.new_tensor(len(images))])
+            images = normalize_batch(images, device, args.mean, args.std)
+            loss = model(images, args.mask_ratio, noise, **loss_only)
+            loss = loss if loss_only else loss[0]
+        total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
     model.train(was_training)
     loss_total, count = all_reduce_sum(total).tolist()
     return loss_total / max(count, 1)

@@ -24,8 +24,17 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from engine_finetune import train_one_epoch
 from util import interrupt
-from util.args import ArgumentParser, UserError, add_data_args, add_distributed_args, add_run_args, run_script
+from util.args import (
+    ArgumentParser,
+    UserError,
+    add_data_args,
+    add_distributed_args,
+    add_run_args,
+    add_speed_args,
+    run_script,
+)
 from util.checkpoint import check_output_dir, finish_saving, load_model
+from util.compile import compile_model
 from util.distributed import (
     check_agreement,
     get_world_size,
@@ -37,12 +46,19 @@ from util.distributed import (
 from util.encoder import set_trainable_blocks
 from util.epochs import EpochEnd
 from util.finetune_data import build_dataset
+from util.fsdp import check_fsdp
 from util.guard import RunGuard
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import scale_learning_rate
 from util.model_info import make_model_info
-from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
-from util.records import log_arguments, make_log_writer, trim_log
+from util.precision import (
+    NativeScalerWithGradNormCount,
+    fast_matmul,
+    has_fused_adamw,
+    resolve_amp_dtype,
+    resolve_device,
+)
+from util.records import log_arguments, log_run, make_log_writer, trim_log
 from util.rng import seed_all
 from util.transfer import (
     add_classifier_args,
@@ -95,7 +111,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: on
     add_data_args(parser)
     add_run_args(parser)
-    add_distributed_args(parser)
+    add_speed_args(parser)
+    add_distributed_args(parser, fsdp=True)
     return parser
 
 
@@ -106,6 +123,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_classifier_args(args)
+    check_fsdp(args)
     if uses_mixup(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
     if args.cutmix_minmax is not None:
@@ -148,6 +166,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = read_resume(args, "finetune", get_args_parser())
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    precision = fast_matmul(device, amp_dtype)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -174,33 +193,37 @@ def main(args: argparse.Namespace) -> None:
     torch.nn.init.zeros_(model.head.bias)
     set_trainable_blocks(model, args.trainable_blocks)
     model_without_ddp = model.to(device)
+    model.grad_checkpointing = args.grad_checkpointing
+    compiled = compile_model(model, "forward", args, device)
+    if args.distributed:
+        model = wrap_model(model, device, args.fsdp)
 
     # Optimizer: earlier layers learn more slowly
     effective_batch = scale_learning_rate(args, get_world_size())
     groups = param_groups_lrd(
         model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
     )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
     loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
     criterion, mixup = build_criterion(args)
 
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    if args.distributed:
-        model = wrap_model(model, device)
     purge_step = int(1000 * args.start_epoch) if "epoch" in resumed else None
     log_writer = make_log_writer(args.log_dir, purge_step)
 
     info = make_model_info(args, val_set.classes, "finetune")
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
-    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
-    log(f"model: {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.nb_classes} classes")
-    log(f"device: {device}, precision: {amp_dtype or torch.float32}; loss: {criterion}")
-    log(
+    log_run(
+        log_writer, args,
+        f"data: {train_set.describe()}; evaluation: {val_set.describe()}",
+        f"model: {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.nb_classes} classes",
+        f"device: {device}, precision: {precision}{', compiled' if compiled else ''}; loss: {criterion}",
         f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}"
-    )
+        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        metrics=("loss", "perf/test_acc1", "perf/test_loss"),
+    )  # fmt: skip
 
     # Training
     end = EpochEnd(

@@ -45,9 +45,9 @@ from util.guard import RunGuard
 from util.lars import LARS
 from util.lr_sched import scale_learning_rate
 from util.model_info import make_model_info
-from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
+from util.precision import NativeScalerWithGradNormCount, fast_matmul, resolve_amp_dtype, resolve_device
 from util.probe import cache_features, encoder_digest
-from util.records import log_arguments, make_log_writer, trim_log
+from util.records import log_arguments, log_run, make_log_writer, trim_log
 from util.rng import seed_all
 from util.transfer import (
     add_classifier_args,
@@ -119,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = read_resume(args, "linprobe", get_args_parser())
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    precision = fast_matmul(device, amp_dtype)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -162,13 +163,15 @@ def main(args: argparse.Namespace) -> None:
 
     info = make_model_info(args, val_set.classes, "linprobe")
     n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
-    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
-    log(f"model: {args.model}, {n_parameters / 1e6:.3f} M trained parameters, {args.nb_classes} classes")
-    log(f"device: {device}, precision: {amp_dtype or torch.float32}")
-    log(
+    log_run(
+        log_writer, args,
+        f"data: {train_set.describe()}; evaluation: {val_set.describe()}",
+        f"model: {args.model}, {n_parameters / 1e6:.3f} M trained parameters, {args.nb_classes} classes",
+        f"device: {device}, precision: {precision}",
         f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}"
-    )
+        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        metrics=("loss", "perf/test_acc1", "perf/test_loss"),
+    )  # fmt: skip
 
     # With cached features the head alone is the model that is trained and evaluated
     trained = model_without_ddp

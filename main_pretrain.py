@@ -30,11 +30,13 @@ from util.args import (
     add_data_args,
     add_distributed_args,
     add_run_args,
+    add_speed_args,
     check_common_args,
     image_size,
     run_script,
 )
 from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
+from util.compile import compile_model
 from util.datasets import build_pretrain_dataset, build_val_dataset
 from util.distributed import (
     check_agreement,
@@ -46,12 +48,19 @@ from util.distributed import (
     shut_down,
     wrap_model,
 )
+from util.fsdp import check_fsdp, full_copy
 from util.guard import RunGuard
 from util.knn import knn_accuracy, knn_loaders
 from util.lr_sched import scale_learning_rate
 from util.pictures import pick_images, write_pictures
-from util.precision import NativeScalerWithGradNormCount, resolve_amp_dtype, resolve_device
-from util.records import log_arguments, make_log_writer, trim_log, write_log
+from util.precision import (
+    NativeScalerWithGradNormCount,
+    fast_matmul,
+    has_fused_adamw,
+    resolve_amp_dtype,
+    resolve_device,
+)
+from util.records import log_arguments, log_run, make_log_writer, trim_log, write_log
 from util.rng import seed_all
 from util.sampler import EpochSampler, build_loader
 from util.transforms import channel_stats
@@ -86,6 +95,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("pre-training").add_argument
     flag("--loader", default="default", choices=["default", "reference"],
          help="default: fast uint8 pipeline; reference: Pillow and torchvision, float32")
+    flag("--repeated_aug", default=1, type=int, metavar="R",
+         help="crops of each image that is decoded, R samples of the batch; an epoch then has R times as "
+              "many steps, and counts as R effective epochs")
     flag("--save_freq", default=20, type=int, help="epochs between checkpoints; the last is always saved")
     flag("--vis_freq", default=20, type=int,
          help="epochs between reconstruction pictures and held-out losses (0: never)")
@@ -95,18 +107,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add_data_args(parser)
     add_run_args(parser)
-    add_distributed_args(parser)
+    add_speed_args(parser)
+    add_distributed_args(parser, fsdp=True)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_common_args(args)
+    check_fsdp(args)
     if not 0 < args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
-    for flag, least in [("save_freq", 1), ("vis_freq", 0), ("knn_freq", 0)]:
+    for flag, least in [("save_freq", 1), ("vis_freq", 0), ("knn_freq", 0), ("repeated_aug", 1)]:
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    if args.batch_size % args.repeated_aug:
+        raise UserError(
+            f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a multiple of it, "
+            "so that all crops of an image lie in one batch"
+        )
 
 
 def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
@@ -134,20 +153,25 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    precision = fast_matmul(device, amp_dtype)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     log_arguments(args)
 
     # Data: no padding and no partial batch in training; every held-out image counts once
     dataset = build_pretrain_dataset(args)
     check_agreement(args, images=len(dataset))
-    sampler = EpochSampler(len(dataset), get_world_size(), get_rank(), args.seed, batch_size=args.batch_size)
+    sampler = EpochSampler(
+        len(dataset), get_world_size(), get_rank(), args.seed, batch_size=args.batch_size,
+        repeats=args.repeated_aug,
+    )  # fmt: skip
     pin_mem = args.pin_mem and device.type == "cuda"
     loader = build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_mem, drop_last=True)
     steps_per_epoch = len(loader)
     if steps_per_epoch == 0:
+        times = f" x {args.repeated_aug} crops" if args.repeated_aug > 1 else ""
         raise UserError(
             f"--batch_size {args.batch_size}: {get_world_size()} x {args.batch_size} is more than the "
-            f"{len(dataset)} images of the set, so that no batch would be full"
+            f"{len(dataset)} images of the set{times}, so that no batch would be full"
         )
     val_dataset = build_val_dataset(args) if args.vis_freq else None
     val_loader = None
@@ -160,30 +184,39 @@ def main(args: argparse.Namespace) -> None:
     # Model
     seed_all(args.seed)
     model_without_ddp = model = build_model(args).to(device)
+    model.grad_checkpointing = args.grad_checkpointing
+    compiled = compile_model(model, "loss_of_removed", args, device)
+    if args.distributed:
+        model = wrap_model(model, device, args.fsdp)
 
     # Optimizer: biases and norms are not decayed
     effective_batch = scale_learning_rate(args, get_world_size())
     groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=has_fused_adamw(device))
     loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
 
     # Resume
     check_output_dir(args.output_dir, model_without_ddp)
     resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    if args.distributed:
-        model = wrap_model(model, device)
     log_writer = make_log_writer(
         args.log_dir, purge_step=int(1000 * args.start_epoch) if "epoch" in resumed else None
     )
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    log(f"data: {dataset.describe()}; held out: {val_dataset.describe() if val_dataset else 'none'}")
-    log(f"model: {args.model}, {millions:.1f} M parameters")
-    log(f"device: {device}, precision: {amp_dtype or torch.float32}")
-    log(
+    log_run(
+        log_writer, args,
+        f"data: {dataset.describe()}; held out: {val_dataset.describe() if val_dataset else 'none'}",
+        f"model: {args.model}, {millions:.1f} M parameters",
+        f"device: {device}, precision: {precision}{', compiled' if compiled else ''}",
         f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}"
-    )
+        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        metrics=("train_loss", "val_loss", "knn_acc1"),
+    )  # fmt: skip
+    if args.repeated_aug > 1:
+        log(
+            f"repeated augmentation: {args.repeated_aug} crops of each decoded image, each a sample of the "
+            f"batch; {args.epochs} epochs are {args.epochs * args.repeated_aug} effective epochs"
+        )
 
     # Training
     def save(epoch: int, step: int = 0, meters: list | None = None, **extra) -> None:
@@ -194,14 +227,17 @@ def main(args: argparse.Namespace) -> None:
     def finish_epoch(epoch: int, stats: dict[str, float]) -> None:
         """What comes after an epoch's training and its checkpoint: held-out loss, k-NN, pictures, log."""
         final = epoch + 1 == args.epochs or guard.reached_max_steps
+        look = args.vis_freq and (final or epoch % args.vis_freq == 0)
+        measure = knn and (final or epoch % args.knn_freq == 0)
+        whole = full_copy(model_without_ddp) if look or measure else None
         record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
-        if val_loader is not None and (final or epoch % args.vis_freq == 0):
-            record["val_loss"] = evaluate(val_loader, model_without_ddp, device, args)
+        if look and val_loader is not None:
+            record["val_loss"] = evaluate(val_loader, whole, device, args)
             log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
-        if pictures is not None and (final or epoch % args.vis_freq == 0):
-            write_pictures(model_without_ddp, pictures, args, epoch, record.get("val_loss"), log_writer)
-        if knn and (final or epoch % args.knn_freq == 0):
-            record["knn_acc1"] = knn_accuracy(model_without_ddp, *knn, device, args=args)["acc1"]
+        if look and pictures is not None:
+            write_pictures(whole, pictures, args, epoch, record.get("val_loss"), log_writer)
+        if measure:
+            record["knn_acc1"] = knn_accuracy(whole, *knn, device, args=args)["acc1"]
             log(f"Epoch: [{epoch}] k-NN accuracy: {record['knn_acc1']:.2f} %")
         if log_writer is not None:
             for name in record.keys() & {"val_loss", "knn_acc1"}:

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
+from torch.nn.functional import linear
 
+from util.blocks import run_blocks
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -28,6 +30,8 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: hidden width of the blocks' MLPs over their width.
         norm_layer: constructor of the normalisations.
         norm_pix_loss: the target is each patch with its mean removed and its variance made one.
+
+    Setting `grad_checkpointing` trades time for memory (`util.blocks.run_blocks`).
 
     Raises:
         ValueError: sizes that do not divide (image by patch, width by heads or by 4).
@@ -52,7 +56,7 @@ class MaskedAutoencoderViT(nn.Module):
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.norm_pix_loss = norm_pix_loss
+        self.norm_pix_loss, self.grad_checkpointing = norm_pix_loss, False
 
         # Encoder
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -120,14 +124,11 @@ class MaskedAutoencoderViT(nn.Module):
             Kept tokens (N, K, D) in shuffled order; mask (N, L) float, 0 kept and 1 removed, in image order;
             ids_restore (N, L), the place of each token in the shuffle.
         """
-        n, length, dim = x.shape
+        n, length, _ = x.shape
         keep = int(length * (1 - mask_ratio))
-        if noise is None:
-            noise = torch.rand(n, length, device=x.device)
-        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # (N, L)
+        ids_shuffle = draw_order(n, length, x.device, noise)  # (N, L)
         ids_restore = torch.argsort(ids_shuffle, dim=1)  # (N, L)
-        ids_keep = ids_shuffle[:, :keep]  # (N, K)
-        x = torch.gather(x, 1, ids_keep.unsqueeze(-1).expand(-1, -1, dim))  # (N, K, D)
+        x = take(x, ids_shuffle[:, :keep])  # (N, K, D)
         mask = (ids_restore >= keep).float()  # (N, L)
         return x, mask, ids_restore
 
@@ -138,8 +139,7 @@ class MaskedAutoencoderViT(nn.Module):
         x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,9 @@ class MaskedAutoencoderViT(nn.Module):
         n, length = ids_restore.shape
         mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1)  # (N, L, E), shuffled
-        patches = torch.gather(
-            patches, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2])
-        )  # image order
+        patches = take(patches, ids_restore)  # image order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1 + L, E)
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -162,29 +159,99 @@ class MaskedAutoencoderViT(nn.Module):
         Args:
             imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch was removed.
         """
-        target = self.patchify(imgs)  # (N, L, p * p * C)
-        target = target.to(torch.promote_types(target.dtype, torch.float32))
-        if self.norm_pix_loss:
-            mean = target.mean(dim=-1, keepdim=True)
-            variance = target.var(dim=-1, keepdim=True)  # unbiased
-            target = (target - mean) / (variance + 1e-6).sqrt()
+        target = self.make_target(self.patchify(imgs))  # (N, L, p * p * C)
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (N, L)
         return (loss * mask).sum() / mask.sum()
 
-    def forward(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+    def make_target(self, patches: torch.Tensor) -> torch.Tensor:
+        """What is predicted for patches (N, any number, p * p * C), in at least float32."""
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        if not self.norm_pix_loss:
+            return patches
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def loss_of_removed(self, imgs: torch.Tensor, ids_shuffle: torch.Tensor, keep: int) -> torch.Tensor:
+        """The loss of `forward` without what it does not need: no kept patch is predicted, no removed one
+        embedded.
+
+        The decoder's tokens stay shuffled, each with the row of the position table that belongs to it. Its
+        blocks treat a token the same at any place, so nothing else changes, and the removed patches are those
+        at the end. No random draw, sync or shape that depends on data: `util.compile` makes it one graph.
+
+        Args:
+            imgs: (N, C, H, W); ids_shuffle: (N, L), the order of `draw_order`; keep: how many stay, K.
+        """
+        patches, (ids_keep, ids_remove) = self.patchify(imgs), (ids_shuffle[:, :keep], ids_shuffle[:, keep:])
+        # The patch convolution as a linear layer; its weight is (D, C, p, p), a patch (p, p, C)
+        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
+        x = linear(take(patches, ids_keep), weight.permute(0, 2, 3, 1).flatten(1), bias)  # (N, K, D)
+        x = self.patch_embed.norm(x) + self.pos_embed[0, 1:][ids_keep]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = run_blocks(self.blocks, torch.cat([cls_token, x], dim=1), self.grad_checkpointing)
+
+        x = self.decoder_embed(self.norm(x))  # (N, 1 + K, E)
+        mask_tokens = self.mask_token.expand(len(x), ids_remove.shape[1], -1)
+        table = self.decoder_pos_embed
+        places = torch.cat([table[:, :1].expand(len(x), -1, -1), table[0, 1:][ids_shuffle]], dim=1)
+        x = torch.cat([x, mask_tokens.to(x.dtype)], dim=1) + places  # (N, 1 + L, E)
+        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
+        pred = self.decoder_pred(self.decoder_norm(x[:, 1 + keep :]))  # (N, L - K, p * p * C)
+
+        target = self.make_target(take(patches, ids_remove))
+        return (pred.to(target.dtype) - target).square().mean()
+
+    def forward(
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        noise: torch.Tensor | None = None,
+        loss_only: bool = False,
+    ):
         """Masks, encodes, decodes and scores a batch.
 
         Args:
             imgs: (N, C, H, W), normalised.
             mask_ratio: share of patches to remove.
             noise: (N, L) fixes the masking, the smallest values are kept; default: drawn anew.
+            loss_only: return the loss alone, the same to rounding and with the same masking, for less work.
 
         Returns:
-            loss (scalar), pred (N, L, p * p * C), mask (N, L) with 0 = kept, 1 = removed.
+            loss (scalar; NaN if no patch is removed), pred (N, L, p * p * C), mask (N, L) with 0 = kept,
+            1 = removed.
         """
+        if loss_only and not self.is_changed():
+            if imgs.shape[1:] != (self.in_chans, *self.img_size):
+                sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
+                raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
+            length = self.patch_embed.num_patches
+            ids_shuffle = draw_order(len(imgs), length, imgs.device, noise)
+            return self.loss_of_removed(imgs, ids_shuffle, int(length * (1 - mask_ratio)))
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        loss = self.forward_loss(imgs, pred, mask)
+        return loss if loss_only else (loss, pred, mask)
+
+    def is_changed(self) -> bool:
+        """Whether a subclass or an assignment has replaced a part that `loss_of_removed` does without."""
+        parts = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
+        embed = self.patch_embed
+        return (type(embed), type(embed.proj)) != (PatchEmbed, nn.Conv2d) or any(
+            name in vars(self) or getattr(type(self), name) is not getattr(MaskedAutoencoderViT, name)
+            for name in parts
+        )
+
+
+def draw_order(n: int, length: int, device, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, L) indices that sort the masking noise (N, L), drawn here if not given: a shuffle of each row."""
+    if noise is None:
+        noise = torch.rand(n, length, device=device)
+    return torch.argsort(noise, dim=1, stable=True)
+
+
+def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (N, L, D) at the places (N, K) -> (N, K, D)."""
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, decoder_num_heads) -> None:

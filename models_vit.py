@@ -15,6 +15,8 @@ import torch
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 
+from util.blocks import run_blocks
+
 
 class VisionTransformer(nn.Module):
     """ViT classifier.
@@ -28,6 +30,8 @@ class VisionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer: the blocks.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
         drop_rate: dropout before the head; proj_drop_rate and attn_drop_rate: dropout inside the blocks.
+
+    Setting `grad_checkpointing` trades time for memory (`util.blocks.run_blocks`).
 
     Raises ValueError when sizes do not fit each other.
     """
@@ -53,7 +57,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         _check_sizes(img_size, patch_size, embed_dim, num_heads)
         self.global_pool = bool(global_pool)
-        self.num_classes = num_classes
+        self.num_classes, self.grad_checkpointing = num_classes, False
         self.embed_dim = self.num_features = embed_dim
 
         # The order of registration is that of the optimizer's parameter groups, which is part of what a
@@ -100,9 +104,7 @@ class VisionTransformer(nn.Module):
         """Images (N, C, H, W) -> tokens of the last block, no norm (N, 1 + L, D), class token first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def forward_features(self, x):
         """Images (N, C, H, W) -> pooled, normed features (N, D)."""

@@ -54,3 +54,39 @@ def test_state_survives_saving():
     half, state = run(range(2))
     resumed, _ = run(range(2, 4), state, half)
     assert torch.equal(straight, resumed)
+
+
+def test_attributes_of_a_gradient_scaler():
+    """found_inf leaves all as it is, also with gradients that are not finite; grad_scale divides."""
+
+    def run(gradients, **attributes):
+        weight = torch.nn.Parameter(torch.arange(1.0, 7).reshape(2, 3))
+        bias = torch.nn.Parameter(torch.ones(3))
+        optimizer = LARS([weight, bias], lr=0.1, weight_decay=0.1)
+        for i, gradient in enumerate(gradients):
+            weight.grad, bias.grad = torch.full((2, 3), gradient), torch.full((3,), gradient)
+            if i == len(gradients) - 1:
+                vars(optimizer).update(attributes)
+            optimizer.step()
+        return [t.clone() for t in (weight.detach(), bias.detach())] + [
+            optimizer.state[p]["mu"] for p in (weight, bias)
+        ]
+
+    before, one, zero = run([2.0]), torch.tensor(1.0), torch.tensor(0.0)
+    for bad in (float("nan"), float("inf")):
+        for got, expected in zip(run([2.0, bad], found_inf=one), before, strict=True):
+            assert torch.equal(got, expected)
+    plain = run([2.0, 3.0])
+    for attributes, value in [({"found_inf": zero}, 3.0), ({"grad_scale": torch.tensor(4.0)}, 12.0)]:
+        for got, expected in zip(run([2.0, value], **attributes), plain, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_a_gradient_scaler_hands_its_findings_to_the_optimizer():
+    optimizer = LARS([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parameter = optimizer.param_groups[0]["params"][0]
+    scaler.scale((parameter * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter, torch.ones(2, 3)) and scaler.get_scale() == 2.0

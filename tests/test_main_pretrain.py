@@ -111,6 +111,21 @@ def test_interrupted_inside_an_epoch_and_resumed_is_uninterrupted_bit_for_bit(im
     assert_same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
 
 
+def test_repeated_augmentation(images, tmp_path, capsys):
+    """Batches count crops, an epoch is R times as many steps; interrupted inside it, bit for bit the same."""
+    flags = ["--epochs", "2", "--repeated_aug", "2", "--num_workers", "0"]
+    run(images, tmp_path / "whole", *flags)  # 13 images, 2 in a batch of 4
+    text = capsys.readouterr().out
+    assert "= 4, 6 micro-steps an epoch" in text and "2 epochs are 4 effective epochs" in text
+    run(images, tmp_path / "parts", *flags, "--max_steps", "8")
+    with pytest.raises(UserError, match="--repeated_aug 2, now it is 4; keep it"):
+        run(images, tmp_path / "parts", *flags, "--repeated_aug", "4", "--resume", "auto")
+    run(images, tmp_path / "parts", *flags, "--resume", "auto")
+    assert_same(
+        weights(tmp_path / "whole" / "checkpoint-1.pth"), weights(tmp_path / "parts" / "checkpoint-1.pth")
+    )
+
+
 def test_rectangular_images_of_one_channel(tmp_path):
     make_folder(tmp_path / "wide", 4, height=40, width=150)
     flags = ("--input_size", "32x128", "--in_chans", "1", "--vis_freq", "1", "--epochs", "1")
@@ -144,6 +159,8 @@ def make_bad(folder, count=13):
         (("--decoder_num_heads", "5"), "decoder width 32 is not divisible by its 5 heads"),
         (("--decoder_embed_dim", "34"), "decoder width 34 is not divisible by 4"),
         (("--batch_size", "14"), "--batch_size 14: 1 x 14 is more than the 13 images"),
+        (("--repeated_aug", "3"), "--repeated_aug 3: --batch_size 4 must be a multiple of it"),
+        (("--repeated_aug", "0"), "--repeated_aug 0: must be at least 1"),
         (("--device", "cuda:9"), "--device cuda:9: not usable here"),
         (("--amp_dtype", "fp16"), "--amp_dtype fp16: not on CPU"),
         (("--mean", "0.5", "0.5"), "--mean"),

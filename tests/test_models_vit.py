@@ -90,3 +90,23 @@ def test_head_does_not_see_class_token_with_global_pool():
 def test_sizes_that_do_not_fit(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny(False, **kwargs)
+
+
+def test_grad_checkpointing_changes_nothing_and_draws_the_same_paths():
+    torch.manual_seed(0)
+    sizes = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7)
+    model = models_vit.VisionTransformer(global_pool=True, drop_path_rate=0.5, **sizes)
+    imgs, results = torch.randn(8, 3, 32, 32), []
+    for model.grad_checkpointing in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        logits = model(imgs)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert not torch.equal(results[0][0], model.eval()(imgs))  # paths were dropped
+
+
+def test_attention_is_fused():
+    model = models_vit.vit_tiny_patch16(img_size=32, depth=1)
+    assert all(block.attn.fused_attn for block in model.blocks)

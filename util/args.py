@@ -151,6 +151,25 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+def add_speed_args(parser: argparse.ArgumentParser) -> None:
+    """How a training step is computed; results differ by rounding at most."""
+    group = parser.add_argument_group("speed and memory")
+    flag = group.add_argument
+    # fmt: off
+    flag("--compile", action="store_true",
+         help="compile the training step with torch.compile, which takes about a minute at the start "
+              "(default: on CUDA; eager where it fails)")
+    flag("--no_compile", action="store_false", dest="compile")
+    flag("--compile_mode", default="default", choices=["default", "reduce-overhead"],
+         help="reduce-overhead: replay CUDA graphs, for small models whose kernels are shorter than their "
+              "launch; a single process, --accum_iter 1")
+    flag("--grad_checkpointing", action="store_true",
+         help="compute each block again in the backward pass instead of keeping what it computed: less "
+              "memory, about a third more time")
+    # fmt: on
+    group.set_defaults(compile=None)
+
+
 def add_distributed_args(parser: argparse.ArgumentParser, fsdp: bool = False) -> None:
     """Processes; normally the launcher's environment says all of it. `fsdp`: the script can shard a model."""
     group = parser.add_argument_group("distributed training")

@@ -17,8 +17,9 @@ import torch
 
 from util.args import TrainingError, UserError
 from util.distributed import check_agreement, gather, get_world_size, is_main_process, log, warn
+from util.fsdp import is_sharded, load_state, split_optimizer_state
 from util.state_dict import check_state, model_state
-from util.writer import BackgroundWriter, save_checkpoint
+from util.writer import BackgroundWriter, save_checkpoint, snapshot
 
 _writer = BackgroundWriter()
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
@@ -46,7 +47,9 @@ def load_checkpoint(source: str | Path) -> dict:
             elif source.endswith(".safetensors"):
                 from safetensors.torch import load_file  # comes with timm
 
-                content = {"model": load_file(source)}
+                from util.export_files import read_entries
+
+                content = {"model": load_file(source), **read_entries(source)}
             else:
                 content = torch.load(source, map_location="cpu", weights_only=True)
     except UserError:
@@ -131,8 +134,9 @@ def save_model(
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
 
-    The caller waits until the state is copied to memory; `finish_saving` waits for the file. When it cannot
-    be written a warning says so, older checkpoints are as they were, and training can go on.
+    All processes must call it: of a sharded model each has a part. The caller waits until the state is copied
+    to memory; `finish_saving` waits for the file. When it cannot be written a warning says so, older
+    checkpoints are as they were, and training can go on.
 
     Args:
         epoch: the epoch just completed or, with `step`, the one that is under way.
@@ -142,7 +146,7 @@ def save_model(
 
     Returns the path, or None on other processes.
     """
-    if not is_main_process() or not args.output_dir:
+    if not args.output_dir or not (is_main_process() or is_sharded(model_without_ddp)):
         return None
     content = {
         "model": model_without_ddp.state_dict(),
@@ -152,6 +156,9 @@ def save_model(
         "args": {name: value for name, value in vars(args).items() if name != "given"},
         **{name: value for name, value in extra.items() if value is not None},
     }
+    if not is_main_process():
+        snapshot(content, keep=False)  # hands over this process's part
+        return None
     if step:
         world_size = get_world_size()
         position = {"step": step, "world_size": world_size, "samples": step * args.batch_size * world_size}
@@ -230,7 +237,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
         source, content = args.resume, load_checkpoint(args.resume)
     state = model_state(content)
     check_state(model_without_ddp, state, f"--resume {source}")
-    model_without_ddp.load_state_dict(state)
+    load_state(model_without_ddp, state)
     if "optimizer" not in content or "epoch" not in content:
         log(f"resume: {source} holds weights only; optimizer and epoch start anew")
         return content
@@ -257,7 +264,7 @@ def _warn_of_changes(args, content: dict) -> None:
     saved, own = content.get("args") or {}, vars(args)
     changed = [
         f"{name} {saved[name]} -> {own[name]}"
-        for name in (*names.split(), "std", "layer_decay", "drop_path", "data_path")
+        for name in (*names.split(), "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
         if name in saved and name in own and str(saved[name]) != str(own[name])
     ]
     if changed and is_main_process():
@@ -275,6 +282,12 @@ def _position(args, content: dict, source) -> int:
             f"{content['effective_batch']}, now it is {effective_batch}; keep batch size x processes x "
             "--accum_iter, or resume from a whole epoch"
         )
+    saved, own = ((a or {}).get("repeated_aug", 1) for a in (content.get("args"), vars(args)))
+    if saved != own:
+        raise UserError(
+            f"--resume {source}: was saved inside an epoch with --repeated_aug {saved}, now it is {own}; "
+            "keep it, or resume from a whole epoch"
+        )
     return content["samples"] // (args.batch_size * get_world_size())
 
 
@@ -287,6 +300,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> No
     try:
         if len(groups) != len(state["param_groups"]):
             raise ValueError(f"{len(state['param_groups'])} parameter groups, not {len(groups)}")
-        optimizer.load_state_dict({**state, "param_groups": groups})
+        entries = split_optimizer_state(optimizer, state["state"])
+        optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
         raise UserError(f"--resume {source}: its optimizer state does not fit: {error}") from None

@@ -11,7 +11,9 @@ class LARS(torch.optim.Optimizer):
     mu = momentum * mu + u and p -= lr * mu. The momentum buffer is called `mu` in the state.
 
     Written with `torch._foreach_*`: a fixed handful of kernels per step whatever the number of tensors, and
-    no device-host synchronisation.
+    no device-host synchronisation. As torch's fused optimizers it takes the attributes `grad_scale` (what
+    gradients are divided by) and `found_inf` (a tensor; not zero: everything stays as it is), so that a
+    gradient scaler need not wait for the device either.
     """
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, trust_coefficient=0.001):
@@ -19,6 +21,7 @@ class LARS(torch.optim.Optimizer):
             lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
         )
         super().__init__(params, defaults)
+        self._step_supports_amp_scaling = True  # torch.amp.GradScaler asks for it
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -27,24 +30,28 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = self._scaled_gradients(params, group)
+            updates = self._scaled_gradients(params, group, grad_scale)
             for p in params:
                 if "mu" not in self.state[p]:
                     self.state[p]["mu"] = torch.zeros_like(p)
             buffers = [self.state[p]["mu"] for p in params]
+            kept = [t.clone() for t in (*params, *buffers)] if found_inf is not None else []
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            for tensor, old in zip((*params, *buffers), kept, strict=False):
+                tensor.copy_(torch.where(found_inf > 0, old, tensor))
         return loss
 
     @staticmethod
-    def _scaled_gradients(params, group):
+    def _scaled_gradients(params, group, grad_scale=None):
         """Gradients of `params` in order; those of matrices decayed and scaled by the trust ratio."""
-        updates = [p.grad for p in params]
+        updates = [p.grad if grad_scale is None else p.grad / grad_scale for p in params]
         matrices = [i for i, p in enumerate(params) if p.ndim > 1]
         if not matrices:
             return updates

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from util.args import UserError
+from util.fsdp import whole_tensor
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -45,6 +46,25 @@ def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
 
 
+def fast_matmul(device: torch.device, amp_dtype: torch.dtype | None) -> str:
+    """Lets CUDA multiply float32 matrices in TF32; returns the words for the log on what is computed in what.
+
+    TF32 has float32's range and 10 bits of mantissa, bf16 has 7: what autocast leaves in float32, or all with
+    `--amp_dtype none`, runs on the matrix units at a precision that the rest does not reach. Results of a
+    float32 run deviate by about 1e-3 relative from those of a CPU; nothing changes elsewhere or in float64.
+    """
+    text = f"{amp_dtype or torch.float32}"
+    if device.type != "cuda":
+        return text
+    torch.set_float32_matmul_precision("high")
+    return text + ", float32 matrix products in TF32"
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW can update a parameter in one pass over memory there (`fused=True`)."""
+    return device.type in ("cuda", "cpu")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Context of the forward pass: autocast in `dtype`, or nothing for None."""
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
@@ -81,14 +101,14 @@ class NativeScalerWithGradNormCount:
         if parameters is not None:
             parameters = [p for p in parameters if p.grad is not None]
             self._scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
             if clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
         if self._scaler.is_enabled() or norm is None:
             self._scaler.step(optimizer)
             self._scaler.update()
-        elif norm.is_cuda and all(group.get("fused") for group in optimizer.param_groups):
-            # As GradScaler does: the kernel itself makes no step where this is not zero, and nothing waits
+        elif norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # As GradScaler does: fused AdamW and LARS make no step where this is not 0, and nothing waits
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf

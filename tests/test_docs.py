@@ -1,0 +1,148 @@
+"""Every command of the Markdown pages is taken by the parser of its script; marked blocks run."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = [
+    page for page in ("README.md", "PRETRAIN.md", "FINETUNE.md", "PERFORMANCE.md") if (REPO / page).exists()
+]
+RUNNABLE = "<!-- runnable -->"  # on the line before a block: a test runs it from top to bottom
+
+
+def blocks(page: str, language: str) -> list[tuple[bool, str]]:
+    """(marked as runnable, text) of the fenced blocks of a page."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    found = re.findall(rf"^({re.escape(RUNNABLE)}\n)?```{language}\n(.*?)^```", text, re.M | re.S)
+    return [(bool(mark), body) for mark, body in found]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page's bash blocks, in words, without comments and leading settings."""
+    found = []
+    for _, body in blocks(page, "bash"):
+        for line in body.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if word not in ("...", "&&")]
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words:
+                found.append(words)
+    return found
+
+
+def script_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """(script or module, its arguments) of a command that starts one of ours, behind any launcher."""
+    for i, word in enumerate(words):
+        if word.endswith(".py"):
+            return word, words[i + 1 :]
+        if word == "-m" and words[i + 1].startswith("util."):
+            return words[i + 1], words[i + 2 :]
+    return None
+
+
+class Parsed(Exception):
+    """The script's own parser took the command line."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Starts a script until its parser has taken the arguments; SystemExit if it has not."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, *arguments):
+        original(parser, *arguments)
+        raise Parsed
+
+    def start(script: str, arguments: list[str]) -> None:
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(Parsed):
+            if script.endswith(".py"):
+                runpy.run_path(str(REPO / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+
+    return start
+
+
+CASES = [
+    pytest.param(*found, id=f"{page}: {' '.join(words)[:60]}")
+    for page in PAGES
+    for words in commands(page)
+    if (found := script_of(words)) and found[0] != "models_mae.py"  # takes no arguments
+]
+
+
+def test_the_pages_name_many_commands():
+    assert len(CASES) > 30
+
+
+@pytest.mark.parametrize(("script", "arguments"), CASES)
+def test_command_is_taken_by_its_script(script, arguments, parse, capsys):
+    try:
+        parse(script, arguments)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_everything_that_a_page_names_is_there(page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.M)
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        if words[:3] == ["pip", "install", "-r"]:
+            assert (REPO / words[3]).is_file(), words
+    for target in re.findall(r"`make ([\w-]+)`", text):
+        assert target in targets
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (REPO / link).exists(), link
+    for file in re.findall(r"`((?:tests|benchmarks|demo|util)/[\w./]+\.\w+)`", text):
+        assert (REPO / file).exists(), file
+    for _, body in blocks(page, "python"):
+        ast.parse(body)
+
+
+def test_flags_that_the_text_names_exist():
+    known = set()
+    for script in [
+        *REPO.glob("*.py"),
+        *REPO.glob("util/*.py"),
+        *REPO.glob("demo/*.py"),
+        *REPO.glob("benchmarks/*.py"),
+    ]:
+        known |= set(re.findall(r"\"(--[a-z][\w-]*)\"", script.read_text(encoding="utf-8")))
+    known |= {
+        "--help",
+        "--nproc_per_node",
+        "--logdir",
+        "--nnodes",
+        "--rdzv_endpoint",
+    }  # argparse's and launchers'
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", (REPO / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+        for flag in set(re.findall(r"(?<![\w-])(--[a-z][a-z_]+)", text)):
+            assert flag in known, f"{page}: {flag}"
+
+
+@pytest.mark.slow
+def test_marked_blocks_run(tmp_path):
+    """In a folder of links to everything here, so that what they write is not left behind."""
+    for path in REPO.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    marked = [body for page in PAGES for mark, body in blocks(page, "bash") if mark]
+    assert marked
+    for body in marked:
+        body = re.sub(r"^python ", f"{sys.executable} ", body, flags=re.M)
+        result = subprocess.run(["bash", "-e", "-c", body], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

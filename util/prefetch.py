@@ -1,0 +1,49 @@
+"""Batches on the device, the next one on its way there while a step computes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+
+class OnDevice:
+    """Iterates over a loader and yields (batch, tensors): the loader's batch as it came, on the CPU, and what
+    `move` made of it on the device.
+
+    On CUDA, batch k + 1 is fetched and its copies and kernels are put on a stream of their own before batch k
+    is handed out; the step on batch k waits for nothing but batch k. The host never waits if the batches are
+    pinned. Elsewhere a batch is moved when it is asked for. Which batches come, and in which order, is the
+    loader's affair alone; leaving the loop early loses one fetched batch, which draws nothing.
+
+    Args:
+        loader: batches, with a length.
+        device: where `move` puts them.
+        move: batch -> tensors on the device, with copies that do not block; draws no random numbers.
+    """
+
+    def __init__(self, loader: Iterable, device: torch.device, move: Callable[[list], Sequence]):
+        self.loader, self.device, self.move = loader, device, move
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[list, Sequence[torch.Tensor]]]:
+        if self.device.type != "cuda":
+            for batch in self.loader:
+                yield batch, self.move(batch)
+            return
+        side, ahead = torch.cuda.Stream(self.device), None
+        for batch in self.loader:
+            with torch.cuda.stream(side):
+                following = batch, self.move(batch), side.record_event()
+            if ahead is not None:
+                yield self._hand_out(*ahead)
+            ahead = following
+        if ahead is not None:
+            yield self._hand_out(*ahead)
+
+    def _hand_out(self, batch: list, tensors: Sequence[torch.Tensor], copied: torch.cuda.Event) -> tuple:
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(copied)  # this batch's, not the next one's
+        for tensor in tensors:
+            tensor.record_stream(stream)  # its memory returns to the side stream, but not before it was used
+        return batch, tensors
