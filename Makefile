@@ -13,7 +13,7 @@ demo: setup
 	$(PY) demo/run_demo.py
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(PY) -m pytest -m slow
