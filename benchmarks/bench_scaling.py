@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -167,10 +168,13 @@ def report(options: argparse.Namespace, results: dict[int, dict]) -> list[dict]:
         speed = n * options.batch_size / both
         print(f"{n:10d}{1e3 * both:9.1f} ms{1e3 * alone:15.1f} ms{costs:>16s}{speed:12.1f}")
     several = results[max(results)]
-    sizes = several["bucket_bytes"]
+    sizes, counted = several["bucket_bytes"], "counted"
+    if not sizes:  # one process exchanges nothing
+        left, counted = 4 * several["parameters"], "not counted, as DistributedDataParallel would make them"
+        sizes = [BUCKET] * (left // BUCKET) + [left % BUCKET]
     print(
         f"\ngradients: {several['parameters'] / 1e6:.1f} M, {sum(sizes) / 1e6:.1f} MB a step in {len(sizes)} "
-        f"buckets, the last of {sizes[-1] / 1e6:.1f} MB; sent by each of n GPUs: 2 (n - 1) / n of it"
+        f"buckets ({counted}), the last of {sizes[-1] / 1e6:.1f} MB;\nsent by each of n GPUs: 2 (n - 1) / n of it"
     )
     step = options.step_ms / 1e3 if options.step_ms else medians[1]
     source = "given by --step_ms" if options.step_ms else f"measured on {several['device']}"
@@ -223,8 +227,12 @@ def main(options: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             Path(options.worker).write_text(json.dumps(result))
         return
-    if options.device in ("auto", "cuda") and 0 < torch.cuda.device_count() < max(options.processes):
-        sys.exit(f"{torch.cuda.device_count()} GPU here: pass --processes 1, or --device cpu")
+    gpus = torch.cuda.device_count()
+    if options.device in ("auto", "cuda") and 0 < gpus < max(options.processes):
+        options.processes = [n for n in options.processes if n <= gpus]
+        print(f"{gpus} GPU here: measuring {options.processes} processes only")
+        if not options.processes:
+            sys.exit("pass other --processes, or --device cpu")
     with tempfile.TemporaryDirectory() as folder:
         results = {n: start(options, n, folder) for n in options.processes}
     rows = report(options, results)
