@@ -174,7 +174,8 @@ def report(options: argparse.Namespace, results: dict[int, dict]) -> list[dict]:
         sizes = [BUCKET] * (left // BUCKET) + [left % BUCKET]
     print(
         f"\ngradients: {several['parameters'] / 1e6:.1f} M, {sum(sizes) / 1e6:.1f} MB a step in {len(sizes)} "
-        f"buckets ({counted}), the last of {sizes[-1] / 1e6:.1f} MB;\nsent by each of n GPUs: 2 (n - 1) / n of it"
+        f"buckets ({counted}),\nthe last of {sizes[-1] / 1e6:.1f} MB; "
+        "sent by each of n GPUs: 2 (n - 1) / n of it"
     )
     step = options.step_ms / 1e3 if options.step_ms else medians[1]
     source = "given by --step_ms" if options.step_ms else f"measured on {several['device']}"
