@@ -44,7 +44,7 @@ from util.distributed import (
     wrap_model,
 )
 from util.encoder import set_trainable_blocks
-from util.epochs import EpochEnd
+from util.epochs import EpochEnd, trim_transfer_log
 from util.finetune_data import build_dataset
 from util.fsdp import check_fsdp
 from util.guard import RunGuard
@@ -53,12 +53,12 @@ from util.lr_sched import scale_learning_rate
 from util.model_info import make_model_info
 from util.precision import (
     NativeScalerWithGradNormCount,
-    fast_matmul,
     has_fused_adamw,
+    prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
-from util.records import log_arguments, log_run, make_log_writer, trim_log
+from util.records import log_arguments, log_run, make_log_writer
 from util.rng import seed_all
 from util.transfer import (
     add_classifier_args,
@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = read_resume(args, "finetune", get_args_parser())
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    precision = fast_matmul(device, amp_dtype)
+    precision = prepare_device(device, amp_dtype)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -232,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     guard = RunGuard(args, end.save, train_set, len(loader), resumed.get("meters"))
     start_time = time.time()
-    if "epoch" in resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
+    if trim_transfer_log(args, resumed):
         end.finish(args.start_epoch - 1, resumed["stats"])  # the run ended before that epoch was logged
     for epoch in range(args.start_epoch, args.epochs):
         start_step = args.start_step if epoch == args.start_epoch else 0

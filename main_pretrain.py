@@ -55,8 +55,8 @@ from util.lr_sched import scale_learning_rate
 from util.pictures import pick_images, write_pictures
 from util.precision import (
     NativeScalerWithGradNormCount,
-    fast_matmul,
     has_fused_adamw,
+    prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    precision = fast_matmul(device, amp_dtype)
+    precision = prepare_device(device, amp_dtype)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     log_arguments(args)
 

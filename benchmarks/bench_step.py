@@ -11,7 +11,8 @@ Variants, all on the same synthetic images, built once and timed in turn, round 
                   float32 on CPU; softmax attention written out, every patch embedded and predicted, float32
                   batches, AdamW without fusion, .item() and a synchronisation in every step
     hf, hf_compiled   ViTMAEForPreTraining or ViTForImageClassification of Hugging Face transformers (pip
-                  install transformers), same sizes, precision and fused AdamW as ours, no synchronisation
+                  install transformers), same sizes and precision as ours, no synchronisation; AdamW as torch
+                  makes it by default (--hf_adamw fused: as ours)
 
 FLOP count matrix products only, 2 per multiplication and addition, for the work the method needs: kept
 patches embedded, encoder over K + 1 tokens, decoder over L + 1, removed patches predicted, times 3 for the
@@ -44,11 +45,12 @@ import engine_pretrain  # noqa: E402
 import models_mae  # noqa: E402
 import models_vit  # noqa: E402
 from util.compile import compile_model  # noqa: E402
+from util.memory import give_back_freed_memory  # noqa: E402
 from util.precision import (  # noqa: E402
     NativeScalerWithGradNormCount,
     autocast,
-    fast_matmul,
     has_fused_adamw,
+    prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
@@ -78,6 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--device", default="auto")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
     flag("--grad_checkpointing", action="store_true", help="of ours")
+    flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")
     flag("--threads", default=None, type=int, help="CPU threads; default: torch's choice")
     flag("--json", default=None, metavar="FILE", help="also write all figures there")
     # fmt: on
@@ -216,7 +219,7 @@ def make_plain(task: str, name: str, args):
 
 
 def make_hugging_face(variant: str, task: str, name: str, args):
-    """A round of transformers' model of the same sizes, in our precision and with our optimizer."""
+    """A round of transformers' model of the same sizes, in our precision."""
     import transformers
 
     ours = make_model(task, name, argparse.Namespace(**{**vars(args), "where": torch.device("meta")}))
@@ -240,7 +243,8 @@ def make_hugging_face(variant: str, task: str, name: str, args):
         config = transformers.ViTConfig(**sizes, num_labels=CLASSES)
         model = transformers.ViTForImageClassification(config)
     model = model.to(args.where).train()
-    optimizer = make_optimizer(model, fused=has_fused_adamw(args.where))
+    fused = args.hf_adamw == "fused" and has_fused_adamw(args.where)
+    optimizer = make_optimizer(model, fused=fused or None)
     called = torch.compile(model) if variant == "hf_compiled" else model
     amp, cuda = resolve_amp_dtype(args.amp_dtype, args.where), args.where.type == "cuda"
     scaler = torch.amp.GradScaler(args.where.type, enabled=amp == torch.float16)
@@ -315,7 +319,7 @@ def measure(task: str, name: str, args) -> dict:
         try:
             step_round = make_variant(variant, task, name, args)
             for _ in range(2):  # compiles, warms up, makes the optimizer's state
-                precision_of(variant, device)
+                settings_of(variant, device)
                 step_round()
             rounds[variant], own[variant] = step_round, allocated(device) - before
             results[variant] = {"seconds": [], "peak_memory_mb": 0.0}
@@ -327,7 +331,7 @@ def measure(task: str, name: str, args) -> dict:
     for _ in range(args.rounds):
         peaks.append(peak.measure())
         for variant, step_round in rounds.items():
-            precision_of(variant, device)
+            settings_of(variant, device)
             resting = allocated(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -352,12 +356,14 @@ def measure(task: str, name: str, args) -> dict:
     }
 
 
-def precision_of(variant: str, device: torch.device) -> None:
-    """TF32 for ours and Hugging Face's, as the scripts set it; torch's default in the plain loop."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest")
-        if variant != "plain":
-            fast_matmul(device, None)
+def settings_of(variant: str, device: torch.device) -> None:
+    """What the scripts set (util/precision.py) for ours; of that only TF32 for Hugging Face's; torch's and
+    glibc's defaults in the plain loop.
+    """
+    give_back_freed_memory()
+    torch.set_float32_matmul_precision("highest")
+    if variant in OURS or (variant != "plain" and device.type == "cuda"):
+        prepare_device(device, None)
 
 
 def ratio(figures: dict, over: str, result: dict) -> str:

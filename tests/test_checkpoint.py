@@ -183,3 +183,65 @@ def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="0 MB are free, a checkpoint needs"):
         checkpoint.check_output_dir(str(tmp_path / "out"), make_model())
+
+
+def optimizer_after_a_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def mutate(content, change):
+    if change == "shape":
+        content["optimizer"]["state"][0]["exp_avg"] = torch.ones(2)
+    elif change == "integers":
+        content["optimizer"]["state"][0]["exp_avg"] = content["optimizer"]["state"][0]["exp_avg"].int()
+    elif change == "missing":
+        del content["optimizer"]["state"][3]
+    elif change == "betas":
+        content["optimizer"]["param_groups"][0]["betas"] = "x"
+    elif change == "optimizer":
+        content["optimizer"] = {}
+    else:
+        content.update(change)
+
+
+DAMAGES = ["shape", "integers", "missing", "betas", "optimizer", {"epoch": "x"}, {"epoch": -7}, {"meters": 5},
+           {"step": "a"}, {"step": 2, "samples": "x"}, {"step": 2, "samples": 8}, {"best_acc1": "x"},
+           {"args": [1]}, {"stats": {"loss": "x"}}, {"model": None}, {"model_info": 3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGES, ids=str)
+def test_entries_that_no_run_has_written_are_refused(tmp_path, change):
+    """torch's fused AdamW would write beside moments of another shape."""
+    model = make_model()
+    content = {"model": model.state_dict(), "optimizer": optimizer_after_a_step(model).state_dict()}
+    content |= {"epoch": 3, "scaler": {}, "args": {}}
+    path = tmp_path / "checkpoint-3.pth"
+    torch.save(content, path)
+    args = make_args(tmp_path, resume=str(path))
+    fresh = make_model()
+    checkpoint.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
+    mutate(content, change)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"--resume .*checkpoint-3\.pth"):
+        fresh = make_model()
+        checkpoint.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
+
+
+def test_a_fresh_run_overwrites_neither_its_start_nor_another_scripts_checkpoints(tmp_path, capsys):
+    path = save(tmp_path, 0, mask_ratio=0.75)
+    for finetune in (str(path), "elsewhere.pth"):
+        args = make_args(tmp_path, resume="", mixup=0.8, finetune=finetune)
+        with pytest.raises(UserError, match="another folder"):
+            checkpoint.load_model(args, make_model(), None, None)
+    checkpoint.load_model(make_args(tmp_path, resume="", mask_ratio=0.5), make_model(), None, None)
+    assert "which this fresh one will overwrite" in capsys.readouterr().out
+
+
+def test_a_complete_run_says_so(tmp_path, capsys):
+    save(tmp_path, 5)
+    checkpoint.load_model(make_args(tmp_path, epochs=3), make_model(), None, None)
+    assert "complete: nothing left to do at epoch 6" in capsys.readouterr().out

@@ -30,6 +30,7 @@ import main_finetune
 import models_vit
 from util import epochs, interrupt
 from util.args import UserError
+from util.checkpoint import finish_saving
 from util.model_info import read_model_info
 
 RECIPE = "--batch_size 6 --epochs 2 --warmup_epochs 1 --blr 0.05 --drop_path 0.2"
@@ -151,7 +152,9 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
     evaluate = epochs.evaluate_and_report
 
     def evaluate_and_report(*rest):
-        if batch is None:
+        if batch is None:  # however it ends, the epoch is on disk
+            finish_saving()
+            assert (tmp_path / "checkpoint-0.pth").exists() and not (tmp_path / "log.txt").exists()
             os.kill(os.getpid(), signal.SIGUSR1)
         return evaluate(*rest)
 
@@ -171,6 +174,21 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
     assert len(ours) == len(theirs) == 2
     for a, b in zip(ours, theirs, strict=True):
         assert a == b
+
+
+def test_killed_before_the_best_checkpoint_was_written(pictures, trained, tmp_path):
+    """The log line may be faster than the file: the epoch is evaluated and logged again."""
+    shutil.copytree(trained, tmp_path / "run")
+    content = torch.load(trained / "checkpoint-1.pth", weights_only=True)
+    first = read_log(trained)[0]["test_acc1"]
+    content["best_acc1"] = first
+    del content["evaluated"]
+    torch.save(content, tmp_path / "run" / "checkpoint-1.pth")
+    (tmp_path / "run" / "checkpoint-best.pth").unlink()
+    run(main_finetune, RECIPE, "--resume auto", data_path=pictures, output_dir=tmp_path / "run")
+    assert read_log(tmp_path / "run") == read_log(trained)
+    best = tmp_path / "run" / "checkpoint-best.pth"
+    assert best.exists() == (read_log(trained)[1]["test_acc1"] > first)
 
 
 def test_evaluation_needs_no_flags_and_gives_the_same_digits(pictures, trained, tmp_path, capsys):

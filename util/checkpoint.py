@@ -8,6 +8,7 @@ number of micro-steps done of the next.
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import torch
 from util.args import TrainingError, UserError
 from util.distributed import check_agreement, gather, get_world_size, is_main_process, log, warn
 from util.fsdp import is_sharded, load_state, split_optimizer_state
-from util.state_dict import check_state, model_state
+from util.state_dict import check_entries, check_optimizer, check_state, model_state
 from util.writer import BackgroundWriter, save_checkpoint, snapshot
 
 _writer = BackgroundWriter()
@@ -169,12 +170,17 @@ def save_model(
 
     def write(copy: dict) -> None:
         try:
-            save_checkpoint(path, copy)
-            if best:
-                _keep_best(path)
+            if best:  # first, so that no kill leaves a checkpoint that knows of a best one that is not there
+                save_checkpoint(path.with_name("checkpoint-best.pth"), copy)
+                _same_file(path.with_name("checkpoint-best.pth"), path)
+            else:
+                save_checkpoint(path, copy)
             _remove_old(path, getattr(args, "keep_checkpoints", 0))
         except OSError as error:
-            warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on, make room")
+            advice = (
+                ", make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error) else ""
+            )
+            warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on{advice}")
             raise
 
     _writer.start(write, content)
@@ -192,14 +198,14 @@ def finish_saving() -> None:
         raise TrainingError("the last checkpoint could not be written (see above); the run ends without it")
 
 
-def _keep_best(path: Path) -> None:
-    """Makes `checkpoint-best.pth` the same file as the checkpoint at `path`, in one step."""
-    temporary = path.with_name(f".checkpoint-best.pth.tmp-{os.getpid()}")
+def _same_file(path: Path, other: Path) -> None:
+    """Makes `other` the same file as `path`, in one step."""
+    temporary = other.with_name(f".{other.name}.tmp-{os.getpid()}")
     try:
         os.link(path, temporary)  # takes no room, and outlives the removal of the other name
     except OSError:
         shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name("checkpoint-best.pth"))
+    os.replace(temporary, other)
 
 
 def _remove_old(newest: Path, keep: int) -> None:
@@ -224,6 +230,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     args.start_step = 0
     if not args.resume:
         if args.output_dir and list_checkpoints(args.output_dir):
+            _check_owner(args)
             text = f"{args.output_dir} holds checkpoints of an earlier run"
             log(f"note: {text}, which this fresh one will overwrite; --resume auto goes on from them")
         return None
@@ -235,7 +242,8 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
         source, content = newest
     else:
         source, content = args.resume, load_checkpoint(args.resume)
-    state = model_state(content)
+    check_entries(content, f"--resume {source}")
+    state = model_state(content, f"--resume {source}")
     check_state(model_without_ddp, state, f"--resume {source}")
     load_state(model_without_ddp, state)
     if "optimizer" not in content or "epoch" not in content:
@@ -252,8 +260,31 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     check_agreement(args)  # all processes go on from the same place
     _warn_of_changes(args, content)
     where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
-    log(f"resume: {source}, going on at {where}")
+    complete = args.start_epoch >= getattr(args, "epochs", args.start_epoch + 1)
+    log(f"resume: {source}, {'complete: nothing left to do' if complete else 'going on'} at {where}")
     return content
+
+
+def _check_owner(args) -> None:
+    """Raises UserError where a fresh run would overwrite another script's checkpoints or its own start."""
+    newest, given = list_checkpoints(args.output_dir)[0], getattr(args, "finetune", "")
+    if given and "://" not in given and Path(given).resolve().parent == Path(args.output_dir).resolve():
+        raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
+                        "overwrite it; pass another folder")  # fmt: skip
+    try:
+        stored = load_checkpoint(newest).get("args")
+    except UserError:
+        return
+    marks = {
+        "mask_ratio": "main_pretrain.py",
+        "mixup": "main_finetune.py",
+        "cache_features": "main_linprobe.py",
+    }
+    writer = next((script for flag, script in marks.items() if flag in (stored or {})), None)
+    own = next((script for flag, script in marks.items() if hasattr(args, flag)), None)
+    if writer and own and writer != own:
+        raise UserError(f"--output_dir {args.output_dir}: holds checkpoints of {writer}, and this run would "
+                        "overwrite them; pass another folder")  # fmt: skip
 
 
 def _warn_of_changes(args, content: dict) -> None:
@@ -298,8 +329,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> No
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
     ]
     try:
-        if len(groups) != len(state["param_groups"]):
-            raise ValueError(f"{len(state['param_groups'])} parameter groups, not {len(groups)}")
+        check_optimizer(optimizer, state)
         entries = split_optimizer_state(optimizer, state["state"])
         optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:

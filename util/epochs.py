@@ -13,6 +13,7 @@ from util.checkpoint import save_model
 from util.distributed import get_world_size, log
 from util.finetune_data import LabelledImages
 from util.fsdp import full_copy
+from util.records import trim_log
 from util.transfer import evaluate_and_report, record_epoch
 
 
@@ -24,6 +25,17 @@ def share_buffers(module: torch.nn.Module) -> None:
     if get_world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def trim_transfer_log(args: argparse.Namespace, resumed: dict) -> bool:
+    """Drops what a resumed run will log again; returns whether the last epoch must still be evaluated: it was
+    saved before that, or is not in the log.
+    """
+    if "epoch" not in resumed:
+        return False
+    unfinished = "stats" in resumed and not resumed.get("evaluated")
+    logged = trim_log(args.output_dir, args.start_epoch - unfinished)
+    return "stats" in resumed and (unfinished or not logged)
 
 
 @dataclass
@@ -56,12 +68,13 @@ class EpochEnd:
     def finish(self, epoch: int, stats: dict[str, float]) -> None:
         """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
         share_buffers(self.trained)
+        self.save(epoch, stats=stats)  # an evaluation may take longer than a scheduler waits
         report = epoch + 1 == self.args.epochs
         test = evaluate_and_report(
             self.val_loader, full_copy(self.trained), self.device, self.args, self.val_set, report
         )
         is_best, self.best = test["acc1"] > self.best, max(self.best, test["acc1"])
-        self.save(epoch, best=is_best, stats=stats)
+        self.save(epoch, best=is_best, stats=stats, evaluated=True)
         log(f"best accuracy so far: {self.best:.3f} %")
         n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record_epoch(self.args, epoch, stats, test, n_parameters, self.log_writer)

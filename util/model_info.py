@@ -39,6 +39,7 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
 def read_model_info(content: dict) -> dict:
     """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
     if isinstance(content.get("model_info"), dict):
+        _check_info(content["model_info"])
         return dict(content["model_info"])
     state, _ = encoder_state(content)
     weight, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -59,6 +60,28 @@ def read_model_info(content: dict) -> dict:
     if (name := _model_name(state)) is not None:
         info["model"] = name
     return info
+
+
+def _check_info(info: dict) -> None:
+    """Raises UserError for a `model_info` that no model can be built from."""
+
+    def numbers(value, kind, least) -> bool:
+        return isinstance(value, list | tuple) and all(isinstance(v, kind) and v >= least for v in value)
+
+    tests = {
+        "input_size": lambda v: numbers([v] if isinstance(v, int) else v, int, 1),
+        "patch_size": lambda v: v is None or numbers([v], int, 1),
+        "in_chans": lambda v: numbers([v], int, 1),
+        "nb_classes": lambda v: v is None or numbers([v], int, 0),
+        "mean": lambda v: v is None or numbers(v, int | float, float("-inf")),
+        "std": lambda v: v is None or numbers(v, int | float, 0),
+        "class_names": lambda v: (
+            v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v))
+        ),
+    }
+    for name, test in tests.items():
+        if name in info and not test(info[name]):
+            raise UserError(f"the checkpoint's model_info is damaged: {name} is {str(info[name])[:40]!r}")
 
 
 def _model_name(state: dict[str, torch.Tensor]) -> str | None:

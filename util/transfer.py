@@ -30,7 +30,7 @@ from util.finetune_data import LabelledImages, check_classes, count_classes
 from util.model_info import adopt_model_info, check_class_names, read_model_info, warn_of_other_stats
 from util.records import write_log
 from util.sampler import EpochSampler, build_loader
-from util.state_dict import check_state, model_state
+from util.state_dict import check_entries, check_state, model_state
 
 
 def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -104,6 +104,8 @@ def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.Argument
     if not args.resume or args.resume == "auto":
         return None
     content = newest[1] if newest else load_checkpoint(args.resume)
+    check_entries(content, f"--resume {args.resume}")
+    model_state(content, f"--resume {args.resume}")
     info = read_model_info(content)
     if "recipe" not in info:
         state, kind = encoder_state(content)
@@ -182,9 +184,11 @@ def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict |
 
 def load_for_eval(model: torch.nn.Module, content: dict, source: str) -> None:
     """Loads a checkpoint's weights into `model`; raises UserError, naming what differs, unless they fit."""
-    state = model_state(content)
+    state = model_state(content, f"--resume {source}")
     check_state(model, state, f"--resume {source}")
     model.load_state_dict(state)
+    if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+        warn(f"--resume {source}: has weights that are not finite")
     log(f"evaluating {source}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
 
 
