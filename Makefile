@@ -65,7 +65,7 @@ bench: setup
 	$(PY) benchmarks/bench_end_to_end.py --device cpu
 
 bench-gpu: setup
-	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_step.py --model base large
 	$(PY) benchmarks/bench_end_to_end.py
 	$(PY) benchmarks/bench_scaling.py --model mae_vit_large_patch16 --batch_size 64
 

@@ -6,7 +6,7 @@ Look at it run, with no data and no GPU, after a pre-training of the tiny model 
 
 On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), in minutes, as the encoder sees each picture once:
     python main_linprobe.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
-        --cache_features
+        --cache_features --output_dir probe
 
 Without --finetune the encoder is random: what a probe makes of it is the figure to compare with.
 """
