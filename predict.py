@@ -20,6 +20,8 @@ import os
 import sys
 
 from util.args import ArgumentParser, UserError, check_common_args, default_workers, run_script
+from util.distributed import warn
+from util.image_io import printable
 from util.precision import resolve_amp_dtype, resolve_device
 from util.predict import KINDS, Progress, predict, prediction_loader
 from util.predict_inputs import find_inputs
@@ -125,7 +127,9 @@ def main(args: argparse.Namespace) -> None:
         model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
     )
     progress.close()
-    loader.dataset.report_bad_images()
+    if left_out := loader.dataset.bad_paths():
+        some = ", ".join(map(printable, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
+        warn(f"could not decode {len(left_out)} of the images, which are left out: {some}")
     paths = [files.paths[i] for i in result.rows]
     if args.features:
         write_features(args.features, paths, result, kind, model.patch_embed.grid_size)

@@ -9,7 +9,9 @@ The page is for this machine only unless --host says otherwise. It reads what is
 """
 
 import argparse
+import errno
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +214,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
 def read_samples(player: Player, names: list[str]) -> list[torch.Tensor]:
     """Pictures of --samples or of the demo set, uint8 (C, H, W) each; UserError if none can be read."""
     if names:
-        paths = list(find_inputs(names, "error")[0].paths)[:SAMPLES]
+        paths = list(find_inputs(names, "skip")[0].paths)[:SAMPLES]
     else:
         every = find_images(ensure_demo_data(log=log), "val").paths
         paths = [every[i] for i in np.linspace(0, len(every) - 1, SAMPLES).round().astype(int)]
@@ -240,13 +242,17 @@ def main(args: argparse.Namespace) -> None:
     page = build_page(gradio, player, read_samples(player, args.samples))
     page.queue(default_concurrency_limit=1, max_size=32)
     try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, args.port), family=family):
+            pass  # the server itself does not say what is wrong with an address
         page.launch(
             server_name=args.host, server_port=args.port, max_file_size=f"{args.max_upload_mb}mb",
             theme=gradio.themes.Default(**FONTS), footer_links=[], share=False, ssr_mode=False,
             quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
-    except OSError:
-        raise UserError(f"--host {args.host} --port {args.port}: not free; pass another --port") from None
+    except OSError as error:
+        reason = "not free; pass another --port" if error.errno == errno.EADDRINUSE else error.strerror
+        raise UserError(f"--host {args.host} --port {args.port}: {reason}") from None
     log(f"open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port} (Ctrl-C ends it)")
     page.block_thread()
 

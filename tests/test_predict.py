@@ -372,3 +372,24 @@ def test_mistake_is_one_line_and_code_2(tmp_path, folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
     assert len(err.splitlines()) == 1 and err.startswith("predict.py: error: --resume")
+
+
+def test_many_bad_images_are_left_out_when_asked(tmp_path, folder, capsys):
+    for i in range(4):
+        (folder / f"bad{i}.png").write_bytes(b"no picture")
+    path = save(tmp_path / "c.pth", classifier())
+    with pytest.raises(UserError, match="--bad_images skip"):
+        run("--resume", path, *HEADS, folder)
+    run("--resume", path, *HEADS, folder, "--bad_images", "skip", "--csv", tmp_path / "out.csv")
+    assert not any(os.path.basename(row[0]).startswith("bad") for row in read_csv(tmp_path / "out.csv"))
+    assert "left out" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, folder):
+    model = classifier()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+    path = save(tmp_path / "c.pth", model)
+    with pytest.raises(UserError, match=r"not finite \(blocks.1.mlp.fc1.weight\)"):
+        run("--resume", path, *HEADS, folder, "--csv", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()

@@ -61,6 +61,8 @@ def load_checkpoint(source: str | Path) -> dict:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if len(reason.split()) == 1:  # "101" and "EOFError" is what rubbish and empty files give
             reason = "it is no checkpoint, or damaged"
+        if "PytorchStreamReader" in reason or "central directory" in reason:
+            reason = "it is damaged or incomplete (cut off?)"
         if "Weights only load failed" in reason or "Unsupported" in reason:
             reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
         raise UserError(f"{source}: cannot be read as a checkpoint: {reason}") from None

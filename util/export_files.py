@@ -83,6 +83,10 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
             )
         temporary.mkdir()
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for written in temporary.iterdir():  # some libraries make files that only their owner can read
+            written.chmod(0o666 & ~umask)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

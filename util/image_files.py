@@ -114,7 +114,7 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
 
     Args:
         split: the subfolder; for "train" `data_path` itself where there is no such folder.
-        bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set.
+        bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set, or "skip any".
 
     Returns:
         None when there is no split of that name.
@@ -212,10 +212,12 @@ def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
     names = ", ".join(f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad[:3])
     summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
     summary += ", ..." if len(bad) > 3 else ""
-    if bad_images != "skip":
+    if bad_images == "error":
         raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")
-    if len(bad) > bad_limit(len(indices)) or len(bad) == count:
+    if bad_images == "skip" and (len(bad) > bad_limit(len(indices)) or len(bad) == count):
         raise UserError(f"{summary}; --bad_images skip allows 1 % (here {bad_limit(len(indices))})")
+    if len(bad) == count:
+        raise UserError(summary)
     files.skipped = [(files.paths[i], reason) for i, reason in bad]
     keep = np.setdiff1d(np.arange(count), [i for i, _ in bad])
     files.paths = files.paths.take(keep)

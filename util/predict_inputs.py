@@ -13,8 +13,7 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
     """Images of files, folders (to any depth; train/ and val/ are folders like others) and .txt lists.
 
     Args:
-        bad_images: "error"; "skip" leaves out, with a warning, what is no image: of folders and lists at most
-            1 %, as in training; files that were named themselves, any number.
+        bad_images: "error"; "skip" leaves out, with a warning, what is no image, however many.
 
     Returns:
         The images, without labels, and a name for each: relative to the folder or list that it came from.
@@ -23,11 +22,12 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
         UserError: nothing there, no images, or files that are none.
     """
     found, names, skipped = [], [], []
+    in_folders = "skip any" if bad_images == "skip" else bad_images
     for path in paths:
         if os.path.isdir(path) or (path.lower().endswith(".txt") and os.path.isfile(path)):
             # With "" for the split, the folder itself is searched
             try:
-                files = find_images(path, "" if os.path.isdir(path) else "train", bad_images)
+                files = find_images(path, "" if os.path.isdir(path) else "train", in_folders)
             except UserError as error:
                 raise UserError(str(error).removeprefix("--data_path ")) from None
             found += files.paths

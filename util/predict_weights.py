@@ -98,6 +98,12 @@ def read_weights(args: argparse.Namespace) -> Weights:
     if not has_encoder(state):
         some = ", ".join(list(state)[:3]) or "no tensors"
         raise UserError(f"--resume {source}: has no usable encoder keys ({kind}; keys: {some})")
+    if bad := [
+        key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
+    ]:
+        raise UserError(
+            f"--resume {source}: its weights are not finite ({bad[0]}); take an earlier checkpoint"
+        )
     stored = content.get("model_info") or content.get("args") or {}
     weights = Weights(source, content, kind, state, stored if isinstance(stored, dict) else {})
     patch = state["patch_embed.proj.weight"].shape
