@@ -112,6 +112,7 @@ def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
 
 def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
     """Makes the folder, tidies it; UserError unless a checkpoint of `model` and AdamW's state fits in."""
+    _writer.failed = False  # of an earlier run in this process
     if not output_dir or not is_main_process():
         return
     probe = Path(output_dir) / f".write-test-{os.getpid()}"
