@@ -1,8 +1,9 @@
 """One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
 
+import functools
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -62,7 +63,7 @@ def train_one_epoch(
     curves = StepCurves(log_writer)
     optimizer.zero_grad()
 
-    loss_only = {"loss_only": True} if takes_loss_only(model) else {}
+    loss_of = loss_alone(model)
     batches = OnDevice(data_loader, device, lambda batch: [normalize_batch(batch[0], device, mean, std)])
     batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
     for step, (batch, (images,)) in enumerate(batches, start):
@@ -76,8 +77,7 @@ def train_one_epoch(
 
         with without_gradient_traffic(model, not update):
             with autocast(device, amp_dtype):
-                loss = model(images, mask_ratio=args.mask_ratio, **loss_only)
-                loss = loss if loss_only else loss[0]
+                loss = loss_of(images, mask_ratio=args.mask_ratio)
             grad_norm = loss_scaler(
                 loss / window,
                 optimizer,
@@ -103,9 +103,11 @@ def train_one_epoch(
     return metrics.averages()
 
 
-def takes_loss_only(model: torch.nn.Module) -> bool:
-    """Whether the model's forward can return the loss alone; a fork's may know (loss, pred, mask) only."""
-    return "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters
+def loss_alone(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """`model` as a function that returns the loss; a fork's may know (loss, pred, mask) only."""
+    if "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters:
+        return functools.partial(model, loss_only=True)
+    return lambda *inputs, **named: model(*inputs, **named)[0]
 
 
 @torch.no_grad()
@@ -122,15 +124,14 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     """
     was_training = model.training
     model.eval()
-    loss_only = {"loss_only": True} if takes_loss_only(model) else {}
+    loss_of = loss_alone(model)
     length = model.patch_embed.num_patches
     total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
     for images, _, indices in data_loader:
         noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
         with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
             images = normalize_batch(images, device, args.mean, args.std)
-            loss = model(images, args.mask_ratio, noise, **loss_only)
-            loss = loss if loss_only else loss[0]
+            loss = loss_of(images, args.mask_ratio, noise)
         total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
     model.train(was_training)
     loss_total, count = all_reduce_sum(total).tolist()

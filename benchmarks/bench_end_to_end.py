@@ -35,8 +35,8 @@ from util.compile import compile_model
 from util.datasets import build_pretrain_dataset
 from util.precision import (
     NativeScalerWithGradNormCount,
-    fast_matmul,
     has_fused_adamw,
+    prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
@@ -195,7 +195,7 @@ def main(options: argparse.Namespace) -> None:
     args = main_pretrain.get_args_parser().parse_args(flags)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     args.distributed, args.lr, args.data_path = False, 1e-4, options.data_path
-    precision = fast_matmul(device, resolve_amp_dtype(args.amp_dtype, device))
+    precision = prepare_device(device, resolve_amp_dtype(args.amp_dtype, device))
     with tempfile.TemporaryDirectory() as folder:
         if args.data_path is None:
             args.data_path = folder

@@ -14,18 +14,22 @@ The exit code is 1 when a target is missed.
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench_logging import Batches, clocked
+
 import engine_pretrain
 import main_pretrain
 from util import checkpoint
@@ -45,38 +49,9 @@ from util.transforms import channel_stats
 TARGET_PERCENT = 1.0
 
 
-class Batches:
-    """A loader whose uint8 images (N, C, H, W) are in memory; remembers when each was asked for."""
-
-    def __init__(self, images: torch.Tensor, steps: int):
-        self.images, self.steps, self.batch_size, self.marks = images, steps, len(images), []
-        self.indices = torch.arange(len(images))
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self):
-        for _ in range(self.steps):
-            self.marks.append(time.perf_counter())
-            yield self.images, self.indices, self.indices
-        self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Time of each step so far."""
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
-
-
-def clocked(function, spent: dict[str, float], part: str):
-    """`function`, adding its seconds to `spent[part]`."""
-
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
-
-    return wrapper
+def steps_of(batches: Batches) -> list[float]:
+    """Seconds of each step so far."""
+    return [b - a for a, b in itertools.pairwise(batches.marks)]
 
 
 def train(parts: tuple, batches: Batches, args, spent: dict[str, float]) -> None:
@@ -121,9 +96,9 @@ def measure(options: argparse.Namespace, args: argparse.Namespace, folder: str) 
         model = wrap_model(model, device)
     scaler = NativeScalerWithGradNormCount(enabled=False, device=device.type)
     parts = (model, optimizer, scaler)
-    train(parts, Batches(images, 2), args, {})  # warm-up, and the optimizer's state
+    train(parts, Batches(images, 2), args, defaultdict(float))  # warm-up, and the optimizer's state
 
-    spent: dict[str, float] = {}
+    spent = defaultdict(float)
     quiet = Batches(images, options.steps)
     train(parts, quiet, args, spent)
     args.output_dir, stalls, beside, durations = folder, [], [], []
@@ -132,13 +107,13 @@ def measure(options: argparse.Namespace, args: argparse.Namespace, folder: str) 
         checkpoint.save_model(args, number, model, bare, optimizer, scaler)
         stalls.append(time.perf_counter() - start)
         writing = Batches(images, 2)
-        train(parts, writing, args, {})
-        beside += writing.seconds()
+        train(parts, writing, args, defaultdict(float))
+        beside += steps_of(writing)
         checkpoint.finish_saving()
         durations.append(time.perf_counter() - start)
     size = max((path.stat().st_size for path in Path(folder).glob("*.pth")), default=0)
     return {
-        "step_seconds": quiet.seconds(),
+        "step_seconds": steps_of(quiet),
         "parts_seconds_per_step": {part: value / options.steps for part, value in spent.items()},
         "stall_seconds": stalls,
         "step_seconds_after_a_save": beside,

@@ -30,6 +30,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.distributed as dist
+from timm.optim import param_groups_weight_decay
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import main_pretrain
+from engine_pretrain import loss_alone
+from util import watch
+from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
+from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
+from util.transforms import normalize_batch
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -37,16 +47,6 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 def worker(options: argparse.Namespace) -> dict:
     """One process: seconds of each segment's steps, with and without exchange, and the bytes of buckets."""
-    import torch.distributed as dist
-    from timm.optim import param_groups_weight_decay
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    import main_pretrain
-    from engine_pretrain import takes_loss_only
-    from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
-    from util.precision import autocast, fast_matmul, has_fused_adamw, resolve_amp_dtype, resolve_device
-    from util.transforms import normalize_batch
-
     flags = ["--model", options.model, "--input_size", str(options.input_size), "--device", options.device]
     args = main_pretrain.get_args_parser().parse_args([*flags, "--batch_size", str(options.batch_size)])
     init_distributed_mode(args)
@@ -54,7 +54,7 @@ def worker(options: argparse.Namespace) -> dict:
     if device.type == "cpu":
         torch.set_num_threads(1)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    fast_matmul(device, amp_dtype)
+    prepare_device(device, amp_dtype)
     torch.manual_seed(0)
     model = bare = main_pretrain.build_model(args).to(device)
     buckets: dict[int, int] = {}
@@ -68,7 +68,7 @@ def worker(options: argparse.Namespace) -> dict:
     if args.distributed:
         model = wrap_model(model, device)
         model.register_comm_hook(None, count)
-    loss_only = {"loss_only": True} if takes_loss_only(model) else {}
+    loss_of = loss_alone(model)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(bare, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=has_fused_adamw(device)
     )
@@ -81,8 +81,8 @@ def worker(options: argparse.Namespace) -> dict:
         start = time.perf_counter()
         for _ in range(count):
             with without_gradient_traffic(model, not exchange), autocast(device, amp_dtype):
-                loss = model(normalize_batch(images, device), mask_ratio=0.75, **loss_only)
-            (loss if loss_only else loss[0]).backward()
+                loss = loss_of(normalize_batch(images, device), mask_ratio=0.75)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         if device.type == "cuda":
@@ -103,8 +103,6 @@ def worker(options: argparse.Namespace) -> dict:
     if args.distributed:
         dist.barrier()
         with contextlib.suppress(Exception):
-            from util import watch
-
             watch.stop()
         dist.destroy_process_group()
     return result

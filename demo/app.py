@@ -30,7 +30,7 @@ from util.image_io import BadImage, read_image
 from util.precision import resolve_device
 from util.predict_inputs import find_inputs
 from util.predict_model import build_mae
-from util.predict_weights import Weights, add_weights_args, read_weights
+from util.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
 from util.transforms import EvalTransform, normalize_batch
 from util.visualize import PANELS, column_headings, fixed_noise, mask_noise, reconstruct
 
@@ -44,10 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("MAE page", add_help=False)
     # fmt: off
     add_weights_args(parser)
-    flag = parser.add_argument_group("model of a released file").add_argument
-    flag("--norm_pix_loss", action="store_true", default=None,
-         help="only for files that do not say it: the model predicts normalised patches")
-    flag("--decoder_num_heads", type=int, help="only for files that do not say it")
+    add_decoder_args(parser)
     flag = parser.add_argument_group("page").add_argument
     flag("--samples", nargs="+", default=[], metavar="IMAGE|FOLDER",
          help=f"pictures to choose from, the first {SAMPLES}; default: some of the demo set")

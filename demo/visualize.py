@@ -35,7 +35,7 @@ from util.precision import resolve_device
 from util.predict_inputs import find_inputs
 from util.predict_model import build_encoder, build_mae
 from util.predict_output import check_output
-from util.predict_weights import Weights, add_weights_args, read_weights
+from util.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
 from util.transforms import EvalTransform, normalize_batch
 from util.visualize import fixed_noise, mask_noise, ratio_grid, read_mask
 
@@ -58,10 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER",
                         help="image files, folders of images, .txt lists of images; default: the demo set")
     add_weights_args(parser)
-    flag = parser.add_argument_group("model of a released file").add_argument
-    flag("--norm_pix_loss", action="store_true", default=None,
-         help="only for files that do not say it: the model predicts normalised patches")
-    flag("--decoder_num_heads", type=int, help="only for files that do not say it")
+    add_decoder_args(parser)
     flag = parser.add_argument_group("masking").add_argument
     flag("--mask_ratio", type=ratio, nargs="+", metavar="RATIO",
          help="share of patches to hide; several are drawn side by side (default: 0.75)")

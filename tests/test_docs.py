@@ -62,6 +62,7 @@ def parse(monkeypatch):
         raise Parsed
 
     def start(script: str, arguments: list[str]) -> None:
+        monkeypatch.syspath_prepend(str((REPO / script).parent))  # as Python does for a script
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(Parsed):
@@ -91,6 +92,16 @@ def test_command_is_taken_by_its_script(script, arguments, parse, capsys):
         parse(script, arguments)
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script", sorted((REPO / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_every_benchmark_starts(script, monkeypatch, capsys):
+    """With all that it imports; they are run by hand only, and a renamed function would go unseen."""
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0 and "--help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -180,9 +180,8 @@ def save_model(
                 save_checkpoint(path, copy)
             _remove_old(path, getattr(args, "keep_checkpoints", 0))
         except OSError as error:
-            advice = (
-                ", make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error) else ""
-            )
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
+            advice = ", make room" if full else ""
             warn(f"NO CHECKPOINT WAS WRITTEN: {path}: {error.strerror or error}; training goes on{advice}")
             raise
 
@@ -233,7 +232,8 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     args.start_step = 0
     if not args.resume:
         if args.output_dir and list_checkpoints(args.output_dir):
-            _check_owner(args)
+            if is_main_process():
+                _check_owner(args)
             text = f"{args.output_dir} holds checkpoints of an earlier run"
             log(f"note: {text}, which this fresh one will overwrite; --resume auto goes on from them")
         return None

@@ -59,6 +59,14 @@ def add_weights_args(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+def add_decoder_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of what a released file with a decoder may not say, for `util.predict_model.build_mae`."""
+    flag = parser.add_argument_group("model of a released file").add_argument
+    flag("--norm_pix_loss", action="store_true", default=None,
+         help="only for files that do not say it: the model predicts normalised patches")  # fmt: skip
+    flag("--decoder_num_heads", type=int, help="only for files that do not say it")
+
+
 def settle(flag: str, given, stored, source: str):
     """The value of a flag that a file may store too; UserError where the two differ."""
     if given is None or stored is None:
