@@ -52,8 +52,8 @@ def prepare_device(device: torch.device, amp_dtype: torch.dtype | None) -> str:
     the words for the log on what is computed in what.
 
     TF32 has float32's range and 10 bits of mantissa, bf16 has 7: what autocast leaves in float32, or all with
-    `--amp_dtype none`, runs on the matrix units at a precision that the rest does not reach. Results of a
-    float32 run deviate by about 1e-3 relative from those of a CPU; nothing changes elsewhere or in float64.
+    `--amp_dtype none`, runs on the matrix units at a precision that the rest does not reach. A float32
+    run there agrees with a CPU's to about 3 digits only; nothing changes elsewhere or in float64.
     """
     text = f"{amp_dtype or torch.float32}"
     if device.type == "cpu":
