@@ -88,7 +88,13 @@ def test_one_graph_for_training_and_none_for_evaluation(counter):
     assert counter.frame_count == 1 and list(model.state_dict()) == names
 
 
-def test_golden_trajectory_compiled(counter):
+class FixedLoss(FixedNoise):
+    def forward(self, imgs, mask_ratio, loss_only):
+        return self.inner(imgs, mask_ratio, noise=next(self.noise), loss_only=loss_only)
+
+
+def run_golden_trajectory():
+    """Two epochs compiled, as the recorded run; returns the model, whose weights are those at its end."""
     data, model, optimizer, loader = make_run()
     compiling.compile_model(model, "loss_of_removed", flags(), CPU)
     wrapped = FixedLoss(model, data["noise"])
@@ -96,13 +102,13 @@ def test_golden_trajectory_compiled(counter):
         train_one_epoch(
             wrapped, loader, optimizer, "cpu", epoch, NativeScalerWithGradNormCount(), None, make_args()
         )
-    assert counter.frame_count == 1
     check_end(data, model)
+    return model
 
 
-class FixedLoss(FixedNoise):
-    def forward(self, imgs, mask_ratio, loss_only):
-        return self.inner(imgs, mask_ratio, noise=next(self.noise), loss_only=loss_only)
+def test_golden_trajectory_compiled(counter):
+    run_golden_trajectory()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
@@ -184,14 +190,7 @@ def images(tmp_path_factory):
 
 @pytest.mark.slow
 def test_golden_trajectory_with_the_real_compiler():
-    data, model, optimizer, loader = make_run()
-    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
-    wrapped = FixedLoss(model, data["noise"])
-    for epoch in range(2):
-        train_one_epoch(
-            wrapped, loader, optimizer, "cpu", epoch, NativeScalerWithGradNormCount(), None, make_args()
-        )
-    check_end(data, model)
+    model = run_golden_trajectory()
     assert not model.loss_of_removed.__func__.failed
 
 
