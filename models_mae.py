@@ -10,11 +10,11 @@ patches, D encoder width, E decoder width.
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block, PatchEmbed
+from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 from torch.nn.functional import linear
 
-from util.blocks import run_blocks
+from util.blocks import Block, run_blocks
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -172,8 +172,8 @@ class MaskedAutoencoderViT(nn.Module):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def loss_of_removed(self, imgs: torch.Tensor, ids_shuffle: torch.Tensor, keep: int) -> torch.Tensor:
-        """The loss of `forward` without what it does not need: no kept patch is predicted, no removed one
-        embedded.
+        """The loss of `forward` without what it does not need: no kept patch is predicted or passes the
+        decoder's last MLP, no removed one is embedded.
 
         The decoder's tokens stay shuffled, each with the row of the position table that belongs to it. Its
         blocks treat a token the same at any place, so nothing else changes, and the removed patches are those
@@ -195,8 +195,8 @@ class MaskedAutoencoderViT(nn.Module):
         table = self.decoder_pos_embed
         places = torch.cat([table[:, :1].expand(len(x), -1, -1), table[0, 1:][ids_shuffle]], dim=1)
         x = torch.cat([x, mask_tokens.to(x.dtype)], dim=1) + places  # (N, 1 + L, E)
-        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
-        pred = self.decoder_pred(self.decoder_norm(x[:, 1 + keep :]))  # (N, L - K, p * p * C)
+        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing, start=1 + keep)  # (N, L - K, E)
+        pred = self.decoder_pred(self.decoder_norm(x))  # (N, L - K, p * p * C)
 
         target = self.make_target(take(patches, ids_remove))
         return (pred.to(target.dtype) - target).square().mean()

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from golden_utils import REPO, TINY_MAE, facts, fill, golden
+from timm.models import vision_transformer
 
 import models_mae
+from util import blocks
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
 
 
@@ -256,6 +258,17 @@ def test_the_loss_alone_goes_through_what_a_subclass_has_replaced():
     model = tiny()
     model.random_masking = lambda x, ratio, noise: tiny().random_masking(x, 0.5, noise)
     assert torch.equal(model(imgs, 0.75, noise, loss_only=True), model(imgs, 0.5, noise)[0])
+
+
+def test_a_stack_of_blocks_can_return_its_last_tokens_only():
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    for kind in (blocks.Block, vision_transformer.Block):  # ours knows how, timm's is cut afterwards
+        stack = [kind(16, 2, init_values=0.5).double() for _ in range(2)]
+        whole = blocks.run_blocks(stack, x)
+        for recompute in (False, True):
+            some = blocks.run_blocks(stack, x, recompute, start=4)
+            torch.testing.assert_close(some, whole[:, 4:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss_only", [False, True])

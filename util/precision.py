@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from util.args import UserError
-from util.fsdp import whole_tensor
+from util.fsdp import is_sharded, whole_tensor
 from util.memory import keep_freed_memory
 
 
@@ -105,7 +105,7 @@ class NativeScalerWithGradNormCount:
         if parameters is not None:
             parameters = [p for p in parameters if p.grad is not None]
             self._scaler.unscale_(optimizer)
-            norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            norm = total_norm([p.grad for p in parameters])
             if clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
         if self._scaler.is_enabled() or norm is None:
@@ -129,3 +129,15 @@ class NativeScalerWithGradNormCount:
         """
         if state and self._scaler.is_enabled():
             self._scaler.load_state_dict(state)
+
+
+def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all entries of `grads`, a scalar; of all processes' shares where they are split.
+
+    On a CPU by dot products: torch's norm takes twice the time and, in float32, is off in the fifth digit
+    after some 10^8 entries.
+    """
+    plain = [g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads]
+    if not grads or not all(plain) or any(map(is_sharded, grads)):
+        return whole_tensor(torch.nn.utils.get_total_norm(grads))
+    return torch.stack([torch.dot(grad.flatten(), grad.flatten()) for grad in grads]).sum().sqrt()
