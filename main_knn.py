@@ -19,7 +19,7 @@ from util.args import (
     image_size,
     run_script,
 )
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 from util.distributed import init_distributed_mode, log, shut_down
 from util.encoder import check_final_norm
 from util.features import encoder_features

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from golden_utils import REPO  # noqa: E402
 from image_utils import make_folder  # noqa: E402
 
-from util.checkpoint import load_checkpoint  # noqa: E402
+from util.checkpoint_files import load_checkpoint  # noqa: E402
 
 COMMON = (
     "--input_size 32 --patch_size 8 --batch_size 4 --warmup_epochs 1 --num_workers 1 --device cpu --log_dir="

@@ -9,7 +9,7 @@ import torch
 from golden_utils import GOLDEN, TINY_MAE
 
 import models_mae
-from util import checkpoint, state_dict
+from util import checkpoint, checkpoint_files, state_dict
 from util.args import UserError
 
 
@@ -38,7 +38,7 @@ def names(folder):
 def test_round_trip_and_reference_keys(tmp_path):
     model = make_model()
     path = save(tmp_path, 3, model=model, lr=0.1)
-    content = checkpoint.load_checkpoint(path)
+    content = checkpoint_files.load_checkpoint(path)
     assert set(content) == {"model", "optimizer", "epoch", "scaler", "args"}
     assert content["epoch"] == 3 and content["args"]["lr"] == 0.1 and type(content["args"]) is dict
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in content["model"].items())
@@ -98,7 +98,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, writer):
     else:
         path.write_bytes(pickle.dumps({"model": Malice(trap)}))
     with pytest.raises(UserError, match=r"evil\.pth: cannot be read as a checkpoint") as error:
-        checkpoint.load_checkpoint(path)
+        checkpoint_files.load_checkpoint(path)
     assert not trap.exists() and "\n" not in str(error.value)
 
 
@@ -106,17 +106,17 @@ def test_nothing_in_a_file_is_executed(tmp_path, writer):
 def test_rubbish(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth: cannot be read as a checkpoint"):
-        checkpoint.load_checkpoint(tmp_path / "x.pth")
+        checkpoint_files.load_checkpoint(tmp_path / "x.pth")
 
 
 def test_missing_files_other_addresses_and_other_content(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        checkpoint.load_checkpoint(tmp_path / "none.pth")
+        checkpoint_files.load_checkpoint(tmp_path / "none.pth")
     with pytest.raises(UserError, match="only https"):
-        checkpoint.load_checkpoint("http://example.org/x.pth")
+        checkpoint_files.load_checkpoint("http://example.org/x.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
-        checkpoint.load_checkpoint(tmp_path / "list.pth")
+        checkpoint_files.load_checkpoint(tmp_path / "list.pth")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch, capsys):
@@ -164,7 +164,7 @@ def test_kinds_and_prefixes():
 
 
 def test_the_references_checkpoint_loads_with_a_plain_dict_of_args():
-    content = checkpoint.load_checkpoint(GOLDEN / "checkpoint-0.pth")
+    content = checkpoint_files.load_checkpoint(GOLDEN / "checkpoint-0.pth")
     assert content["epoch"] == 0 and content["args"]["accum_iter"] == 2 and type(content["args"]) is dict
 
 

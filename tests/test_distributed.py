@@ -15,7 +15,7 @@ from image_utils import make_folder
 
 from util import distributed
 from util.args import UserError
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 
 TINY = [
     *(

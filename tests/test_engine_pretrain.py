@@ -12,7 +12,8 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train_one_epoch
 from util.args import TrainingError
-from util.checkpoint import load_checkpoint, load_model
+from util.checkpoint import load_model
+from util.checkpoint_files import load_checkpoint
 from util.lr_sched import adjust_learning_rate
 from util.precision import NativeScalerWithGradNormCount
 

@@ -17,14 +17,14 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import models_mae
-from util import checkpoint
+from util import checkpoint_files
 from util.args import ArgumentParser, UserError, parse_args
 from util.fsdp import check_fsdp, shard_model
 
 
 def state_of(path: Path) -> dict:
     """What must be the same in a checkpoint however it came about."""
-    content = checkpoint.load_checkpoint(path)
+    content = checkpoint_files.load_checkpoint(path)
     return {name: content[name] for name in ("model", "optimizer", "scaler", "epoch")}
 
 
@@ -50,7 +50,7 @@ def check_runs(root: Path, tolerance: float, exact: bool):
     pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled")]
     pairs += [("ddp", "ddp_then_fsdp"), ("ddp", "fsdp_then_ddp")]
     for names in pairs:
-        newest = [checkpoint.list_checkpoints(root / name)[0] for name in names]
+        newest = [checkpoint_files.list_checkpoints(root / name)[0] for name in names]
         last = "checkpoint-0.pth" if "scaled" in names[0] else "checkpoint-1.pth"
         assert [path.name for path in newest] == [last, last]
         assert_close(*map(state_of, newest), tolerance)

@@ -19,7 +19,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import models_mae
-from util import checkpoint
+from util import checkpoint, checkpoint_files
 from util.args import ArgumentParser, TrainingError, UserError, parse_args
 from util.image_io import BadImage, read_image
 
@@ -52,7 +52,7 @@ def test_damaged_checkpoints(tmp_path):
         path = tmp_path / "damaged.pth"
         path.write_bytes(data)
         try:
-            content = checkpoint.load_checkpoint(path)
+            content = checkpoint_files.load_checkpoint(path)
             model = models_mae.mae_vit(TINY_MAE)
             args = type("Args", (), {"resume": str(path), "output_dir": "", "eval": False})()
             checkpoint.load_model(args, model, torch.optim.AdamW(model.parameters()), None)
@@ -173,7 +173,7 @@ def test_a_full_disk_keeps_training_and_the_old_checkpoint(tmp_path, capsys, mon
         error = capsys.readouterr().err
         assert "NO CHECKPOINT WAS WRITTEN" in error and "no space left on device" in error
         assert len((output / "log.txt").read_text().splitlines()) == 2  # training went on to the end
-        assert checkpoint.load_checkpoint(output / "checkpoint-0.pth")["epoch"] == 0
+        assert checkpoint_files.load_checkpoint(output / "checkpoint-0.pth")["epoch"] == 0
         assert not list(output.glob(".checkpoint*")) and not (output / "checkpoint-1.pth").exists()
     finally:
         subprocess.run(["umount", str(output)], check=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import main_pretrain
 from util.args import ArgumentParser, UserError, parse_args
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 
 TINY = [
     *(

@@ -14,7 +14,7 @@ from golden_utils import REPO
 from image_utils import make_folder
 from slurm_cluster import running_cluster, wait_for, why_not
 
-from util.checkpoint import list_checkpoints, load_checkpoint
+from util.checkpoint_files import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.slurm
 

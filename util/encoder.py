@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from util.args import UserError, size_pair
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 from util.distributed import is_main_process, warn
 from util.hugging_face import HF_LAYER, from_hugging_face
 from util.pos_embed import interpolate_pos_embed

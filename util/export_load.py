@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from util.args import UserError
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 from util.export_files import read_entries, read_json
 from util.hugging_face import info_of_config
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import models_vit
 from util.args import UserError, image_size, size_pair
-from util.checkpoint import load_checkpoint
+from util.checkpoint_files import load_checkpoint
 from util.encoder import encoder_state, has_encoder, stored_grid
 from util.hugging_face import decoder_from_hugging_face
 from util.transforms import channel_stats

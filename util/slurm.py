@@ -79,7 +79,7 @@ class TrainingJob:
             interrupt.install()  # in the place of submitit's handlers
         signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
         env = submitit.JobEnvironment()
-        from util.checkpoint import list_checkpoints
+        from util.checkpoint_files import list_checkpoints
 
         with errors_in_one_line(self.script):
             set_up_processes(env)
@@ -118,7 +118,7 @@ def set_up_processes(env) -> None:
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
     """Sets `output_dir`, `log_dir`, `resume`, `num_workers` where the command line left them to the job."""
-    from util.checkpoint import list_checkpoints
+    from util.checkpoint_files import list_checkpoints
 
     if "output_dir" not in args.given:
         args.output_dir = str(env.paths.folder)

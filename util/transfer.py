@@ -13,7 +13,7 @@ import torch
 import models_vit
 from engine_finetune import closing_line
 from util.args import UserError, check_common_args, image_size
-from util.checkpoint import find_newest, load_checkpoint
+from util.checkpoint_files import find_newest, load_checkpoint
 from util.distributed import get_rank, get_world_size, is_main_process, log, warn
 from util.encoder import LoadReport, encoder_state, has_encoder, load_encoder
 from util.evaluation import (
