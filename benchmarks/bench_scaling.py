@@ -37,6 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import main_pretrain
 from engine_pretrain import loss_alone
 from util import watch
+from util.compile import compile_model
 from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
 from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
 from util.transforms import normalize_batch
@@ -57,6 +58,7 @@ def worker(options: argparse.Namespace) -> dict:
     prepare_device(device, amp_dtype)
     torch.manual_seed(0)
     model = bare = main_pretrain.build_model(args).to(device)
+    compile_model(model, "loss_of_removed", args, device)
     buckets: dict[int, int] = {}
 
     def count(state, bucket: dist.GradBucket):

@@ -23,6 +23,8 @@ import models_vit
 from engine_pretrain import train_one_epoch
 from util import compile as compiling
 from util.args import UserError
+from util.distributed import wrap_model
+from util.fsdp import whole_tensor
 from util.precision import NativeScalerWithGradNormCount
 
 CPU = torch.device("cpu")
@@ -130,6 +132,31 @@ def test_compiled_draws_what_eager_draws_from_the_first_step_on(counter, distrib
             results.append([*outs, *(p.grad for p in either.parameters() if p.grad is not None)])
         torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     assert counter.frame_count == (4 if distributed else 2)  # encoder's and decoder's blocks; rates 0, 0.5
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_compiled_blocks_that_are_computed_again(group, counter, capsys, fsdp):
+    """Gradient checkpointing in compiled blocks, as with several processes, which torch would cut up."""
+    if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch shards on GPUs only")
+    plain, imgs, noise = tiny_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    model = copy.deepcopy(plain)
+    model.grad_checkpointing = True
+    compiling.compile_model(model, "loss_of_removed", flags(distributed=True), CPU)
+    several = wrap_model(model, CPU, fsdp)
+    for _ in range(2):
+        for either in (plain, several):
+            either(imgs, 0.75, noise, loss_only=True).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad if one.grad is None else whole_tensor(one.grad), other.grad)
+    assert counter.frame_count and "torch.compile failed" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -244,3 +271,23 @@ def test_compiled_on_cuda_agrees_with_eager(mode):
             losses[-1].append(loss.detach())  # read at the end, as the meters do
     assert not model.loss_of_removed.__func__.failed
     torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_on_cuda_drops_the_paths_that_eager_drops(checkpointing, distributed, capsys):
+    """Anew in each step, and again in the backward pass."""
+    device, imgs = torch.device("cuda", 0), torch.randn(8, 3, 32, 32, device="cuda")
+    plain = tiny_vit(depth=3, drop_path_rate=0.5).to(device)
+    model = copy.deepcopy(plain)
+    model.grad_checkpointing = checkpointing
+    compiling.compile_model(model, "forward", flags(distributed=distributed), device)
+    for step in range(4):
+        for either in (plain, model):
+            either.zero_grad()
+            torch.manual_seed(step)
+            either(imgs).square().sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    assert "torch.compile failed" not in capsys.readouterr().err

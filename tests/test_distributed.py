@@ -242,6 +242,25 @@ def test_launchers_environments(monkeypatch):
     assert found(**ompi) == (1, 2, 0)
 
 
+@pytest.mark.parametrize("gpus, number", [(8, 3), (1, 0)])
+def test_a_process_that_sees_its_own_gpu_only_takes_that(monkeypatch, gpus, number):
+    """As under srun --gpus-per-task 1; and what then fails is said in one line."""
+    environment = dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*args, **named):
+        raise RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected : rank 3 and rank 0")
+
+    taken, args = [], type("Args", (), {"device": "cuda", "dist_on_itp": False})()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    with pytest.raises(UserError, match="rank 3 of 8: could not join the others: Duplicate GPU detected"):
+        distributed.init_distributed_mode(args)
+    assert args.gpu == number and taken == [number]
+
+
 @pytest.mark.slow
 def test_logs_of_a_timed_save_do_not_differ(images, tmp_path):
     """--save_minutes writes inside epochs and changes nothing else."""

@@ -13,6 +13,7 @@ import engine_pretrain
 import models_mae
 import models_vit
 from main_linprobe import put_on_probe
+from util.compile import compile_model
 from util.guard import RunGuard
 from util.lars import LARS
 from util.precision import NativeScalerWithGradNormCount
@@ -52,17 +53,22 @@ def classifier(probe):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16", "none"])
-@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "linprobe"])
-def test_no_step_waits_for_the_device(recipe, amp_dtype):
+@pytest.mark.parametrize(
+    "recipe, compiled",
+    [("pretrain", False), ("finetune", False), ("linprobe", False), ("pretrain", True), ("finetune", True)],
+)
+def test_no_step_waits_for_the_device(recipe, compiled, amp_dtype):
     device, changed = torch.device("cuda", 0), []
     args = argparse.Namespace(
         accum_iter=2, mask_ratio=0.75, lr=1e-3, min_lr=0.0, warmup_epochs=0, epochs=2, seed=0, clip_grad=1.0,
         amp_dtype=amp_dtype, print_freq=1000, save_minutes=60, max_steps=0, skip_nonfinite=1,
+        compile=compiled, compile_mode="default", distributed=False,
     )  # fmt: skip
     scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == "fp16")
     guard = RunGuard(args, lambda *_: changed.append("saved"), None, STEPS)
     if recipe == "pretrain":
         model = models_mae.mae_vit(TINY_MAE, norm_pix_loss=True).cuda()
+        compile_model(model, "loss_of_removed", args, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         stats = engine_pretrain.train_one_epoch(
             model, AlarmedLoader(), optimizer, device, 0, scaler, None, args, guard
@@ -70,6 +76,7 @@ def test_no_step_waits_for_the_device(recipe, amp_dtype):
     else:
         model, mixup, criterion = classifier(recipe == "linprobe"), None, torch.nn.CrossEntropyLoss()
         if recipe == "finetune":
+            compile_model(model, "forward", args, device)
             mixup, criterion = Mixup(0.8, 1.0, num_classes=7), SoftTargetCrossEntropy()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         else:

@@ -1,7 +1,8 @@
 """Transformer blocks and a stack of them, which keeps its activations or computes them again in the backward
 pass."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.models import vision_transformer
@@ -18,6 +19,18 @@ class Block(vision_transformer.Block):
         attended = self.attn(self.norm1(x))[:, start:]
         x = x[:, start:] + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def recomputing(method: Callable) -> Callable:
+    """A forward method of blocks that keeps its input alone and runs again in the backward pass."""
+
+    @functools.wraps(method)
+    def forward(block: torch.nn.Module, x: torch.Tensor, *few: int) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return method(block, x, *few)
+        return checkpoint(lambda x: method(block, x, *few), x, use_reentrant=False)
+
+    return forward
 
 
 def run_blocks(

@@ -6,6 +6,7 @@ import types
 import torch
 
 from util.args import UserError
+from util.blocks import recomputing
 from util.distributed import warn
 
 BACKEND = "inductor"
@@ -33,10 +34,14 @@ def compile_model(model: torch.nn.Module, method: str, args, device: torch.devic
     if not enabled:
         return False
     if args.distributed:
+        torch._dynamo.config.optimize_ddp = False  # would cut up blocks larger than a bucket of gradients
+        # Recomputed in their graph: around it, `run_blocks` would take `_check` for a part of the first pass
+        recompute, model.grad_checkpointing = getattr(model, "grad_checkpointing", False), False
         compiled = {}  # one for each class of blocks
         for block in [*model.blocks, *getattr(model, "decoder_blocks", [])]:
             if type(block) not in compiled:
-                compiled[type(block)] = Compiled(type(block).forward)
+                forward = type(block).forward
+                compiled[type(block)] = Compiled(recomputing(forward) if recompute else forward)
             block.forward = types.MethodType(compiled[type(block)], block)
     else:
         setattr(model, method, types.MethodType(Compiled(getattr(type(model), method), graphs), model))

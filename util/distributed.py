@@ -127,7 +127,7 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
 def init_distributed_mode(args: Namespace) -> None:
     """Joins the other processes, if a launcher started several: NCCL on GPUs, gloo on CPU.
 
-    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (the local rank). Checks that the
+    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (which one here). Checks that the
     processes reach each other, and starts watching them (`util.watch`).
 
     Raises:
@@ -142,11 +142,13 @@ def init_distributed_mode(args: Namespace) -> None:
     device = str(getattr(args, "device", "auto"))
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
-        torch.cuda.set_device(args.gpu)
+        args.gpu %= max(torch.cuda.device_count(), 1)  # srun --gpus-per-task shows a process its own one only
     url, minutes = getattr(args, "dist_url", "env://"), getattr(args, "dist_timeout", 30)
     if url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
     try:
+        if on_gpu:
+            torch.cuda.set_device(args.gpu)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             url,
@@ -155,8 +157,9 @@ def init_distributed_mode(args: Namespace) -> None:
             timeout=timedelta(minutes=minutes),
         )
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "Duplicate GPU" in line), lines[0])
         raise UserError(
             f"rank {args.rank} of {args.world_size}: could not join the others: {reason}"
         ) from None

@@ -83,9 +83,10 @@ class RunGuard:
         losses = torch.stack([entry["loss"] for entry in self.window])
         self.device = losses.device
         late = bool(self.save_seconds) and time.monotonic() - self.last_save > self.save_seconds
-        own = torch.tensor([0.0, interrupt.requested() or 0, late])
-        flags = own.to(losses.device, non_blocking=True)
-        flags[0] = (~torch.isfinite(losses).all()).float()
+        bad = (~torch.isfinite(losses).all()).float()
+        # Filled there: a copy of numbers from memory that is not pinned may wait for the device
+        own = [torch.full_like(bad, number) for number in (interrupt.requested() or 0, late)]
+        flags = torch.stack([bad, *own])
         self.norms.append(grad_norm)
         self.pending.append((self._to_host(all_reduce_max(flags)), self.window))
         self.window = []

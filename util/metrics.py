@@ -228,7 +228,7 @@ class _Clock:
 
 def peak_memory_mb() -> float:
     """Peak memory in MB (2^20 bytes): the GPU's allocations or this process's resident memory."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -10,7 +10,8 @@ from util.memory import keep_freed_memory
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a `--device` value; "auto" takes cuda, else mps, else cpu.
+    """The device of a `--device` value; "auto" takes cuda, else mps, else cpu. A GPU becomes CUDA's current
+    one, whose streams, events and memory are meant where none is named.
 
     Raises:
         UserError: no such device here.
@@ -22,6 +23,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -1,8 +1,17 @@
 """Batches on the device, the next one on its way there while a step computes."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies to `device`. Freed memory serves its own stream only: with a new one for each
+    epoch, each would keep some batches.
+    """
+    return torch.cuda.Stream(device)
 
 
 class OnDevice:
@@ -31,7 +40,7 @@ class OnDevice:
             for batch in self.loader:
                 yield batch, self.move(batch)
             return
-        side, ahead = torch.cuda.Stream(self.device), None
+        side, ahead = side_stream(self.device), None
         for batch in self.loader:
             with torch.cuda.stream(side):
                 following = batch, self.move(batch), side.record_event()
