@@ -31,6 +31,7 @@ from timm.optim import param_groups_weight_decay
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
+from util.args import run_benchmark
 from util.compile import compile_model
 from util.datasets import build_pretrain_dataset
 from util.precision import (
@@ -166,7 +167,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", help="default: ViT-B and ViT-L; on CPU ViT-B")
+    parser.add_argument("--models", nargs="+", choices=main_pretrain.models_mae.MODELS, metavar="MODEL",
+                        help="default: ViT-B and ViT-L; on CPU ViT-B")  # fmt: skip
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")
     parser.add_argument("--images", default=512, type=int, help="how many are drawn")
     parser.add_argument("--input_size", default=224, type=int)
@@ -212,4 +214,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    run_benchmark(main, get_args_parser())

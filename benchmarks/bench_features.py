@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_vit
-from util.args import default_workers
+from util.args import default_workers, run_benchmark
 from util.demo_data import ensure_demo_data
 from util.image_files import ImageFiles, PathList, find_images
 from util.precision import autocast, resolve_amp_dtype, resolve_device
@@ -132,8 +132,7 @@ def measure(args) -> dict:
     return {"rounds": rounds, "device": str(device), "threads": torch.get_num_threads()}
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
+def main(args: argparse.Namespace) -> None:
     result = measure(args)
     for key in ("seconds", "cpu_seconds"):
         ratios = [r["predict"][key] / r["bare"][key] for r in result["rounds"]]
@@ -157,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main, get_args_parser())

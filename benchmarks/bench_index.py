@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.args import UserError, run_benchmark
+
 TARGET_MB = 400
 JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(22)
 
@@ -154,6 +156,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.files < options.folders:
+        raise UserError(f"--files {options.files}: must be at least --folders {options.folders}")
     if options.measure:
         print(json.dumps(measure(options)))
         return 0
@@ -183,4 +187,4 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(get_args_parser().parse_args()))
+    run_benchmark(main, get_args_parser())

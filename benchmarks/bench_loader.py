@@ -31,7 +31,7 @@ from PIL import Image
 
 from util import image_io
 from util import sampler as sampler_module
-from util.args import default_workers
+from util.args import default_workers, run_benchmark
 from util.datasets import ImageDataset, build_pretrain_dataset
 from util.image_io import read_image
 from util.sampler import EpochSampler, build_loader
@@ -272,4 +272,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    run_benchmark(main, get_args_parser())

@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine_pretrain
 import main_pretrain
+from util.args import run_benchmark
 from util.demo_data import TRAIN
 from util.precision import NativeScalerWithGradNormCount, resolve_device
 from util.records import make_log_writer, write_log
@@ -248,7 +249,7 @@ def report(result: dict) -> None:
     print(f"\nlogging: {percent:.3f} % of a step; target below {TARGET_PERCENT:g} %: {verdict}")
 
 
-def main() -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -265,7 +266,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", metavar="FILE", help="writes settings and figures, in seconds per step")
-    options = parser.parse_args()
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -290,4 +294,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_benchmark(main, get_args_parser())

@@ -33,6 +33,7 @@ from bench_logging import Batches, clocked
 import engine_pretrain
 import main_pretrain
 from util import checkpoint
+from util.args import run_benchmark
 from util.distributed import (
     all_reduce_max,
     get_world_size,
@@ -143,7 +144,7 @@ def report(result: dict) -> bool:
     return met
 
 
-def main() -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,7 +156,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", metavar="FILE", help="writes settings and figures, in seconds")
-    options = parser.parse_args()
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     flags = ["--model", options.model, "--input_size", str(options.input_size)]
@@ -177,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_benchmark(main, get_args_parser())

@@ -37,6 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import main_pretrain
 from engine_pretrain import loss_alone
 from util import watch
+from util.args import run_benchmark
 from util.compile import compile_model
 from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
 from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
@@ -203,7 +204,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("--model", default="mae_vit_base_patch16")
+    flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
     flag("--input_size", default=224, type=int)
     flag("--batch_size", default=8, type=int, help="images per process")
     flag("--steps", default=3, type=int, help="of a segment")
@@ -245,4 +246,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    run_benchmark(main, get_args_parser())

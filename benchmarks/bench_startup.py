@@ -25,6 +25,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from util.args import run_benchmark  # noqa: E402
+
 IMPORTS = ("pass", "import torch", "import timm.optim", "import main_pretrain")
 MOMENTS = {  # by the line of output that tells of them
     "imports done, arguments read": re.compile(r""),
@@ -131,4 +135,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    run_benchmark(main, get_args_parser())

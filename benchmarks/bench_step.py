@@ -45,6 +45,7 @@ import engine_finetune  # noqa: E402
 import engine_pretrain  # noqa: E402
 import models_mae  # noqa: E402
 import models_vit  # noqa: E402
+from util.args import run_benchmark  # noqa: E402
 from util.compile import compile_model  # noqa: E402
 from util.memory import give_back_freed_memory  # noqa: E402
 from util.precision import (  # noqa: E402
@@ -397,8 +398,7 @@ def print_table(results: dict) -> None:
             print(f"{variant:14s}" + "".join(f"{cell:>10s}" for cell in cells))
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
+def main(args: argparse.Namespace) -> None:
     command = "python " + shlex.join(["benchmarks/bench_step.py", *sys.argv[1:]])
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -425,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main, get_args_parser())

@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from models_mae import MODELS as MAE_MODELS  # noqa: E402
-from util.args import image_size  # noqa: E402
+from util.args import image_size, run_benchmark  # noqa: E402
 from util.demo_data import ensure_demo_data  # noqa: E402
 from util.rng import seed_all  # noqa: E402
 
@@ -155,8 +155,7 @@ def print_table(figures: dict) -> None:
         print(f"{task:20s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{gap:>+20.2f}")
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
+def main(args: argparse.Namespace) -> None:
     work = Path(args.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -170,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main, get_args_parser())

@@ -104,6 +104,19 @@ def test_every_benchmark_starts(script, monkeypatch, capsys):
     assert stop.value.code == 0 and "--help" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["end_to_end", "features", "index", "loader", "logging", "safety", "step"])
+def test_benchmarks_refuse_in_one_line(name, monkeypatch, capsys):
+    script = REPO / "benchmarks" / f"bench_{name}.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    for wrong in (["--json", "/none/x.json"], ["--batch_size", "-3"], ["--batch_size", "0"]):
+        monkeypatch.setattr(sys, "argv", [script.name, *wrong])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(script), run_name="__main__")
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and " ".join(wrong) + ": " in captured.err and not captured.out
+        assert captured.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_everything_that_a_page_names_is_there(page):
     text = (REPO / page).read_text(encoding="utf-8")

@@ -95,7 +95,8 @@ def test_going_on_does_only_what_is_missing_or_new(source, tmp_path, capsys):
     assert not os.listdir(dst / ".resize_dataset" / "unfinished")
 
 
-def test_a_killed_run_leaves_whole_files_only(tmp_path):
+@pytest.mark.parametrize("what", ["the main process", "all processes"])
+def test_a_killed_run_leaves_whole_files_only(tmp_path, what):
     array = picture(1, 400, 500)
     for i in range(60):
         save(tmp_path / "src" / f"c{i % 3}" / f"{i}.jpg", array, quality=90)
@@ -105,8 +106,9 @@ def test_a_killed_run_leaves_whole_files_only(tmp_path):
     deadline = time.time() + 60
     while len(tree(tmp_path / "dst")) < 5 and time.time() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    (os.killpg if what == "all processes" else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
+    resize_dataset._lock(tmp_path / "dst" / ".resize_dataset" / "lock").close()  # all workers have left
     part = tree(tmp_path / "dst")
     assert 5 <= len(part) < 60
     for name in part:
@@ -205,6 +207,13 @@ def test_gifs_whose_copy_has_no_name_left(tmp_path):
         shrink.output_name("a.gif", str(tmp_path / "a.gif"))
 
 
+def test_names_that_leave_no_room_for_the_copy(tmp_path, capsys):
+    save(tmp_path / "src" / f"{'g' * 250}.gif", picture(1)[..., 0])
+    save(tmp_path / "src" / "a.jpg", picture(2, 80, 80))
+    assert run(tmp_path / "src", tmp_path / "dst", "--short", 60) == 1
+    assert "1 scaled" in (captured := capsys.readouterr()).out and "name of its copy" in captured.err
+
+
 def test_places_that_are_refused(source, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
@@ -217,6 +226,7 @@ def test_places_that_are_refused(source, tmp_path, monkeypatch):
         (source, tmp_path / "link" / "out", [], "one is in the other"),
         (tmp_path / "none", tmp_path / "a", [], "SRC .*none: not a folder"),
         (tmp_path / "empty", tmp_path / "b", [], "no images in it"),
+        ("", tmp_path / "b", [], "SRC : not a folder"),
         (source, tmp_path / "full", [], "holds other files"),
         (source, "/dev/null/x", [], "DST /dev/null/x: Not a directory"),
         (source, tmp_path / "c", ["--short", "0"], "--short 0"),

@@ -56,6 +56,23 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
             sys.exit(stop.status)
 
 
+def run_benchmark(main: Callable, parser: argparse.ArgumentParser) -> None:
+    """The same for benchmarks, whose numbers must all be above zero, unless zero means something; ends with
+    what `main(args)` returns.
+    """
+    args = parser.parse_args()
+    with errors_in_one_line(parser.prog):
+        for flag, value in vars(args).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    least = "at least 0" if flag in _MAY_BE_ZERO else "above 0"
+                    if not math.isfinite(number) or number < 0 or (number == 0 and least == "above 0"):
+                        raise UserError(f"--{flag} {number}: must be {least}")
+        if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+            raise UserError(f"--json {args.json}: there is no such folder")
+        sys.exit(main(args))
+
+
 @contextlib.contextmanager
 def errors_in_one_line(name: str) -> Iterator[None]:
     """Turns errors that end script `name` into its last line and an exit status, on all processes."""
@@ -184,6 +201,8 @@ def add_distributed_args(parser: argparse.ArgumentParser, fsdp: bool = False) ->
                            help="share weights, gradients and optimizer state among the processes, for "
                            "models that do not fit otherwise (FSDP2); results stay the same")  # fmt: skip
 
+
+_MAY_BE_ZERO = {"workers", "num_workers", "seeds", "overlap", "hop_us"}  # of benchmarks
 
 # The smallest value of each flag that has one, whichever script has it; floats must be finite too
 _AT_LEAST = dict.fromkeys(["batch_size", "accum_iter", "epochs", "print_freq", "in_chans", "recount", "k"], 1)

@@ -3,6 +3,7 @@
 Imports neither torch nor numpy, so that a launcher can install the handlers before the slow imports.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -58,3 +59,14 @@ def _handle(number: int, frame) -> None:
         _requested = number
         text = f"{signal.Signals(number).name}: finishing the step, then saving and leaving"
         os.write(2, f"{text}{', again to leave at once' if number == signal.SIGINT else ''}\n".encode())
+
+
+def follow_main_process() -> None:
+    """For worker processes: Ctrl-C is for the main process to handle; when that is gone, they are as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()

@@ -16,11 +16,11 @@ NAME.gif.png. JPEG (4:2:0) and WebP are written with `--quality`, the others wit
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util import interrupt
 from util.args import ArgumentParser, UserError, default_workers, run_script
 from util.image_io import BadImage, open_pil, printable
 from util.index_cache import list_folders
@@ -97,7 +98,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.measure < 0:
         raise UserError(f"--measure {args.measure}: must be at least 0")
     args.source, args.target = os.path.realpath(args.src), os.path.realpath(args.dst)
-    if not os.path.isdir(args.source):
+    if not os.path.isdir(args.src):
         raise UserError(f"SRC {printable(args.src)}: not a folder")
     common = os.path.commonpath([args.source, args.target])
     if common in (args.source, args.target):
@@ -123,14 +124,17 @@ def prepare(args: argparse.Namespace) -> None:
 def _lock(path: Path):
     """An open file that no other run of this command has locked; it stays so until this one ends."""
     file = open(path, "w")  # noqa: SIM115
-    try:
+    with contextlib.suppress(ImportError, OSError):  # not a Unix, or a file system without locks
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{printable(path.parent.parent)}: another run is writing there") from None
-    except (ImportError, OSError):  # not a Unix, or a file system without locks
-        pass
+        for left in reversed(range(10)):  # a killed run's workers take a moment to leave
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
+                time.sleep(0.1)
     return file
 
 
@@ -139,8 +143,7 @@ def progress(total: int):
     every 10 s.
     """
     if tqdm is not None and sys.stderr.isatty():
-        bar = tqdm(total=total, unit=" images", dynamic_ncols=True)
-        return bar.update
+        return tqdm(total=total, unit=" images", dynamic_ncols=True).update
     start = last = time.monotonic()
     count = 0
 
@@ -156,13 +159,10 @@ def progress(total: int):
 
 def copy_all(args: argparse.Namespace, names: list[str]) -> tuple[Counter, list[tuple[str, str]]]:
     """Copies `names` in `args.workers` processes; counts, and (name, reason) of what could not be read."""
-    task = argparse.Namespace(
-        **{k: getattr(args, k) for k in ("source", "target", "spare", "short", "quality")}
-    )
+    task = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "lock"})
     chunks = [(task, names[i : i + CHUNK]) for i in range(0, len(names), CHUNK)]
     counts, unreadable, update = Counter(), [], progress(len(names))
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
-    pool = ProcessPoolExecutor(args.workers, initializer=signal.signal, initargs=ignore)
+    pool = ProcessPoolExecutor(args.workers, initializer=interrupt.follow_main_process)
     try:
         for (_, part), (done, failed) in zip(chunks, pool.map(_work, chunks), strict=True):
             counts += done

@@ -1,6 +1,7 @@
 """One image of a data set copied, made smaller where it is large; see `util.resize_dataset`."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -86,6 +87,8 @@ def copy_image(source: str, target: str, spare: str, short: int, quality: int) -
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadImage(source, "the name of its copy would be too long") from None
         raise CannotWrite(f"{printable(target)}: {error.strerror or error}") from None
     return "copied" if content is None else "scaled"
 
