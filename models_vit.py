@@ -12,10 +12,10 @@ are used.
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block, PatchEmbed
+from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
-from util.blocks import run_blocks
+from util.blocks import Block, run_blocks
 
 
 class VisionTransformer(nn.Module):

@@ -271,6 +271,23 @@ def test_a_stack_of_blocks_can_return_its_last_tokens_only():
             torch.testing.assert_close(some, whole[:, 4:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, dict(qkv_bias=True, qk_norm=True), dict(attn_drop=0.5, proj_drop=0.5)]
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_blocks_compute_what_timm_s_compute(options, fused):
+    ours, theirs = (kind(16, 2, **options).double() for kind in (blocks.Block, vision_transformer.Block))
+    theirs.load_state_dict(ours.state_dict())
+    ours.attn.fused_attn = theirs.attn.fused_attn = fused
+    x, results = torch.randn(3, 9, 16, dtype=torch.float64), []
+    for block in (ours, theirs):
+        torch.manual_seed(0)
+        y = block(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in block.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("loss_only", [False, True])
 def test_grad_checkpointing_changes_nothing(loss_only):
     torch.manual_seed(0)

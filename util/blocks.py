@@ -6,19 +6,32 @@ from collections.abc import Callable, Iterable
 
 import torch
 from timm.models import vision_transformer
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 
 class Block(vision_transformer.Block):
-    """timm's block, same parameters and numbers, which can leave out tokens that nobody reads."""
+    """timm's block, same parameters and numbers, which saves copies in the attention's backward pass and can
+    leave out tokens that nobody reads.
+    """
 
     def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Tokens (N, L, D) -> (N, L - start, D): those from place `start` on, which attend to all L."""
-        if not start:
-            return super().forward(x)
-        attended = self.attn(self.norm1(x))[:, start:]
-        x = x[:, start:] + self.drop_path1(self.ls1(attended))
+        x = x[:, start:] + self.drop_path1(self.ls1(self.attend(self.norm1(x), start)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def attend(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """The same shapes. timm's order of axes makes query, key and value one after the other in memory,
+        and their gradients must be put side by side again for the layer that made them.
+        """
+        attn, (n, length, _) = self.attn, x.shape
+        if not attn.fused_attn:
+            return attn(x)[:, start:]
+        qkv = attn.qkv(x).view(n, length, 3, attn.num_heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, L, D / heads)
+        q, k = attn.q_norm(q[:, :, start:]), attn.k_norm(k)
+        x = scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
+        return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))  # (N, L - start, D)
 
 
 def recomputing(method: Callable) -> Callable:

@@ -52,7 +52,8 @@ class Compiled:
     """A method of modules in compiled form; called like the plain function, with the module first.
 
     It is the plain function in evaluation mode, without gradients, and from the moment on that compiling
-    fails, which is warned about once. Random numbers are those of the plain function.
+    fails, which is warned about once. Random numbers are those of the plain function (others in torch 2.6 on
+    CPU).
     """
 
     def __init__(self, method, cuda_graphs: bool = False):
