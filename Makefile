@@ -66,6 +66,7 @@ bench: setup
 
 bench-gpu: setup
 	$(PY) benchmarks/bench_step.py --model base large
+	$(PY) benchmarks/bench_step.py --model tiny small --task pretrain --variants eager compiled graphs plain
 	$(PY) benchmarks/bench_end_to_end.py
 	$(PY) benchmarks/bench_scaling.py --model mae_vit_large_patch16 --batch_size 64
 
