@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine_pretrain
 import main_pretrain
+from util import precision
 from util.args import run_benchmark
 from util.demo_data import TRAIN
 from util.precision import NativeScalerWithGradNormCount, resolve_device
@@ -107,16 +108,36 @@ def clocked(function, spent: dict[str, float], part: str):
     return wrapper
 
 
+class Clocked:
+    """`batches`, adding the seconds that each takes to come to `spent["lines"]`."""
+
+    def __init__(self, batches, spent: dict[str, float]):
+        self.batches, self.spent = batches, spent
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        take = clocked(iter(self.batches).__next__, self.spent, "lines")
+        with contextlib.suppress(StopIteration):
+            while True:
+                item = take()
+                yield item
+
+
 def with_clocks(spent: dict[str, float]) -> tuple[type, type]:
     """MetricLogger and StepCurves that add their seconds to `spent`."""
 
     class Metrics(engine_pretrain.MetricLogger):
-        def log_every(self, *args):
-            # Between two items it keeps its books; taking a batch from memory is in it, too short to matter
-            take = clocked(super().log_every(*args).__next__, spent, "lines")
+        def log_every(self, batches, *args):
+            # Between two items it keeps its books; fetching a batch and normalising it is not part of that
+            fetching = {"lines": 0.0}
+            take = clocked(super().log_every(Clocked(batches, fetching), *args).__next__, spent, "lines")
             with contextlib.suppress(StopIteration):
                 while True:
                     item = take()
+                    spent["lines"] -= fetching["lines"]
+                    fetching["lines"] = 0.0
                     yield item
 
     class Curves(engine_pretrain.StepCurves):
@@ -140,19 +161,19 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
     """
     model, optimizer, scaler = parts
     device = torch.device(args.device)
-    total_norm = torch.nn.utils.get_total_norm
+    total_norm = precision.total_norm
     busy = time.process_time if device.type == "cpu" else time.perf_counter
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))  # noqa: E731
         if not logging:
             patch(engine_pretrain, "MetricLogger", Nothing)
             patch(engine_pretrain, "StepCurves", Nothing)
-            patch(torch.nn.utils, "get_total_norm", lambda *args, **kwargs: torch.ones((), device=device))
+            patch(precision, "total_norm", lambda *args, **kwargs: torch.ones((), device=device))
         elif spent is not None:
             metrics, curves = with_clocks(spent)
             patch(engine_pretrain, "MetricLogger", metrics)
             patch(engine_pretrain, "StepCurves", curves)
-            patch(torch.nn.utils, "get_total_norm", clocked(total_norm, spent, "norm"))
+            patch(precision, "total_norm", clocked(total_norm, spent, "norm"))
         start, busy_start = time.perf_counter(), busy()
         stats = engine_pretrain.train_one_epoch(
             model, batches, optimizer, device, 0, scaler, writer if logging else None, args
