@@ -81,9 +81,8 @@ def save_model(
         world_size = get_world_size()
         position = {"step": step, "world_size": world_size, "samples": step * args.batch_size * world_size}
         content.update(position, effective_batch=args.batch_size * args.accum_iter * world_size)
-    path = Path(args.output_dir) / (
-        f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
-    )
+    name = f"checkpoint-{epoch}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
+    path = Path(args.output_dir) / name
 
     def write(copy: dict) -> None:
         try:
@@ -206,13 +205,11 @@ def _check_owner(args) -> None:
 
 def _warn_of_changes(args, content: dict) -> None:
     """Says which settings of the recipe are no longer those of the checkpoint."""
-    names = (
-        "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter mean"
-    )
+    names = "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter"
     saved, own = content.get("args") or {}, vars(args)
     changed = [
         f"{name} {saved[name]} -> {own[name]}"
-        for name in (*names.split(), "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
+        for name in (*names.split(), "mean", "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
         if name in saved and name in own and str(saved[name]) != str(own[name])
     ]
     if changed and is_main_process():
