@@ -80,6 +80,7 @@ CASES = [
     for words in commands(page)
     if (found := script_of(words)) and found[0] != "models_mae.py"  # takes no arguments
 ]
+BENCHMARKS = sorted((REPO / "benchmarks").glob("bench_*.py"))
 
 
 def test_the_pages_name_many_commands():
@@ -94,7 +95,7 @@ def test_command_is_taken_by_its_script(script, arguments, parse, capsys):
         pytest.fail(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("script", sorted((REPO / "benchmarks").glob("bench_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
 def test_every_benchmark_starts(script, monkeypatch, capsys):
     """With all that it imports; they are run by hand only, and a renamed function would go unseen."""
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
