@@ -1,8 +1,9 @@
-"""The norm of all gradients."""
+"""The norm of all gradients, and what the log says of the precision."""
 
 import pytest
 import torch
 
+from util import precision
 from util.precision import total_norm
 
 
@@ -26,3 +27,13 @@ def test_norm_without_gradients_and_of_bad_ones():
     assert total_norm([]).item() == 0
     assert total_norm([torch.tensor([1.0, float("nan")])]).isnan()
     assert total_norm([torch.tensor([1.0]), torch.tensor([float("inf")])]).isinf()
+
+
+@pytest.mark.parametrize(
+    ("unit", "amp_dtype", "said"),
+    [(True, None, True), (True, torch.bfloat16, False), (False, None, False)],
+)
+def test_a_cpu_with_a_matrix_unit_is_named(monkeypatch, unit, amp_dtype, said):
+    monkeypatch.setattr(precision, "CPU_HAS_MATRIX_UNIT", unit)
+    text = precision.prepare_device(torch.device("cpu"), amp_dtype)
+    assert text.startswith(str(amp_dtype or torch.float32)) and ("--amp_dtype bf16" in text) == said

@@ -9,6 +9,10 @@ from timm.models import vision_transformer
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+# Intel's AMX, which multiplies bf16 matrices in hardware
+CPU_HAS_MATRIX_UNIT = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+FEW_TOKENS = 260  # 224 pixels in patches of 14, and some
+
 
 class Block(vision_transformer.Block):
     """timm's block, same parameters and numbers, which saves copies in the attention's backward pass and can
@@ -30,8 +34,22 @@ class Block(vision_transformer.Block):
         qkv = attn.qkv(x).view(n, length, 3, attn.num_heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, L, D / heads)
         q, k = attn.q_norm(q[:, :, start:]), attn.k_norm(k)
-        x = scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
+        x = attention(q, k, v, attn.attn_drop.p if self.training else 0.0)
         return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))  # (N, L - start, D)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v (arXiv 1706.03762): (N, heads, L, D), keys and values (N, heads, M, D) ->
+    (N, heads, L, D).
+    """
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not dropout
+    if not (slow and CPU_HAS_MATRIX_UNIT and k.shape[-2] <= FEW_TOKENS):
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    # There the backward pass of torch's fused attention, which leaves that unit unused, takes 2 to 3 times as
+    # long. At some 400 tokens it can be the faster one, and what it needs not keep is large.
+    with torch.autocast("cpu", enabled=False):
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (N, heads, L, M)
+        return scores.softmax(-1) @ v
 
 
 def recomputing(method: Callable) -> Callable:
