@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 from util import lr_sched
-from util.distributed import get_rank, get_world_size, log, without_gradient_traffic
-from util.evaluation import predict_samples, summarize
+from util.distributed import get_rank, log, without_gradient_traffic
+from util.evaluation import closing_line, predict_samples, summarize
 from util.guard import RunGuard
-from util.metrics import MetricLogger, SmoothedValue
+from util.metrics import epoch_metrics
 from util.precision import autocast, resolve_amp_dtype
 from util.prefetch import OnDevice
 from util.records import StepCurves
@@ -37,7 +37,7 @@ def train_one_epoch(
         criterion: loss of logits (N, K) and targets, int64 (N,) or, after `mixup_fn`, float (N, K).
         data_loader: batches that begin with images (N, C, H, W) and labels int64 (N,). uint8 images are
             normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken
-            as they are. Has a length. If its sampler has `start_batch`, it begins there.
+            as they are. Has a length. Begins at its sampler's `start_batch`.
         loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
         max_norm: largest gradient norm; 0 or None: no clipping.
         mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.
@@ -61,10 +61,7 @@ def train_one_epoch(
     steps, accum_iter = len(data_loader), args.accum_iter
     start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
 
-    metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
-    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    metrics.load_state_dict(guard.take_meters())
-    curves = StepCurves(log_writer)
+    metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
     def move(batch: list) -> list[torch.Tensor]:
@@ -87,11 +84,7 @@ def train_one_epoch(
             with autocast(device, amp_dtype):
                 loss = criterion(model(images), targets)
             grad_norm = loss_scaler(
-                loss / window,
-                optimizer,
-                clip_grad=max_norm or None,
-                parameters=model.parameters(),
-                update_grad=update,
+                loss / window, optimizer, max_norm or None, model.parameters(), update_grad=update
             )
 
         loss = loss.detach()
@@ -131,8 +124,3 @@ def evaluate(
     stats = summarize(predict_samples(data_loader, model, device, args))
     log(closing_line(stats))
     return stats
-
-
-def closing_line(stats: dict[str, float]) -> str:
-    """The line that ends an evaluation, e.g. `* Acc@1 83.664 Acc@5 96.530 loss 0.731`."""
-    return f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"

@@ -1,16 +1,15 @@
 """One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
 
-import functools
-import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
 from util import lr_sched
-from util.distributed import all_reduce_sum, get_rank, get_world_size, without_gradient_traffic
+from util.compile import loss_alone
+from util.distributed import all_reduce_sum, get_rank, without_gradient_traffic
 from util.guard import RunGuard
-from util.metrics import MetricLogger, SmoothedValue
+from util.metrics import epoch_metrics
 from util.precision import autocast, resolve_amp_dtype
 from util.prefetch import OnDevice
 from util.records import StepCurves
@@ -33,9 +32,8 @@ def train_one_epoch(
     """Trains for one epoch; no step waits for the device.
 
     Args:
-        data_loader: batches whose first item is images (N, C, H, W): uint8, normalised here with `args.mean`
-            and `args.std`, or float, taken as they are. Has a length. If its sampler has `start_batch`, it
-            begins there.
+        data_loader: batches that begin with images (N, C, H, W): uint8, normalised here with `args.mean` and
+            `args.std`, or float, taken as they are. Has a length. Begins at its sampler's `start_batch`.
         loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
         log_writer: TensorBoard writer, or None.
         args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std,
@@ -54,13 +52,10 @@ def train_one_epoch(
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
     mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
     seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
-    steps, accum_iter = len(data_loader), args.accum_iter
+    steps, accum_iter, clip = len(data_loader), args.accum_iter, getattr(args, "clip_grad", None)
     start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
 
-    metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
-    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    metrics.load_state_dict(guard.take_meters())
-    curves = StepCurves(log_writer)
+    metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
     loss_of = loss_alone(model)
@@ -78,13 +73,7 @@ def train_one_epoch(
         with without_gradient_traffic(model, not update):
             with autocast(device, amp_dtype):
                 loss = loss_of(images, mask_ratio=args.mask_ratio)
-            grad_norm = loss_scaler(
-                loss / window,
-                optimizer,
-                clip_grad=getattr(args, "clip_grad", None),
-                parameters=model.parameters(),
-                update_grad=update,
-            )
+            grad_norm = loss_scaler(loss / window, optimizer, clip, model.parameters(), update_grad=update)
 
         loss = loss.detach()
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
@@ -101,13 +90,6 @@ def train_one_epoch(
     curves.write()
     metrics.synchronize_between_processes()
     return metrics.averages()
-
-
-def loss_alone(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-    """`model` as a function that returns the loss; a fork's may know (loss, pred, mask) only."""
-    if "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters:
-        return functools.partial(model, loss_only=True)
-    return lambda *inputs, **named: model(*inputs, **named)[0]
 
 
 @torch.no_grad()

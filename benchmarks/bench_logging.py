@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine_pretrain
 import main_pretrain
-from util import precision
+from util import metrics, precision
 from util.args import run_benchmark
 from util.demo_data import TRAIN
 from util.precision import NativeScalerWithGradNormCount, resolve_device
@@ -91,7 +91,7 @@ class NoStep(torch.nn.Module):
     def zero_grad(self):
         pass
 
-    def scale(self, loss, optimizer, **kwargs) -> torch.Tensor:
+    def scale(self, *args, **kwargs) -> torch.Tensor:
         return self.number
 
 
@@ -128,7 +128,7 @@ class Clocked:
 def with_clocks(spent: dict[str, float]) -> tuple[type, type]:
     """MetricLogger and StepCurves that add their seconds to `spent`."""
 
-    class Metrics(engine_pretrain.MetricLogger):
+    class Metrics(metrics.MetricLogger):
         def log_every(self, batches, *args):
             # Between two items it keeps its books; fetching a batch and normalising it is not part of that
             fetching = {"lines": 0.0}
@@ -166,12 +166,12 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))  # noqa: E731
         if not logging:
-            patch(engine_pretrain, "MetricLogger", Nothing)
+            patch(metrics, "MetricLogger", Nothing)
             patch(engine_pretrain, "StepCurves", Nothing)
             patch(precision, "total_norm", lambda *args, **kwargs: torch.ones((), device=device))
         elif spent is not None:
-            metrics, curves = with_clocks(spent)
-            patch(engine_pretrain, "MetricLogger", metrics)
+            logger, curves = with_clocks(spent)
+            patch(metrics, "MetricLogger", logger)
             patch(engine_pretrain, "StepCurves", curves)
             patch(precision, "total_norm", clocked(total_norm, spent, "norm"))
         start, busy_start = time.perf_counter(), busy()

@@ -35,10 +35,9 @@ from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import main_pretrain
-from engine_pretrain import loss_alone
 from util import watch
 from util.args import run_benchmark
-from util.compile import compile_model
+from util.compile import compile_model, loss_alone
 from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
 from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
 from util.transforms import normalize_batch

@@ -12,8 +12,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import models_vit
-from engine_finetune import closing_line, evaluate, train_one_epoch
+from engine_finetune import evaluate, train_one_epoch
 from util.args import TrainingError
+from util.evaluation import closing_line
 from util.lr_decay import param_groups_lrd
 from util.precision import NativeScalerWithGradNormCount
 

@@ -1,7 +1,9 @@
 """torch.compile of what a training step computes, with the way back to eager mode where it fails."""
 
 import functools
+import inspect
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -46,6 +48,13 @@ def compile_model(model: torch.nn.Module, method: str, args, device: torch.devic
     else:
         setattr(model, method, types.MethodType(Compiled(getattr(type(model), method), graphs), model))
     return True
+
+
+def loss_alone(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """`model` as a function that returns the loss; a fork's may know (loss, pred, mask) only."""
+    if "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters:
+        return functools.partial(model, loss_only=True)
+    return lambda *inputs, **named: model(*inputs, **named)[0]
 
 
 class Compiled:

@@ -163,6 +163,11 @@ def summarize(predictions: Predictions) -> dict[str, float]:
     }
 
 
+def closing_line(stats: dict[str, float]) -> str:
+    """The line that ends an evaluation, e.g. `* Acc@1 83.664 Acc@5 96.530 loss 0.731`."""
+    return f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+
+
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
     """int64 (K, K): entry [i, j] counts the samples of class i that were taken for class j, or, in the last
     column, for one beyond it.

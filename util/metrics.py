@@ -190,6 +190,14 @@ class MetricLogger:
         log(self.delimiter.join([header, place, f"eta: {eta}", text, *rate]))
 
 
+def epoch_metrics(data_loader: Iterable, saved: dict[str, list]) -> MetricLogger:
+    """The meters of a training epoch, filled with what an interrupted one had `saved`."""
+    metrics = MetricLogger(images_per_step=(getattr(data_loader, "batch_size", 0) or 0) * get_world_size())
+    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metrics.load_state_dict(saved)
+    return metrics
+
+
 class _Clock:
     """Where the time of a loop goes."""
 

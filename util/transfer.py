@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 import models_vit
-from engine_finetune import closing_line
 from util.args import UserError, check_common_args, image_size
 from util.checkpoint_files import find_newest, load_checkpoint
 from util.distributed import get_rank, get_world_size, is_main_process, log, warn
@@ -19,6 +18,7 @@ from util.encoder import LoadReport, encoder_state, has_encoder, load_encoder
 from util.evaluation import (
     MAX_CLASSES,
     EvalSampler,
+    closing_line,
     confusion_matrix,
     draw_confusion,
     per_class_table,
