@@ -26,9 +26,11 @@ from util.args import (
     add_data_args,
     add_distributed_args,
     add_run_args,
+    add_speed_args,
     run_script,
 )
 from util.checkpoint import check_output_dir, finish_saving, load_model
+from util.compile import compile_model
 from util.distributed import (
     check_agreement,
     get_world_size,
@@ -91,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: on
     add_data_args(parser)
     add_run_args(parser)
+    add_speed_args(parser, backward=False)
     add_distributed_args(parser)
     return parser
 
@@ -104,6 +107,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cache_views {args.cache_views}: must be at least 1")
     if args.cache_views > 1 and (args.no_aug or not args.cache_features):
         raise UserError("--cache_views: needs --cache_features, and --no_aug would make all views the same")
+    if args.compile and args.cache_features:
+        raise UserError("--compile: not with --cache_features, which runs the encoder only once")
 
 
 def put_on_probe(model: torch.nn.Module) -> None:
@@ -154,6 +159,8 @@ def main(args: argparse.Namespace) -> None:
         shut_down()
         return
 
+    compiled = not args.cache_features and compile_model(model, "forward_features", args, device)
+
     # Optimizer
     effective_batch = scale_learning_rate(args, get_world_size())
     optimizer = LARS(model_without_ddp.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -172,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
         log_writer, args,
         f"data: {train_set.describe()}; evaluation: {val_set.describe()}",
         f"model: {args.model}, {n_parameters / 1e6:.3f} M trained parameters, {args.nb_classes} classes",
-        f"device: {device}, precision: {precision}",
+        f"device: {device}, precision: {precision}{', compiled' if compiled else ''}",
         f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
         f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}",
         metrics=("loss", "perf/test_acc1", "perf/test_loss"),

@@ -230,7 +230,7 @@ def test_compiled_and_resumed_is_undisturbed_bit_for_bit(images, tmp_path, capsy
     run(images, tmp_path / "parts", *more, workers, "--max_steps", "3")
     run(images, tmp_path / "parts", *more, workers, "--resume", "auto")
     captured = capsys.readouterr()
-    assert "precision: torch.float32, compiled" in captured.out and "torch.compile failed" not in captured.err
+    assert captured.out.count(", compiled\n") == 3 and "torch.compile failed" not in captured.err
     assert_same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
 
 

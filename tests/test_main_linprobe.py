@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_utils import GOLDEN, REPO
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transfer_utils import (
     given_args,
     make_mae,
@@ -25,6 +26,7 @@ from transfer_utils import (
 import main_finetune
 import main_linprobe
 import models_vit
+from util import compile as compiling
 from util.args import TrainingError, UserError
 
 NOT_THE_REFERENCES = {"data_path", "device", "num_workers", "nb_classes"}
@@ -85,6 +87,33 @@ def test_frozen_encoder_is_bit_identical(pictures, encoder, tmp_path, flags):
     records = read_log(tmp_path)
     assert len(records) == 3
     assert records[0]["n_parameters"] == 24 * 3 + 3
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pooled", ["", "--global_pool"])
+def test_compiled_encoder(pictures, encoder, tmp_path, monkeypatch, capsys, backend, pooled):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(compiling, "BACKEND", counter)
+    for name, flags in [("plain", ""), ("compiled", "--compile")]:
+        run(
+            main_linprobe,
+            RECIPE,
+            flags,
+            pooled,
+            finetune=encoder,
+            data_path=pictures,
+            output_dir=tmp_path / name,
+        )
+    torch._dynamo.reset()
+    assert counter.frame_count == 1  # one graph, of training only
+    captured = capsys.readouterr()
+    assert captured.out.count(", compiled\n") == 1 and "torch.compile failed" not in captured.err
+    plain, compiled = (state_of(tmp_path / name / "checkpoint-2.pth") for name in ("plain", "compiled"))
+    assert list(plain) == list(compiled)
+    assert compiled["head.0.num_batches_tracked"] == plain["head.0.num_batches_tracked"] == 12
+    for key, value in plain.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_learns(pictures, encoder, tmp_path):
@@ -199,6 +228,7 @@ def test_released_layouts(pictures, tmp_path, kind, capsys):
         ("--cache_views 0", "--cache_views 0: must be at least 1"),
         ("--cache_views 2", "--cache_views: needs --cache_features"),
         ("--cache_features --cache_views 2 --no_aug", "--no_aug would make all views the same"),
+        ("--cache_features --compile", "--compile: not with --cache_features"),
         ("--batch_size 1", "--batch_size 1: BatchNorm needs at least 2 images"),
         ("--start_epoch 3", "--start_epoch 3: must be below --epochs 1"),
         ("--batch_size 100", "more than the 24 training images"),

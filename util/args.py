@@ -168,8 +168,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def add_speed_args(parser: argparse.ArgumentParser) -> None:
-    """How a training step is computed; results differ by rounding at most."""
+def add_speed_args(parser: argparse.ArgumentParser, backward: bool = True) -> None:
+    """How a training step is computed; results differ by rounding at most. `backward`: through the blocks."""
     group = parser.add_argument_group("speed and memory")
     flag = group.add_argument
     # fmt: off
@@ -180,9 +180,10 @@ def add_speed_args(parser: argparse.ArgumentParser) -> None:
     flag("--compile_mode", default="default", choices=["default", "reduce-overhead"],
          help="reduce-overhead: replay CUDA graphs, for small models whose kernels are shorter than their "
               "launch; a single process, --accum_iter 1")
-    flag("--grad_checkpointing", action="store_true",
-         help="compute each block again in the backward pass instead of keeping what it computed: less "
-              "memory, about a third more time")
+    if backward:
+        flag("--grad_checkpointing", action="store_true",
+             help="compute each block again in the backward pass instead of keeping what it computed: less "
+                  "memory, about a third more time")
     # fmt: on
     group.set_defaults(compile=None)
 

@@ -42,7 +42,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
     """softmax(q k^T / sqrt(D)) v (arXiv 1706.03762): (N, heads, L, D), keys and values (N, heads, M, D) ->
     (N, heads, L, D).
     """
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not dropout
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
     if not (slow and CPU_HAS_MATRIX_UNIT and k.shape[-2] <= FEW_TOKENS):
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     # There the backward pass of torch's fused attention, which leaves that unit unused, takes 2 to 3 times as

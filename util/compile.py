@@ -108,7 +108,7 @@ class Compiled:
         device = parameters[0].device if parameters else torch.device("cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             result = self.compiled(module, *inputs)
-            if parameters:
+            if result.requires_grad:  # a frozen encoder's does not
                 with torch.autocast(device.type, enabled=False):
                     torch.autograd.grad(result.sum(), parameters, allow_unused=True)
         self.checked = True
