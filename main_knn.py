@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.patch_size is not None and args.patch_size < 1:
         raise UserError(f"--patch_size {args.patch_size}: must be at least 1")
     make_report_dir(args.output_dir)
-    content = load_checkpoint(args.finetune) if args.finetune else {}
+    content = load_checkpoint(args.finetune, "--finetune") if args.finetune else {}
     adopt_flags(args, content)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)

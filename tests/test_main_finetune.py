@@ -382,8 +382,8 @@ def test_exit_code_and_one_line(tmp_path):
         ("--layer_decay 0", "--layer_decay 0.0: must be above 0"),
         ("--aa nonsense", "--aa nonsense"),
         ("--save_predictions --output_dir=", "--save_predictions: needs"),
-        ("--finetune nowhere.pth", "nowhere.pth: no such file"),
-        ("--resume nowhere.pth", "nowhere.pth: no such file"),
+        ("--finetune nowhere.pth", "--finetune nowhere.pth: no such file"),
+        ("--resume nowhere.pth", "--resume nowhere.pth: no such file"),
     ],
 )
 def test_bad_flags(pictures, tmp_path, flags, message, monkeypatch):

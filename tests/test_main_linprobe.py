@@ -234,7 +234,7 @@ def test_released_layouts(pictures, tmp_path, kind, capsys):
         ("--batch_size 100", "more than the 24 training images"),
         ("--eval", "--eval needs the checkpoint"),
         ("--nb_classes 1", "out of range"),
-        ("--finetune nowhere.pth", "nowhere.pth: no such file"),
+        ("--finetune nowhere.pth", "--finetune nowhere.pth: no such file"),
     ],
 )
 def test_bad_flags(pictures, tmp_path, flags, message):

@@ -164,7 +164,7 @@ def make_bad(folder, count=13):
         (("--device", "cuda:9"), "--device cuda:9: not usable here"),
         (("--amp_dtype", "fp16"), "--amp_dtype fp16: not on CPU"),
         (("--mean", "0.5", "0.5"), "--mean"),
-        (("--resume", "none.pth"), "none.pth: no such file"),
+        (("--resume", "none.pth"), "--resume none.pth: no such file"),
         (("--data_path", "nowhere"), "nowhere"),
     ],
 )

@@ -176,7 +176,7 @@ def test_unreadable_images(tmp_path, drawn, capsys):
         (["--mask_ratio", "1"], "--mask_ratio 1.0: must lie between"),
         (["--mask_ratio", "0.5", "0.99"], "--mask_ratio 0.99: keeps none of 16 patches"),
         (["--mask_ratio", "0.5", "--mask_file", "m.png"], "give one of them"),
-        (["--mask_file", "m.png"], "m.png: No such file"),
+        (["--mask_file", "m.png"], "--mask_file m.png: No such file"),
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--seed", "-1"], "--seed -1"),
         (["--output", "a.jpg"], "must end in .png"),

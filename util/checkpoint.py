@@ -157,7 +157,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
             return None
         source, content = newest
     else:
-        source, content = args.resume, load_checkpoint(args.resume)
+        source, content = args.resume, load_checkpoint(args.resume, "--resume")
     check_entries(content, f"--resume {source}")
     state = model_state(content, f"--resume {source}")
     check_state(model_without_ddp, state, f"--resume {source}")

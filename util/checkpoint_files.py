@@ -13,16 +13,18 @@ from util.distributed import gather, is_main_process, warn
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 
 
-def load_checkpoint(source: str | Path) -> dict:
+def load_checkpoint(source: str | Path, flag: str = "") -> dict:
     """Reads a checkpoint file or https URL to CPU tensors, executing nothing (`weights_only=True`).
 
     The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
     tensors}.
 
     Raises:
-        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read.
+        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read; names
+            the `flag` that `source` was given to, if any.
     """
     source = str(source)
+    named = f"{flag} {source}".strip()
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             if source.startswith("https://"):
@@ -31,7 +33,7 @@ def load_checkpoint(source: str | Path) -> dict:
                     source, map_location="cpu", check_hash=hashed, weights_only=True
                 )
             elif "://" in source:
-                raise UserError(f"{source}: only https:// addresses and files can be loaded")
+                raise UserError(f"{named}: only https:// addresses and files can be loaded")
             elif source.endswith(".safetensors"):
                 from safetensors.torch import load_file  # comes with timm
 
@@ -43,7 +45,7 @@ def load_checkpoint(source: str | Path) -> dict:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
+        raise UserError(f"{named}: no such file") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if len(reason.split()) == 1:  # "101" and "EOFError" is what rubbish and empty files give
@@ -52,9 +54,9 @@ def load_checkpoint(source: str | Path) -> dict:
             reason = "it is damaged or incomplete (cut off?)"
         if "Weights only load failed" in reason or "Unsupported" in reason:
             reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
-        raise UserError(f"{source}: cannot be read as a checkpoint: {reason}") from None
+        raise UserError(f"{named}: cannot be read as a checkpoint: {reason}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{named}: holds a {type(content).__name__}, not a checkpoint")
     if isinstance(content.get("args"), argparse.Namespace):
         content["args"] = vars(content["args"])
     return content

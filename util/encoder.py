@@ -74,7 +74,7 @@ def load_encoder(
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
         file's kind.
     """
-    content = load_checkpoint(source) if content is None else content
+    content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
     if not has_encoder(state):
         some = ", ".join(list(state)[:3]) or "no tensors"

@@ -14,7 +14,7 @@ def load_any(path: str) -> dict:
     """Content of a file as `load_checkpoint` returns it; `config` and `preprocessor` of a folder besides."""
     folder = Path(path)
     if "://" in path or not folder.is_dir():
-        content = load_checkpoint(path)
+        content = load_checkpoint(path, "--resume")
         return (
             {**content, **read_entries(path)}
             if path.endswith(".safetensors") and "://" not in path

@@ -99,7 +99,7 @@ def read_weights(args: argparse.Namespace) -> Weights:
             neither it nor a flag says.
     """
     source = str(args.resume)
-    content = load_checkpoint(source)
+    content = load_checkpoint(source, "--resume")
     state, kind = encoder_state(content)
     if "decoder.mask_token" in state:
         state = decoder_from_hugging_face(state)

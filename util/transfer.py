@@ -103,7 +103,7 @@ def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.Argument
         args.resume = str(newest[0]) if newest else "auto"
     if not args.resume or args.resume == "auto":
         return None
-    content = newest[1] if newest else load_checkpoint(args.resume)
+    content = newest[1] if newest else load_checkpoint(args.resume, "--resume")
     check_entries(content, f"--resume {args.resume}")
     model_state(content, f"--resume {args.resume}")
     info = read_model_info(content)
@@ -175,7 +175,7 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
     """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
-    content = load_checkpoint(args.finetune) if content is None else content
+    content = load_checkpoint(args.finetune, "--finetune") if content is None else content
     report = load_encoder(model, args.finetune, content=content)
     log(str(report))
     warn_of_other_stats(args, content, args.finetune)

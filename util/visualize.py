@@ -66,7 +66,10 @@ def read_mask(path: str | os.PathLike, grid: tuple[int, int]) -> Tensor:
     Raises:
         UserError: no picture, or one that removes all patches or none.
     """
-    pixels = np.asarray(open_pil(os.fspath(path), "L"), dtype=np.float64) / 255
+    try:
+        pixels = np.asarray(open_pil(os.fspath(path), "L"), dtype=np.float64) / 255
+    except UserError as error:
+        raise UserError(f"--mask_file {error}") from None
     (height, width), (rows, columns) = pixels.shape, grid
     scale = min(height / rows, width / columns)
     top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
