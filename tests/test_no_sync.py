@@ -1,12 +1,16 @@
-"""No step waits for the GPU: the engines run with torch's alarm for synchronisations switched on."""
+"""No step waits for the GPU: the engines run with torch's alarm for synchronisations switched on, and, where
+there is no GPU, on tensors that say they are on one, have no values and cannot be read.
+"""
 
 import argparse
+import contextlib
 
 import pytest
 import torch
 from golden_utils import TINY, TINY_MAE
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import engine_finetune
 import engine_pretrain
@@ -16,9 +20,16 @@ from main_linprobe import put_on_probe
 from util.compile import compile_model
 from util.guard import RunGuard
 from util.lars import LARS
+from util.metrics import SmoothedValue
 from util.precision import NativeScalerWithGradNormCount
 
 STEPS, BATCH = 12, 4
+RECIPES = ["pretrain", "finetune", "linprobe"]
+
+
+def make_batch() -> list[torch.Tensor]:
+    images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
+    return [images, torch.arange(BATCH) % 7, torch.arange(BATCH)]
 
 
 class AlarmedLoader:
@@ -32,9 +43,7 @@ class AlarmedLoader:
     def __iter__(self):
         try:
             for i in range(STEPS):
-                images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
-                batch = [images, torch.arange(BATCH) % 7, torch.arange(BATCH)]
-                pinned = [t.pin_memory() for t in batch]
+                pinned = [t.pin_memory() for t in make_batch()]
                 if i == 4:
                     torch.cuda.set_sync_debug_mode("error")
                 if i == STEPS - 1:
@@ -44,20 +53,18 @@ class AlarmedLoader:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def classifier(probe):
+def make_model(recipe: str) -> torch.nn.Module:
+    if recipe == "pretrain":
+        return models_mae.mae_vit(TINY_MAE, norm_pix_loss=True)
+    probe = recipe == "linprobe"
     model = models_vit.VisionTransformer(num_classes=7, drop_path_rate=0.0 if probe else 0.2, **TINY)
     if probe:
         put_on_probe(model)
-    return model.cuda()
+    return model
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16", "none"])
-@pytest.mark.parametrize(
-    "recipe, compiled",
-    [(recipe, compiled) for compiled in (False, True) for recipe in ("pretrain", "finetune", "linprobe")],
-)
-def test_no_step_waits_for_the_device(recipe, compiled, amp_dtype):
+def train(recipe: str, model, loader, amp_dtype: str, compiled: bool = False) -> dict[str, float]:
+    """An epoch on the GPU with all that the scripts add to the loop, of which nothing may happen."""
     device, changed = torch.device("cuda", 0), []
     args = argparse.Namespace(
         accum_iter=2, mask_ratio=0.75, lr=1e-3, min_lr=0.0, warmup_epochs=0, epochs=2, seed=0, clip_grad=1.0,
@@ -65,27 +72,36 @@ def test_no_step_waits_for_the_device(recipe, compiled, amp_dtype):
         compile=compiled, compile_mode="default", distributed=False,
     )  # fmt: skip
     scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == "fp16")
+    assert scaler.state_dict() or amp_dtype != "fp16"  # it scales
     guard = RunGuard(args, lambda *_: changed.append("saved"), None, STEPS)
-    if recipe == "pretrain":
-        model = models_mae.mae_vit(TINY_MAE, norm_pix_loss=True).cuda()
-        compile_model(model, "loss_of_removed", args, device)
+    method = {"pretrain": "loss_of_removed", "finetune": "forward", "linprobe": "forward_features"}[recipe]
+    compile_model(model, method, args, device)
+    if recipe == "linprobe":
+        optimizer = LARS(model.head.parameters(), lr=0.1)
+    else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    if recipe == "pretrain":
         stats = engine_pretrain.train_one_epoch(
-            model, AlarmedLoader(), optimizer, device, 0, scaler, None, args, guard
+            model, loader, optimizer, device, 0, scaler, None, args, guard
         )
     else:
-        model, mixup, criterion = classifier(recipe == "linprobe"), None, torch.nn.CrossEntropyLoss()
+        mixup, criterion = None, torch.nn.CrossEntropyLoss()
         if recipe == "finetune":
-            compile_model(model, "forward", args, device)
             mixup, criterion = Mixup(0.8, 1.0, num_classes=7), SoftTargetCrossEntropy()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        else:
-            compile_model(model, "forward_features", args, device)
-            optimizer = LARS(model.head.parameters(), lr=0.1)
         stats = engine_finetune.train_one_epoch(
-            model, criterion, AlarmedLoader(), optimizer, device, 0, scaler, 1.0, mixup, None, args, guard
+            model, criterion, loader, optimizer, device, 0, scaler, 1.0, mixup, None, args, guard
         )
-    assert stats["loss"] > 0 and stats["grad_norm"] > 0 and not changed
+    assert not changed
+    return stats
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16", "none"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_step_waits_for_the_device(recipe, compiled, amp_dtype):
+    stats = train(recipe, make_model(recipe).cuda(), AlarmedLoader(), amp_dtype, compiled)
+    assert stats["loss"] > 0 and stats["grad_norm"] > 0
 
 
 @pytest.mark.gpu
@@ -96,3 +112,89 @@ def test_the_alarm_rings():
             torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class NoStream:
+    """A CUDA stream or event without CUDA."""
+
+    def __init__(self, *args):
+        pass
+
+    def record_event(self):
+        return self
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def wait_event(self, event):
+        assert isinstance(event, NoStream)
+
+
+@pytest.fixture
+def no_values(monkeypatch):
+    """Tensors without values, also on "cuda", as torch's compiler uses them: an operation on tensors of
+    several devices is an error, and so is reading one. autograd's engine needs a real GPU, so a backward
+    pass only sets gradients.
+    """
+
+    def backward(loss, **kwargs):
+        assert loss.requires_grad and loss.is_cuda
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.ones_like(p) if p.grad is None else p.grad + 1
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 0)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
+    # What is read, is read in the log lines and two steps late
+    monkeypatch.setattr(SmoothedValue, "flush", lambda meter: meter.pending.clear())
+    monkeypatch.setattr(SmoothedValue, "__str__", lambda meter: "")
+    monkeypatch.setattr(RunGuard, "_to_host", staticmethod(lambda flags: (flags, None)))
+    monkeypatch.setattr(RunGuard, "_read_oldest", lambda guard: bool(guard.pending.popleft()) and False)
+
+    def make(recipe: str) -> torch.nn.Module:
+        nonlocal model
+        with torch.device("cuda"):
+            model = make_model(recipe)
+        return model
+
+    model = None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.empty(1, device="cuda").uniform_()
+        except RuntimeError:
+            pytest.skip(f"torch {torch.__version__} needs a GPU for this")  # 2.6 does
+        yield make
+
+
+class Loader(AlarmedLoader):
+    def __iter__(self):
+        return (make_batch() for _ in range(STEPS))
+
+
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16", "none"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.filterwarnings("error:.*Disabling autocast")
+def test_no_step_reads_from_the_device(no_values, recipe, amp_dtype):
+    model = no_values(recipe)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    train(recipe, model, Loader(), amp_dtype)
+
+
+@pytest.mark.parametrize("fault", ["reads", "mixes devices"])
+def test_what_it_finds(no_values, monkeypatch, fault):
+    def watch(guard, batch, loss, epoch, step):
+        return loss.item() if fault == "reads" else loss + torch.ones(2)
+
+    monkeypatch.setattr(RunGuard, "watch", watch)
+    with pytest.raises(DataDependentOutputException if fault == "reads" else RuntimeError):
+        train("pretrain", no_values("pretrain"), Loader(), "none")
