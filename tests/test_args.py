@@ -8,7 +8,15 @@ import pytest
 from golden_utils import GOLDEN
 
 import main_pretrain
-from util.args import ArgumentParser, TrainingError, UserError, check_common_args, image_size, run_script
+from util.args import (
+    ArgumentParser,
+    TrainingError,
+    UserError,
+    check_common_args,
+    default_workers,
+    image_size,
+    run_script,
+)
 
 CHANGED = {"data_path", "device", "num_workers"}  # differ on purpose; README lists them
 
@@ -93,3 +101,14 @@ def test_values_that_cannot_work(change):
     flag, value = next(iter(change.items()))
     with pytest.raises(UserError, match=f"--{flag} {value}: must be"):
         check_common_args(args)
+
+
+@pytest.mark.parametrize(
+    ("cores", "torchrun", "workers"), [(2, None, 2), (64, None, 16), (64, "8", 8), (4, "8", 1)]
+)
+def test_workers_share_the_cores(monkeypatch, cores, torchrun, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if torchrun:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", torchrun)
+    assert default_workers() == workers and default_workers(processes=1) == min(cores, 16)

@@ -310,7 +310,7 @@ def test_the_job_sets_what_the_command_line_left_open(tmp_path, monkeypatch):
         slurm.set_up_arguments(args, env)
         return args
 
-    monkeypatch.setattr(slurm, "default_workers", lambda: 10)
+    monkeypatch.setattr(slurm, "default_workers", lambda processes: 10 // processes)
     args = arguments()
     assert (
         args.output_dir == args.log_dir == str(tmp_path) and args.resume == "auto" and args.num_workers == 3

@@ -117,10 +117,17 @@ def size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def default_workers() -> int:
-    """Loader processes by default: one per usable core, at most 10."""
+def default_workers(processes: int | None = None) -> int:
+    """Loader processes by default: one for each usable core, which `processes` share, at most 16.
+
+    A core gives some 500 images a second (benchmarks/bench_loader.py), and a large GPU takes more than 5,000.
+
+    Args:
+        processes: default: what torchrun started on this machine.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(10, cores)
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, cores // processes))
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +144,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or skip it (at most 1 %% of the set)")
     flag("--num_workers", default=default_workers(), type=int,
-         help="loader processes (default: one per core, at most 10)")
+         help="loader processes (default: one per core, at most 16; torchrun's processes share the cores)")
     flag("--pin_mem", action="store_true", help="pin batches in memory for faster copies to the GPU")
     flag("--no_pin_mem", action="store_false", dest="pin_mem")
     # fmt: on

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.args import UserError
+from util.distributed import warn
 from util.rng import derive_seed
 
 PREFETCH = 2  # batches that each worker works ahead
@@ -136,27 +136,24 @@ def _stop_workers(reference: weakref.ref, owner: int) -> None:
         iterator._shutdown_workers()
 
 
-def _prefetch_that_fits(dataset: Dataset, batch_size: int, num_workers: int) -> int:
-    """Batches a worker may work ahead in the shared memory there is (64 MB in a container by default).
-
-    Raises:
-        UserError: not even one batch a worker fits; without this, the workers would die of a bus error.
+def _that_fit(dataset: Dataset, batch_size: int, num_workers: int) -> tuple[int, int]:
+    """Workers, and batches that each may work ahead, in the shared memory there is (64 MB in a container by
+    default); with more the workers would die of a bus error. Warns where they are fewer than `num_workers`.
     """
     if not os.path.isdir("/dev/shm"):
-        return PREFETCH
-    batch_bytes = dataset[0][0].nbytes * batch_size
+        return num_workers, PREFETCH
     status = os.statvfs("/dev/shm")
     free = status.f_bavail * status.f_frsize
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = free // (dataset[0][0].nbytes * batch_size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) - 2
     for prefetch in range(PREFETCH, 0, -1):
-        need = batch_bytes * (num_workers * prefetch + 2) * processes
-        if need <= free:
-            return prefetch
-    raise UserError(
-        f"--num_workers {num_workers}: their batches need {need / 1e6:.0f} MB of shared memory, /dev/shm has "
-        f"{free / 1e6:.0f} MB free; use fewer workers or a smaller --batch_size, or give the container more "
-        "(docker run --ipc=host or --shm-size)"
+        if num_workers * prefetch <= room:
+            return num_workers, prefetch
+    workers = max(0, room)
+    warn(
+        f"--num_workers {num_workers}: {workers} are used, as /dev/shm ({free / 1e6:.0f} MB free) has "
+        "room for no more: take a smaller --batch_size, or docker run --ipc=host or --shm-size"
     )
+    return workers, 1
 
 
 def build_loader(
@@ -174,15 +171,15 @@ def build_loader(
     generators are neither read nor advanced.
 
     Args:
+        num_workers: at most; fewer where their batches would not fit into shared memory.
         pin_mem: page-locked batches, for copies to a GPU that do not wait.
-
-    Raises:
-        UserError: the workers' batches do not fit into shared memory.
     """
     options = {}
     if num_workers > 0:
+        num_workers, prefetch = _that_fit(dataset, batch_size, num_workers)
+    if num_workers > 0:
         options = {
-            "prefetch_factor": _prefetch_that_fits(dataset, batch_size, num_workers),
+            "prefetch_factor": prefetch,
             "persistent_workers": True,
             "worker_init_fn": _init_worker,
         }

@@ -136,7 +136,7 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
     if "num_workers" not in args.given:
         on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count()))
         cores = int(os.environ.get("SLURM_CPUS_PER_TASK", on_node * env.num_nodes // env.num_tasks))
-        args.num_workers = min(default_workers(), max(cores, 1))
+        args.num_workers = min(default_workers(processes=1), max(cores, 1))
 
 
 def requeue(env, stop: interrupt.Interrupted, fruitless: bool) -> None:
