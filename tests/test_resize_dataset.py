@@ -234,6 +234,7 @@ def test_places_that_are_refused(source, tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             run(src, dst, *more)
+    assert not (tmp_path / "b").exists()  # another SRC may come there
     assert run(source, tmp_path / "d", "--short", 60) == 0
     for more in (["--short", "50"], ["--short", "60", "--quality", "80"]):
         with pytest.raises(UserError, match="made with other settings"):

@@ -87,8 +87,8 @@ def find_names(source: str) -> Iterator[str]:
             yield os.path.join(folder.name, os.fsdecode(name))
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Checks SRC and DST, locks DST, and removes what an interrupted run left half done.
+def prepare(args: argparse.Namespace) -> list[str]:
+    """Checks SRC and DST, locks DST, removes what an interrupted run left half done; returns images' names.
 
     Sets `args.source`, `args.target`, `args.spare` (the folder for files not yet complete), `args.lock`.
     """
@@ -103,6 +103,9 @@ def prepare(args: argparse.Namespace) -> None:
     common = os.path.commonpath([args.source, args.target])
     if common in (args.source, args.target):
         raise UserError(f"SRC {printable(args.src)} and DST {printable(args.dst)}: one is in the other")
+    names = list(find_names(args.source))
+    if not names:
+        raise UserError(f"SRC {printable(args.src)}: no images in it")
     own = Path(args.target, ".resize_dataset")
     args.spare = os.path.join(own, "unfinished")
     settings = {"source": args.source, "short": args.short, "quality": args.quality}
@@ -119,6 +122,7 @@ def prepare(args: argparse.Namespace) -> None:
             os.unlink(os.path.join(args.spare, name))
     except (OSError, ValueError) as error:
         raise UserError(f"DST {printable(args.dst)}: {getattr(error, 'strerror', None) or error}") from None
+    return names
 
 
 def _lock(path: Path):
@@ -223,10 +227,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    prepare(args)
-    names = list(find_names(args.source))
-    if not names:
-        raise UserError(f"SRC {printable(args.src)}: no images in it")
+    names = prepare(args)
     print(f"{len(names):,} images in {printable(args.src)}\n{WHAT_IT_CHANGES}", flush=True)
     counts, unreadable = copy_all(args, names)
     report = Path(args.target, ".resize_dataset", "unreadable.txt")
