@@ -107,8 +107,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--cache_views {args.cache_views}: must be at least 1")
     if args.cache_views > 1 and (args.no_aug or not args.cache_features):
         raise UserError("--cache_views: needs --cache_features, and --no_aug would make all views the same")
-    if args.compile and args.cache_features:
-        raise UserError("--compile: not with --cache_features, which runs the encoder only once")
+    if args.cache_features and (args.compile or args.compile_mode != "default"):
+        raise UserError("--compile, --compile_mode: not with --cache_features, which runs the encoder once")
 
 
 def put_on_probe(model: torch.nn.Module) -> None:

@@ -189,6 +189,31 @@ def test_where_compiling_fails_there_is_one_warning_and_eager_mode(monkeypatch, 
     assert err.count("\n") == 1 and "warning: torch.compile failed" in err and "no such compiler" in err
 
 
+@pytest.mark.parametrize("broken", [True, False])
+def test_blocks_of_which_some_are_frozen(monkeypatch, capsys, broken):
+    """The backward pass is tried before it is needed where the first blocks have none of their own."""
+
+    def keep(graph, inputs):
+        return graph
+
+    def fail(*args):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(
+        compiling, "BACKEND", aot_autograd(fw_compiler=keep, bw_compiler=fail if broken else keep)
+    )
+    plain, imgs = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    plain.requires_grad_(False)
+    plain.blocks[1].requires_grad_(True)  # the third has a backward pass for its input's sake
+    model = copy.deepcopy(plain)
+    compiling.compile_model(model, "forward", flags(distributed=True), CPU)
+    for either in (plain, model):
+        either(imgs).sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert capsys.readouterr().err.count("torch.compile failed") == broken
+
+
 def test_an_error_of_the_model_stays_that_error(counter, capsys):
     model = tiny_mae()
     compiling.compile_model(model, "loss_of_removed", flags(), CPU)

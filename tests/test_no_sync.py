@@ -1,9 +1,11 @@
 """No step waits for the GPU: the engines run with torch's alarm for synchronisations switched on, and, where
-there is no GPU, on tensors that say they are on one, have no values and cannot be read.
+there is no GPU, on tensors that say they are on one, have no values and can be neither read nor copied in a
+way that waits.
 """
 
 import argparse
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from golden_utils import TINY, TINY_MAE
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine_finetune
 import engine_pretrain
@@ -18,10 +21,12 @@ import models_mae
 import models_vit
 from main_linprobe import put_on_probe
 from util.compile import compile_model
-from util.guard import RunGuard
+from util.guard import DELAY, RunGuard
 from util.lars import LARS
 from util.metrics import SmoothedValue
 from util.precision import NativeScalerWithGradNormCount
+from util.prefetch import side_stream
+from util.transforms import _device_stats
 
 STEPS, BATCH = 12, 4
 RECIPES = ["pretrain", "finetune", "linprobe"]
@@ -146,6 +151,10 @@ def no_values(monkeypatch):
             if p.requires_grad:
                 p.grad = torch.ones_like(p) if p.grad is None else p.grad + 1
 
+    def read_oldest(guard):
+        assert len(guard.pending) > DELAY
+        guard.pending.popleft()
+
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
@@ -159,7 +168,8 @@ def no_values(monkeypatch):
     monkeypatch.setattr(SmoothedValue, "flush", lambda meter: meter.pending.clear())
     monkeypatch.setattr(SmoothedValue, "__str__", lambda meter: "")
     monkeypatch.setattr(RunGuard, "_to_host", staticmethod(lambda flags: (flags, None)))
-    monkeypatch.setattr(RunGuard, "_read_oldest", lambda guard: bool(guard.pending.popleft()) and False)
+    monkeypatch.setattr(RunGuard, "_read_oldest", read_oldest)
+    monkeypatch.setattr(RunGuard, "read_all", lambda guard: guard.pending.clear())
 
     def make(recipe: str) -> torch.nn.Module:
         nonlocal model
@@ -168,17 +178,52 @@ def no_values(monkeypatch):
         return model
 
     model = None
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    cached = (side_stream, _device_stats)
+    for function in cached:
+        function.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), NoWaiting():
         try:
             torch.empty(1, device="cuda").uniform_()
         except RuntimeError:
             pytest.skip(f"torch {torch.__version__} needs a GPU for this")  # 2.6 does
         yield make
+        gc.collect()  # loops that an error has ended write their last line now
+    NoWaiting.armed = False
+    for function in cached:
+        function.cache_clear()
+
+
+class Waited(Exception):
+    pass
+
+
+class NoWaiting(TorchDispatchMode):
+    """While `armed`, copies between devices are an error: all that go to the CPU, and those that block."""
+
+    armed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1] if func.overloadpacket == torch.ops.aten.copy_ else args[0]
+            ways = args[2:3] or [kwargs.get("non_blocking", False)]
+            if (
+                self.armed
+                and source.device.type != out.device.type
+                and (out.device.type == "cpu" or not ways[0])
+            ):
+                raise Waited(f"a copy from {source.device} to {out.device}")
+        return out
 
 
 class Loader(AlarmedLoader):
+    """As for the alarm: what is made once, in the first steps, may wait."""
+
     def __iter__(self):
-        return (make_batch() for _ in range(STEPS))
+        for i in range(STEPS):
+            NoWaiting.armed = 4 <= i < STEPS - 1
+            yield make_batch()
 
 
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16", "none"])
@@ -190,11 +235,31 @@ def test_no_step_reads_from_the_device(no_values, recipe, amp_dtype):
     train(recipe, model, Loader(), amp_dtype)
 
 
-@pytest.mark.parametrize("fault", ["reads", "mixes devices"])
-def test_what_it_finds(no_values, monkeypatch, fault):
-    def watch(guard, batch, loss, epoch, step):
-        return loss.item() if fault == "reads" else loss + torch.ones(2)
+FAULTS = {
+    "reads": (lambda loss: loss.item(), DataDependentOutputException),
+    "decides": (lambda loss: 1 if loss > 0 else 2, DataDependentOutputException),
+    "mixes devices": (lambda loss: loss + torch.ones(2), RuntimeError),
+    "copies to the host": (lambda loss: loss.cpu(), Waited),
+    "copies from the host": (lambda loss: loss + torch.tensor(1.0).to(loss.device), Waited),
+    "copies into": (lambda loss: torch.empty(2, device=loss.device).copy_(torch.ones(2)), Waited),
+}
 
-    monkeypatch.setattr(RunGuard, "watch", watch)
-    with pytest.raises(DataDependentOutputException if fault == "reads" else RuntimeError):
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_it_finds(no_values, monkeypatch, fault):
+    act, error = FAULTS[fault]
+    watch = RunGuard.watch
+
+    def act_and_watch(guard, batch, loss, *place):
+        act(loss)
+        watch(guard, batch, loss, *place)
+
+    monkeypatch.setattr(RunGuard, "watch", act_and_watch)
+    with pytest.raises(error):
+        train("pretrain", no_values("pretrain"), Loader(), "none")
+
+
+def test_flags_are_read_late(no_values, monkeypatch):
+    monkeypatch.setattr("util.guard.DELAY", 0)
+    with pytest.raises(AssertionError):
         train("pretrain", no_values("pretrain"), Loader(), "none")

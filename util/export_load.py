@@ -24,7 +24,7 @@ def load_any(path: str) -> dict:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-            content["model"] |= load_checkpoint(folder / name)["model"]
+            content["model"] |= load_checkpoint(folder / name, "--resume")["model"]
     elif files := [folder / name for name in _WEIGHT_FILES if (folder / name).exists()]:
         content = load_any(str(files[0]))
     else:
