@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from golden_utils import REPO, TINY, TINY_MAE, fill
 from image_utils import make_folder
 from test_engine_pretrain import FixedNoise, check_end, make_args, make_run
@@ -194,7 +195,7 @@ def test_blocks_of_which_some_are_frozen(monkeypatch, capsys, broken):
     """The backward pass is tried before it is needed where the first blocks have none of their own."""
 
     def keep(graph, inputs):
-        return graph
+        return make_boxed_func(graph)
 
     def fail(*args):
         raise RuntimeError("no such compiler")
