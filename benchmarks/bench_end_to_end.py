@@ -31,7 +31,7 @@ from timm.optim import param_groups_weight_decay
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from util.args import run_benchmark
+from util.args import ArgumentParser, run_benchmark
 from util.compile import compile_model
 from util.datasets import build_pretrain_dataset
 from util.precision import (
@@ -164,9 +164,7 @@ def report(results: dict[str, list], options: argparse.Namespace) -> dict[str, f
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=main_pretrain.models_mae.MODELS, metavar="MODEL",
                         help="default: ViT-B and ViT-L; on CPU ViT-B")  # fmt: skip
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")
@@ -194,7 +192,7 @@ def main(options: argparse.Namespace) -> None:
     flags += ["--device", str(device), "--norm_pix_loss", "--print_freq", "1000000"]
     flags += ["--no_compile"] * options.no_compile + options.flags.split()
     flags += [] if options.workers is None else ["--num_workers", str(options.workers)]
-    args = main_pretrain.get_args_parser().parse_args(flags)
+    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(flags)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     args.distributed, args.lr, args.data_path = False, 1e-4, options.data_path
     precision = prepare_device(device, resolve_amp_dtype(args.amp_dtype, device))

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_vit
-from util.args import default_workers, run_benchmark
+from util.args import ArgumentParser, default_workers, run_benchmark
 from util.demo_data import ensure_demo_data
 from util.image_files import ImageFiles, PathList, find_images
 from util.precision import autocast, resolve_amp_dtype, resolve_device
@@ -40,9 +40,7 @@ TARGET = 1.05
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", default=None, help="folder of images; default: the demo set")

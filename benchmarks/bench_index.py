@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.args import UserError, run_benchmark
+from util.args import ArgumentParser, UserError, run_benchmark
 
 TARGET_MB = 400
 JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(22)
@@ -141,9 +141,7 @@ def report(results: dict[str, dict]) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", default=1_000_000, type=int)
     parser.add_argument("--folders", default=1000, type=int, help="class folders that they lie in")
     parser.add_argument("--place", help="where to make them (default: the folder for temporary files)")

@@ -31,7 +31,7 @@ from PIL import Image
 
 from util import image_io
 from util import sampler as sampler_module
-from util.args import default_workers, run_benchmark
+from util.args import ArgumentParser, default_workers, run_benchmark
 from util.datasets import ImageDataset, build_pretrain_dataset
 from util.image_io import read_image
 from util.sampler import EpochSampler, build_loader
@@ -212,9 +212,7 @@ def report(rounds: list[dict[str, float]], baseline: Callable[[str], str]) -> li
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")
     parser.add_argument("--images", default=200, type=int, help="how many are used")
     parser.add_argument("--samples", default=600, type=int, help="that each worker reads in a round")

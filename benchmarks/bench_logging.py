@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import engine_pretrain
 import main_pretrain
 from util import metrics, precision
-from util.args import run_benchmark
+from util.args import ArgumentParser, run_benchmark
 from util.demo_data import TRAIN
 from util.precision import NativeScalerWithGradNormCount, resolve_device
 from util.records import make_log_writer, write_log
@@ -271,9 +271,7 @@ def report(result: dict) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     demo = parser.add_argument_group("training, by default as `make demo` has it")
     demo.add_argument("--model", default="mae_vit_tiny_patch16")
     demo.add_argument("--input_size", default="64", help="pixels: 64, or 32x128")
@@ -296,7 +294,7 @@ def main(options: argparse.Namespace) -> int:
 
     names = ("model", "input_size", "patch_size", "decoder_depth", "batch_size", "print_freq")
     flags = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
-    args = main_pretrain.get_args_parser().parse_args(flags)
+    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(flags)
     args.device, args.lr = str(resolve_device(options.device)), 1e-4
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     settings = {**vars(options), "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -33,7 +33,7 @@ from bench_logging import Batches, clocked
 import engine_pretrain
 import main_pretrain
 from util import checkpoint
-from util.args import run_benchmark
+from util.args import ArgumentParser, run_benchmark
 from util.distributed import (
     all_reduce_max,
     get_world_size,
@@ -145,9 +145,7 @@ def report(result: dict) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--input_size", default=224, type=int)
     parser.add_argument("--batch_size", default=16, type=int)
@@ -164,7 +162,7 @@ def main(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     flags = ["--model", options.model, "--input_size", str(options.input_size)]
     flags += ["--batch_size", str(options.batch_size), "--device", options.device]
-    args = main_pretrain.get_args_parser().parse_args(flags)
+    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(flags)
     init_distributed_mode(args)
     args.device, args.lr = str(resolve_device(options.device, args.gpu)), 1e-4
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)

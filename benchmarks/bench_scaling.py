@@ -36,7 +36,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import main_pretrain
 from util import watch
-from util.args import run_benchmark
+from util.args import ArgumentParser, run_benchmark
 from util.compile import compile_model, loss_alone
 from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
 from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
@@ -49,7 +49,9 @@ SIZES = (8, 16, 32, 64, 128, 256, 512)
 def worker(options: argparse.Namespace) -> dict:
     """One process: seconds of each segment's steps, with and without exchange, and the bytes of buckets."""
     flags = ["--model", options.model, "--input_size", str(options.input_size), "--device", options.device]
-    args = main_pretrain.get_args_parser().parse_args([*flags, "--batch_size", str(options.batch_size)])
+    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(
+        [*flags, "--batch_size", str(options.batch_size)]
+    )
     init_distributed_mode(args)
     device = resolve_device(options.device, args.gpu)
     if device.type == "cpu":
@@ -199,9 +201,7 @@ assumed: {options.node_gbps:g} GB/s between the {options.gpus_per_node} GPUs of 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
     flag("--input_size", default=224, type=int)

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from util.args import run_benchmark  # noqa: E402
+from util.args import ArgumentParser, run_benchmark  # noqa: E402
 
 IMPORTS = ("pass", "import torch", "import timm.optim", "import main_pretrain")
 MOMENTS = {  # by the line of output that tells of them
@@ -106,9 +106,7 @@ def report(imports: dict[str, list], scripts: list[dict], own: Counter, whole: l
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--batch_size", default=4, type=int)
     parser.add_argument("--device", default="cpu")

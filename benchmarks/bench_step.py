@@ -38,14 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from step_variants import CLASSES, OURS, make_model, make_variant, settings_of
 
-from util.args import run_benchmark
+from util.args import ArgumentParser, run_benchmark
 from util.precision import resolve_amp_dtype, resolve_device
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     # fmt: off
     flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])

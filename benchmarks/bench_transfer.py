@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from models_mae import MODELS as MAE_MODELS  # noqa: E402
-from util.args import image_size, run_benchmark  # noqa: E402
+from util.args import ArgumentParser, image_size, run_benchmark  # noqa: E402
 from util.demo_data import ensure_demo_data  # noqa: E402
 from util.rng import seed_all  # noqa: E402
 
@@ -35,9 +35,7 @@ PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decod
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
