@@ -164,7 +164,7 @@ def report(results: dict[str, list], options: argparse.Namespace) -> dict[str, f
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=main_pretrain.models_mae.MODELS, metavar="MODEL",
                         help="default: ViT-B and ViT-L; on CPU ViT-B")  # fmt: skip
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")

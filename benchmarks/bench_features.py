@@ -40,7 +40,7 @@ TARGET = 1.05
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", default=None, help="folder of images; default: the demo set")

@@ -141,7 +141,7 @@ def report(results: dict[str, dict]) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--files", default=1_000_000, type=int)
     parser.add_argument("--folders", default=1000, type=int, help="class folders that they lie in")
     parser.add_argument("--place", help="where to make them (default: the folder for temporary files)")

@@ -212,7 +212,7 @@ def report(rounds: list[dict[str, float]], baseline: Callable[[str], str]) -> li
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data_path", help="your own images (default: drawn ones)")
     parser.add_argument("--images", default=200, type=int, help="how many are used")
     parser.add_argument("--samples", default=600, type=int, help="that each worker reads in a round")

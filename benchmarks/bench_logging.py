@@ -271,7 +271,7 @@ def report(result: dict) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     demo = parser.add_argument_group("training, by default as `make demo` has it")
     demo.add_argument("--model", default="mae_vit_tiny_patch16")
     demo.add_argument("--input_size", default="64", help="pixels: 64, or 32x128")

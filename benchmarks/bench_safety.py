@@ -145,7 +145,7 @@ def report(result: dict) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--input_size", default=224, type=int)
     parser.add_argument("--batch_size", default=16, type=int)

@@ -201,7 +201,7 @@ assumed: {options.node_gbps:g} GB/s between the {options.gpus_per_node} GPUs of 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     flag = parser.add_argument
     flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
     flag("--input_size", default=224, type=int)

@@ -106,7 +106,7 @@ def report(imports: dict[str, list], scripts: list[dict], own: Counter, whole: l
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--batch_size", default=4, type=int)
     parser.add_argument("--device", default="cpu")

@@ -43,7 +43,7 @@ from util.precision import resolve_amp_dtype, resolve_device
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     flag = parser.add_argument
     # fmt: off
     flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])

@@ -35,7 +35,7 @@ PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decod
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")

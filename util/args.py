@@ -62,12 +62,13 @@ def run_benchmark(main: Callable, parser: argparse.ArgumentParser) -> None:
     """
     args = parser.parse_args()
     with errors_in_one_line(parser.prog):
-        for flag, value in vars(args).items():
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, (int, float)) and not isinstance(number, bool):
-                    least = "at least 0" if flag in _MAY_BE_ZERO else "above 0"
-                    if not math.isfinite(number) or number < 0 or (number == 0 and least == "above 0"):
-                        raise UserError(f"--{flag} {number}: must be {least}")
+        given = [(flag, n) for flag, v in vars(args).items() for n in (v if isinstance(v, list) else [v])]
+        for flag, number in given:
+            if type(number) not in (int, float):
+                continue
+            least = "at least 0" if flag in _MAY_BE_ZERO else "above 0"
+            if not math.isfinite(number) or number < 0 or (number == 0 and least == "above 0"):
+                raise UserError(f"--{flag} {number}: must be {least}")
         if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
             raise UserError(f"--json {args.json}: there is no such folder")
         sys.exit(main(args))

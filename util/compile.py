@@ -68,7 +68,7 @@ class Compiled:
     def __init__(self, method, cuda_graphs: bool = False):
         functools.update_wrapper(self, method)  # the name lets pickle find the plain method
         self.method, self.cuda_graphs = method, cuda_graphs
-        self.seen, self.checked, self.failed = set(), set(), False
+        self.checked, self.failed = set(), False
         # Blocks that differ in a number only (drop path) are versions of one function
         name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
@@ -85,7 +85,7 @@ class Compiled:
         if self.failed or not module.training or not torch.is_grad_enabled():
             return self.method(module, *inputs)
         try:
-            if id(module) not in self.seen:
+            if id(module) not in self.checked:
                 self._check(module, inputs)
             result = self.compiled(module, *inputs)
             # The next run of a CUDA graph overwrites what it returned; the loss is read later
@@ -102,14 +102,10 @@ class Compiled:
 
     def _check(self, module: torch.nn.Module, inputs: tuple) -> None:
         """Forward and backward pass once, as torch compiles the latter only when it runs, where nothing could
-        be done any more; once for each choice of what learns, as blocks share this function and some may be
-        frozen. Leaves no gradients and no random draws behind.
+        be done any more; for each module, as blocks that share this function may differ in what learns.
+        Leaves no gradients and no random draws behind.
         """
-        self.seen.add(id(module))
         tensors = [*module.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor))]
-        learns = tuple(t.requires_grad for t in tensors)
-        if learns in self.checked:
-            return
         device = tensors[0].device if tensors else torch.device("cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             result = self.compiled(module, *inputs)
@@ -117,4 +113,4 @@ class Compiled:
                 with torch.autocast(device.type, enabled=False):
                     wanted = [t for t in tensors if t.requires_grad]
                     torch.autograd.grad(result.sum(), wanted, allow_unused=True)
-        self.checked.add(learns)
+        self.checked.add(id(module))
