@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu lint format bench bench-gpu clean setup
+.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu same-losses lint format bench bench-gpu clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
@@ -44,6 +44,10 @@ test-notebook: setup
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu
+
+# The losses of the three recipes against those of a commit, bit for bit: make same-losses BASE=REV [HEAD=REV]
+same-losses: setup
+	$(PY) tests/losses.py --base $(BASE) $(if $(HEAD),--head $(HEAD))
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,0 +1,36 @@
+"""The recipes' losses are those in `tests/golden/losses`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import losses
+import pytest
+from golden_utils import REPO
+
+# Another CPU sums in another order, which 100 steps of training amplify; one machine is bit-identical
+# (`make same-losses`). Of the first 20 steps, each 1e-15 off, what is left is far below this.
+STEPS, BOUND = 20, 1e-9
+
+
+@pytest.fixture(scope="module")
+def figures():
+    code = f"import json, losses; print(json.dumps(losses.run(losses.REPO, 'float64', {STEPS})))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("recipe", losses.RECIPES)
+def test_losses_are_the_recorded_ones(figures, recipe):
+    ours, golden = figures[recipe][:STEPS], losses.read_golden(f"{recipe}-float64")
+    assert len(golden) > losses.STEPS
+    assert losses.difference(ours, golden[:STEPS]) < BOUND
+
+
+def test_a_difference_is_seen():
+    assert losses.difference([1.0, 2.0], [1.0, 2.0]) == 0
+    assert losses.difference([1.0, 2.0 + 1e-9], [1.0, 2.0]) == pytest.approx(5e-10)
+    assert losses.difference([1.0], [1.0, 2.0]) == float("inf")
