@@ -40,7 +40,7 @@ test-browser: setup
 
 test-notebook: setup
 	$(PY) -m pip install -q nbclient ipykernel
-	$(PY) -m pytest -m extra tests/test_notebook.py
+	$(PY) -m pytest -m extra tests/demo/test_notebook.py
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 import torch
 
 from util import lr_sched
-from util.distributed import get_rank, log, without_gradient_traffic
-from util.evaluation import closing_line, predict_samples, summarize
-from util.guard import RunGuard
-from util.metrics import epoch_metrics
-from util.precision import autocast, resolve_amp_dtype
-from util.prefetch import OnDevice
-from util.records import StepCurves
+from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.prefetch import OnDevice
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
+from util.evaluate.exact import closing_line, predict_samples, summarize
+from util.processes.collectives import get_rank, log
+from util.processes.fsdp import without_gradient_traffic
 from util.rng import seed_step
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
+from util.run.guard import RunGuard
+from util.run.meters import epoch_metrics
+from util.run.run_log import StepCurves
 
 
 def train_one_epoch(
@@ -38,7 +39,7 @@ def train_one_epoch(
         data_loader: batches that begin with images (N, C, H, W) and labels int64 (N,). uint8 images are
             normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken
             as they are. Has a length. Begins at its sampler's `start_batch`.
-        loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
+        loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         max_norm: largest gradient norm; 0 or None: no clipping.
         mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.
         log_writer: TensorBoard writer, or None.
@@ -111,7 +112,7 @@ def evaluate(
     """Accuracy and loss over all samples of all processes, each counted once; prints the closing line.
 
     The result does not depend on the loader's batch size or on the number of processes, to the last digit,
-    when the loader's sampler is a `util.evaluation.EvalSampler` (how: see there).
+    when the loader's sampler is a `util.data.sampler.EvalSampler` (how: see there).
 
     Args:
         data_loader: batches that begin with images and labels int64 (N,), then, if there, the samples'

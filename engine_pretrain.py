@@ -6,16 +6,16 @@ from collections.abc import Iterable
 import torch
 
 from util import lr_sched
-from util.compile import loss_alone
-from util.distributed import all_reduce_sum, get_rank, without_gradient_traffic
-from util.guard import RunGuard
-from util.metrics import epoch_metrics
-from util.precision import autocast, resolve_amp_dtype
-from util.prefetch import OnDevice
-from util.records import StepCurves
-from util.rng import seed_step
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
-from util.visualize import fixed_noise
+from util.compute.compile import loss_alone
+from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.prefetch import OnDevice
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
+from util.processes.collectives import all_reduce_sum, get_rank
+from util.processes.fsdp import without_gradient_traffic
+from util.rng import fixed_noise, seed_step
+from util.run.guard import RunGuard
+from util.run.meters import epoch_metrics
+from util.run.run_log import StepCurves
 
 
 def train_one_epoch(
@@ -34,7 +34,7 @@ def train_one_epoch(
     Args:
         data_loader: batches that begin with images (N, C, H, W): uint8, normalised here with `args.mean` and
             `args.std`, or float, taken as they are. Has a length. Begins at its sampler's `start_batch`.
-        loss_scaler: `util.precision.NativeScalerWithGradNormCount`.
+        loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         log_writer: TensorBoard writer, or None.
         args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std,
             amp_dtype, clip_grad, print_freq.

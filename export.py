@@ -18,11 +18,13 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from util import export_graph, export_hf, export_own, export_timm
-from util.args import ArgumentParser, TrainingError, UserError, image_size, run_script
-from util.export_files import check_output, output_folder, require
-from util.export_source import Source, read_source
-from util.model_card import make_card
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import TrainingError, UserError
+from util.export import graph, hf, own, timm
+from util.export.card import make_card
+from util.export.files import check_output, output_folder, require
+from util.sizes import image_size
+from util.weights.export_source import Source, read_source
 
 TOLERANCE = 1e-4
 
@@ -37,20 +39,20 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "timm": Target("timm", export_timm.write_timm, export_timm.check_timm, export_timm.timm_usage),
-    "hf": Target("Hugging Face transformers", export_hf.write_hf, export_hf.check_hf, export_hf.hf_usage),
+    "timm": Target("timm", timm.write_timm, timm.check_timm, timm.timm_usage),
+    "hf": Target("Hugging Face transformers", hf.write_hf, hf.check_hf, hf.hf_usage),
     "torch_export": Target(
         "torch.export",
-        export_graph.write_torch_export,
-        export_graph.check_torch_export,
-        export_graph.torch_export_usage,
+        graph.write_torch_export,
+        graph.check_torch_export,
+        graph.torch_export_usage,
     ),
-    "onnx": Target("ONNX", export_graph.write_onnx, export_graph.check_onnx, export_graph.onnx_usage),
+    "onnx": Target("ONNX", graph.write_onnx, graph.check_onnx, graph.onnx_usage),
     "safetensors": Target(
         "this code, as safetensors",
-        export_own.write_own_safetensors,
-        export_own.check_own_safetensors,
-        export_own.own_usage,
+        own.write_own_safetensors,
+        own.check_own_safetensors,
+        own.own_usage,
     ),
 }
 
@@ -132,8 +134,8 @@ def main(args: argparse.Namespace) -> None:
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
     with output_folder(output, size) as folder:
         if args.from_:
-            export_own.write_checkpoint(source, folder)
-            differences = export_own.check_checkpoint(source, folder, args.from_)
+            own.write_checkpoint(source, folder)
+            differences = own.check_checkpoint(source, folder, args.from_)
             report(source, differences)
         else:
             target = TARGETS[args.to]
@@ -143,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
             card = make_card(source, target.title, target.usage(source, output.name), differences)
             (folder / "README.md").write_text(card, encoding="utf-8")
     if args.from_:
-        print(f"written: {args.output}/model.pth; {export_own.checkpoint_advice(source)}")
+        print(f"written: {args.output}/model.pth; {own.checkpoint_advice(source)}")
     else:
         print(f"written: {args.output}; load it with\n\n{target.usage(source, args.output)}")
 

@@ -23,44 +23,26 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from engine_finetune import train_one_epoch
-from util import interrupt
-from util.args import (
-    ArgumentParser,
-    UserError,
-    add_data_args,
-    add_distributed_args,
-    add_run_args,
-    add_speed_args,
-    run_script,
-)
-from util.checkpoint import check_output_dir, finish_saving, load_model
-from util.compile import compile_model
-from util.distributed import (
-    check_agreement,
-    get_world_size,
-    init_distributed_mode,
-    log,
-    shut_down,
-    wrap_model,
-)
-from util.encoder import set_trainable_blocks
-from util.epochs import EpochEnd, trim_transfer_log
-from util.finetune_data import build_dataset
-from util.fsdp import check_fsdp
-from util.guard import RunGuard
-from util.lr_decay import param_groups_lrd
-from util.lr_sched import scale_learning_rate
-from util.model_info import make_model_info
-from util.precision import (
+from util.cli.flags import add_data_args, add_distributed_args, add_run_args, add_speed_args
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.compile import compile_model
+from util.compute.precision import (
     NativeScalerWithGradNormCount,
     has_fused_adamw,
     prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
-from util.records import log_arguments, log_run, make_log_writer
-from util.rng import seed_all
-from util.transfer import (
+from util.data.labelled import build_dataset
+from util.data.transforms import channel_stats
+from util.errors import UserError
+from util.lr_decay import param_groups_lrd
+from util.lr_sched import scale_learning_rate
+from util.processes import signals
+from util.processes.collectives import check_agreement, get_world_size, log
+from util.processes.fsdp import check_fsdp, wrap_model
+from util.processes.group import init_distributed_mode, shut_down
+from util.recipes.classifier import (
     add_classifier_args,
     build_classifier,
     check_classifier_args,
@@ -69,10 +51,16 @@ from util.transfer import (
     load_for_eval,
     prepare_classes,
     read_resume,
+    set_trainable_blocks,
     start_from,
     train_loader,
 )
-from util.transforms import channel_stats
+from util.recipes.epoch_end import EpochEnd, trim_transfer_log
+from util.rng import seed_all
+from util.run.checkpoint import check_output_dir, finish_saving, load_model
+from util.run.guard import RunGuard
+from util.run.run_log import log_arguments, log_run, make_log_writer
+from util.weights.model_info import make_model_info
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -160,7 +148,7 @@ def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | 
 
 def main(args: argparse.Namespace) -> None:
     if not args.eval:
-        interrupt.install()
+        signals.install()
     init_distributed_mode(args)
     check_args(args)
     resumed = read_resume(args, "finetune", get_args_parser())

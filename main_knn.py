@@ -10,28 +10,24 @@ is random.
 
 import argparse
 
-from util.args import (
-    ArgumentParser,
-    UserError,
-    add_data_args,
-    add_distributed_args,
-    check_common_args,
-    image_size,
-    run_script,
-)
-from util.checkpoint_files import load_checkpoint
-from util.distributed import init_distributed_mode, log, shut_down
-from util.encoder import check_final_norm
-from util.features import encoder_features
-from util.finetune_data import check_classes, labelled_images
-from util.finetune_transforms import eval_transform
-from util.knn import knn_accuracy
-from util.model_info import adopt_model_info, read_model_info
-from util.precision import resolve_amp_dtype, resolve_device
-from util.records import log_arguments, write_log
+from util.cli.flags import add_data_args, add_distributed_args, check_common_args
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.precision import resolve_amp_dtype, resolve_device
+from util.data.labelled import check_classes, labelled_images
+from util.data.presets import eval_transform
+from util.data.transforms import channel_stats
+from util.errors import UserError
+from util.evaluate.features import encoder_features
+from util.evaluate.knn import knn_accuracy
+from util.processes.collectives import log
+from util.processes.group import init_distributed_mode, shut_down
+from util.recipes.classifier import build_classifier, eval_loader, make_report_dir, start_from
 from util.rng import seed_all
-from util.transfer import build_classifier, eval_loader, make_report_dir, start_from
-from util.transforms import channel_stats
+from util.run.run_log import log_arguments, write_log
+from util.sizes import image_size
+from util.weights.encoder import check_final_norm
+from util.weights.files import load_checkpoint
+from util.weights.model_info import adopt_model_info, read_model_info
 
 import models_vit  # isort: skip
 

@@ -18,45 +18,26 @@ from datetime import timedelta
 import torch
 
 from engine_finetune import train_one_epoch
-from util import interrupt
-from util.args import (
-    ArgumentParser,
-    TrainingError,
-    UserError,
-    add_data_args,
-    add_distributed_args,
-    add_run_args,
-    add_speed_args,
-    run_script,
-)
-from util.checkpoint import check_output_dir, finish_saving, load_model
-from util.compile import compile_model
-from util.distributed import (
-    check_agreement,
-    get_world_size,
-    init_distributed_mode,
-    log,
-    shut_down,
-    wrap_model,
-)
-from util.encoder import check_final_norm
-from util.epochs import EpochEnd, trim_transfer_log
-from util.finetune_data import labelled_images
-from util.finetune_transforms import eval_transform, probe_transform
-from util.guard import RunGuard
-from util.lars import LARS
-from util.lr_sched import scale_learning_rate
-from util.model_info import make_model_info
-from util.precision import (
+from util.cli.flags import add_data_args, add_distributed_args, add_run_args, add_speed_args
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.compile import compile_model
+from util.compute.precision import (
     NativeScalerWithGradNormCount,
     prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
-from util.probe import cache_features, encoder_digest
-from util.records import log_arguments, log_run, make_log_writer
-from util.rng import seed_all
-from util.transfer import (
+from util.data.labelled import labelled_images
+from util.data.presets import eval_transform, probe_transform
+from util.data.transforms import channel_stats
+from util.errors import TrainingError, UserError
+from util.lars import LARS
+from util.lr_sched import scale_learning_rate
+from util.processes import signals
+from util.processes.collectives import check_agreement, get_world_size, log
+from util.processes.fsdp import wrap_model
+from util.processes.group import init_distributed_mode, shut_down
+from util.recipes.classifier import (
     add_classifier_args,
     build_classifier,
     check_classifier_args,
@@ -68,7 +49,14 @@ from util.transfer import (
     start_from,
     train_loader,
 )
-from util.transforms import channel_stats
+from util.recipes.epoch_end import EpochEnd, trim_transfer_log
+from util.recipes.probe import cache_features, encoder_digest
+from util.rng import seed_all
+from util.run.checkpoint import check_output_dir, finish_saving, load_model
+from util.run.guard import RunGuard
+from util.run.run_log import log_arguments, log_run, make_log_writer
+from util.weights.encoder import check_final_norm
+from util.weights.model_info import make_model_info
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -123,7 +111,7 @@ def put_on_probe(model: torch.nn.Module) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if not args.eval:
-        interrupt.install()
+        signals.install()
     init_distributed_mode(args)
     check_args(args)
     resumed = read_resume(args, "linprobe", get_args_parser())

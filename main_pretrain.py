@@ -23,47 +23,39 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import evaluate, train_one_epoch
-from util import interrupt
-from util.args import (
-    ArgumentParser,
-    UserError,
+from util.cli.flags import (
     add_data_args,
     add_distributed_args,
     add_run_args,
     add_speed_args,
     check_common_args,
-    image_size,
-    run_script,
 )
-from util.checkpoint import check_output_dir, finish_saving, load_model, save_model
-from util.compile import compile_model
-from util.datasets import build_pretrain_dataset, build_val_dataset
-from util.distributed import (
-    check_agreement,
-    get_rank,
-    get_world_size,
-    init_distributed_mode,
-    is_main_process,
-    log,
-    shut_down,
-    wrap_model,
-)
-from util.fsdp import check_fsdp, full_copy
-from util.guard import RunGuard
-from util.knn import knn_accuracy, knn_loaders
-from util.lr_sched import scale_learning_rate
-from util.pictures import pick_images, write_pictures
-from util.precision import (
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.compile import compile_model
+from util.compute.precision import (
     NativeScalerWithGradNormCount,
     has_fused_adamw,
     prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
-from util.records import log_arguments, log_run, make_log_writer, trim_log, write_log
+from util.data.dataset import build_pretrain_dataset, build_val_dataset
+from util.data.loader import build_loader
+from util.data.sampler import EpochSampler
+from util.data.transforms import channel_stats
+from util.errors import UserError
+from util.evaluate.knn import knn_accuracy, knn_loaders
+from util.figures.training import pick_images, write_pictures
+from util.lr_sched import scale_learning_rate
+from util.processes import signals
+from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log
+from util.processes.fsdp import check_fsdp, full_copy, wrap_model
+from util.processes.group import init_distributed_mode, shut_down
 from util.rng import seed_all
-from util.sampler import EpochSampler, build_loader
-from util.transforms import channel_stats
+from util.run.checkpoint import check_output_dir, finish_saving, load_model, save_model
+from util.run.guard import RunGuard
+from util.run.run_log import log_arguments, log_run, make_log_writer, trim_log, write_log
+from util.sizes import image_size
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -246,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
         write_log(args.output_dir, record)
 
     guard = RunGuard(args, save, dataset, steps_per_epoch, resumed.get("meters"))
-    interrupt.install()
+    signals.install()
     start_time = time.time()
     if "epoch" in resumed and not trim_log(args.output_dir, args.start_epoch) and "stats" in resumed:
         finish_epoch(args.start_epoch - 1, resumed["stats"])  # the run ended before that epoch was logged

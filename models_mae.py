@@ -14,7 +14,7 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 from torch.nn.functional import linear
 
-from util.blocks import Block, run_blocks
+from util.compute.blocks import Block, run_blocks
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -31,7 +31,7 @@ class MaskedAutoencoderViT(nn.Module):
         norm_layer: constructor of the normalisations.
         norm_pix_loss: the target is each patch with its mean removed and its variance made one.
 
-    Setting `grad_checkpointing` trades time for memory (`util.blocks.run_blocks`).
+    Setting `grad_checkpointing` trades time for memory (`util.compute.blocks.run_blocks`).
 
     Raises:
         ValueError: sizes that do not divide (image by patch, width by heads or by 4).
@@ -177,7 +177,7 @@ class MaskedAutoencoderViT(nn.Module):
 
         The decoder's tokens stay shuffled, each with the row of the position table that belongs to it. Its
         blocks treat a token the same at any place, so nothing else changes, and the removed patches are those
-        at the end. No random draw, sync or shape that depends on data: `util.compile` makes it one graph.
+        at the end. No random draw, sync or shape that depends on data: `compile` makes it one graph.
 
         Args:
             imgs: (N, C, H, W); ids_shuffle: (N, L), the order of `draw_order`; keep: how many stay, K.

@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
-from util.blocks import Block, run_blocks
+from util.compute.blocks import Block, run_blocks
 
 
 class VisionTransformer(nn.Module):
@@ -31,7 +31,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over the blocks.
         drop_rate: dropout before the head; proj_drop_rate and attn_drop_rate: dropout inside the blocks.
 
-    Setting `grad_checkpointing` trades time for memory (`util.blocks.run_blocks`).
+    Setting `grad_checkpointing` trades time for memory (`util.compute.blocks.run_blocks`).
 
     Raises ValueError when sizes do not fit each other.
     """

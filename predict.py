@@ -19,15 +19,18 @@ import argparse
 import os
 import sys
 
-from util.args import ArgumentParser, UserError, check_common_args, default_workers, run_script
-from util.distributed import warn
-from util.image_io import printable
-from util.precision import resolve_amp_dtype, resolve_device
-from util.predict import KINDS, Progress, predict, prediction_loader
-from util.predict_inputs import find_inputs
-from util.predict_model import build_classifier, build_encoder, class_names
-from util.predict_output import check_output, table, write_csv, write_features
-from util.predict_weights import add_weights_args, read_weights
+from util.cli.flags import check_common_args
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.precision import resolve_amp_dtype, resolve_device
+from util.data.inputs import find_inputs
+from util.data.read import printable
+from util.errors import UserError
+from util.evaluate.output import check_output, table, write_csv, write_features
+from util.evaluate.predict import KINDS, Progress, predict, prediction_loader
+from util.processes.collectives import warn
+from util.sizes import default_workers
+from util.weights.predict_model import build_classifier, build_encoder, class_names
+from util.weights.predict_weights import add_weights_args, read_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ Flags that are not in the group "SLURM" are those of main_finetune.py.
 """
 
 import main_finetune
-from util.slurm_submit import launch
+from util.slurm.submit import launch
 
 if __name__ == "__main__":
     launch(main_finetune, __doc__)

@@ -10,7 +10,7 @@ Flags that are not in the group "SLURM" are those of main_linprobe.py.
 """
 
 import main_linprobe
-from util.slurm_submit import launch
+from util.slurm.submit import launch
 
 if __name__ == "__main__":
     launch(main_linprobe, __doc__)

@@ -10,7 +10,7 @@ Flags that are not in the group "SLURM" are those of main_pretrain.py.
 """
 
 import main_pretrain
-from util.slurm_submit import launch
+from util.slurm.submit import launch
 
 if __name__ == "__main__":
     launch(main_pretrain, __doc__)

@@ -27,22 +27,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_loader import Repeated, draw_pictures
+from harness import run_benchmark
 from timm.optim import param_groups_weight_decay
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from util.args import ArgumentParser, run_benchmark
-from util.compile import compile_model
-from util.datasets import build_pretrain_dataset
-from util.precision import (
+from util.cli.parser import ArgumentParser
+from util.compute.compile import compile_model
+from util.compute.precision import (
     NativeScalerWithGradNormCount,
     has_fused_adamw,
     prepare_device,
     resolve_amp_dtype,
     resolve_device,
 )
-from util.sampler import EpochSampler, build_loader
-from util.transforms import channel_stats
+from util.data.dataset import build_pretrain_dataset
+from util.data.loader import build_loader
+from util.data.sampler import EpochSampler
+from util.data.transforms import channel_stats
 
 TARGETS = {"mae_vit_large_patch16": 98, "mae_vit_base_patch16": 90}  # per cent, on an H100 with 16 cores
 

@@ -5,7 +5,7 @@
 
 Both run the same model (random weights), files, transform, batch size and loader processes, in turns:
 1. bare: `for images in DataLoader: features.append(model.forward_features(images))` under `inference_mode`;
-2. predict: what predict.py does once it has the model: its loader, `util.predict.predict`, the .npz file.
+2. predict: what predict.py does once it has the model: its loader, `predict`, the .npz file.
 Each round measures both, the order alternating; the figure is the median over rounds of time 2 / time 1. The
 same with processor time of the main process is a cross-check on a busy machine. The features must agree. The
 exit code is 1 when the target is missed.
@@ -26,15 +26,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import run_benchmark
+
 import models_vit
-from util.args import ArgumentParser, default_workers, run_benchmark
-from util.demo_data import ensure_demo_data
-from util.image_files import ImageFiles, PathList, find_images
-from util.precision import autocast, resolve_amp_dtype, resolve_device
-from util.predict import predict, prediction_loader
-from util.predict_output import write_features
-from util.predict_weights import Weights
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.cli.parser import ArgumentParser
+from util.compute.precision import autocast, resolve_amp_dtype, resolve_device
+from util.data.find import ImageFiles, PathList, find_images
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.demo_set.files import ensure_demo_data
+from util.evaluate.output import write_features
+from util.evaluate.predict import predict, prediction_loader
+from util.sizes import default_workers
+from util.weights.predict_weights import Weights
 
 TARGET = 1.05
 

@@ -24,7 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.args import ArgumentParser, UserError, run_benchmark
+from harness import run_benchmark
+
+from util.cli.parser import ArgumentParser
+from util.errors import UserError
 
 TARGET_MB = 400
 JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(22)
@@ -58,15 +61,16 @@ def measure(options: argparse.Namespace) -> dict:
     """What one process sees that lists the folder and goes through an epoch. Runs in a process of its own."""
     import torch
 
-    from util import datasets, image_files, index_cache
-    from util.sampler import EpochSampler, build_loader
+    from util.data import dataset, find, index_cache
+    from util.data.loader import build_loader
+    from util.data.sampler import EpochSampler
 
     torch.set_num_threads(1)
     if options.measure == "without a cache":
         index_cache.MIN_FILES = float("inf")
     else:
         index_cache.MIN_FILES = min(options.files, index_cache.MIN_FILES)
-    search, seconds = image_files._search, {}
+    search, seconds = find._search, {}
 
     def clocked(*args):
         start = time.perf_counter()
@@ -74,15 +78,13 @@ def measure(options: argparse.Namespace) -> dict:
         seconds["list"] = time.perf_counter() - start
         return files
 
-    image_files._search = clocked
+    find._search = clocked
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    datasets.ImageDataset._read = lambda self, position, epoch, index: (self.files.paths[position], picture)[
-        1
-    ]
+    dataset.ImageDataset._read = lambda self, position, epoch, index: (self.files.paths[position], picture)[1]
 
     start = time.perf_counter()
     args = argparse.Namespace(data_path=options.folder, input_size=8)
-    dataset = datasets.build_pretrain_dataset(args)
+    dataset = dataset.build_pretrain_dataset(args)
     seconds["list and look at the headers"] = time.perf_counter() - start
     sampler = EpochSampler(len(dataset), batch_size=options.batch_size)
     loader = build_loader(dataset, sampler, options.batch_size, options.workers, drop_last=True)

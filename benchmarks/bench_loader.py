@@ -1,7 +1,7 @@
 """Images per second of the loaders: one thread in this process, then DataLoader workers end to end.
 
 Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself, and copies of
-them as `python -m util.resize_dataset --short S` writes them. Rounds of all variants are interleaved, so that
+them as `python -m tools.resize_dataset --short S` writes them. All variants are interleaved, so that
 a busy moment of the machine hits all of them; medians over rounds, ratios within a round. One thread is timed
 by the processor time it used. Workers are timed by the clock: both loaders at each number of workers, and at
 the largest the other variants of the default one, among them other numbers of batches worked ahead.
@@ -27,16 +27,18 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from harness import run_benchmark
 from PIL import Image
 
-from util import image_io
-from util import sampler as sampler_module
-from util.args import ArgumentParser, default_workers, run_benchmark
-from util.datasets import ImageDataset, build_pretrain_dataset
-from util.image_io import read_image
-from util.sampler import EpochSampler, build_loader
-from util.shrink import copy_image
-from util.transforms import (
+from tools.shrink import copy_image
+from util.cli.parser import ArgumentParser
+from util.data import loader as sampler_module
+from util.data import read
+from util.data.dataset import ImageDataset, build_pretrain_dataset
+from util.data.loader import build_loader
+from util.data.read import read_image
+from util.data.sampler import EpochSampler
+from util.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PretrainTransform,
@@ -44,6 +46,7 @@ from util.transforms import (
     reference_transform,
     resize_crop,
 )
+from util.sizes import default_workers
 
 REPEATS = 4
 REPEATED = f"default, --repeated_aug {REPEATS}, per crop"
@@ -244,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
         pixels = [np.prod(read_image(path).shape[:2]) for path in paths]
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         packages = {m.__name__: m.__version__ for m in (torch, torchvision, PIL, np)}
-        packages["simplejpeg"] = getattr(image_io.simplejpeg, "__version__", "missing")
+        packages["simplejpeg"] = getattr(read.simplejpeg, "__version__", "missing")
         result = {
             "machine": f"{os.cpu_count()} cores, {processor}, Python {platform.python_version()}",
             "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),

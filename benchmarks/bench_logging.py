@@ -26,14 +26,17 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import run_benchmark
+
 import engine_pretrain
 import main_pretrain
-from util import metrics, precision
-from util.args import ArgumentParser, run_benchmark
-from util.demo_data import TRAIN
-from util.precision import NativeScalerWithGradNormCount, resolve_device
-from util.records import make_log_writer, write_log
-from util.transforms import channel_stats
+from util.cli.parser import ArgumentParser
+from util.compute import precision
+from util.compute.precision import NativeScalerWithGradNormCount, resolve_device
+from util.data.transforms import channel_stats
+from util.demo_set.files import TRAIN
+from util.run import meters
+from util.run.run_log import make_log_writer, write_log
 
 TARGET_PERCENT = 1.0
 PARTS = {
@@ -128,7 +131,7 @@ class Clocked:
 def with_clocks(spent: dict[str, float]) -> tuple[type, type]:
     """MetricLogger and StepCurves that add their seconds to `spent`."""
 
-    class Metrics(metrics.MetricLogger):
+    class Metrics(meters.MetricLogger):
         def log_every(self, batches, *args):
             # Between two items it keeps its books; fetching a batch and normalising it is not part of that
             fetching = {"lines": 0.0}
@@ -166,12 +169,12 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))  # noqa: E731
         if not logging:
-            patch(metrics, "MetricLogger", Nothing)
+            patch(meters, "MetricLogger", Nothing)
             patch(engine_pretrain, "StepCurves", Nothing)
             patch(precision, "total_norm", lambda *args, **kwargs: torch.ones((), device=device))
         elif spent is not None:
             logger, curves = with_clocks(spent)
-            patch(metrics, "MetricLogger", logger)
+            patch(meters, "MetricLogger", logger)
             patch(engine_pretrain, "StepCurves", curves)
             patch(precision, "total_norm", clocked(total_norm, spent, "norm"))
         start, busy_start = time.perf_counter(), busy()

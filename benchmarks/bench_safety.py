@@ -7,7 +7,7 @@ step, and a save that holds the training up for less than one step.
 Runs `engine_pretrain.train_one_epoch` itself on batches in memory, with a clock around what exists only so
 that no work is lost: seeding each step by its position, `RunGuard` (its flags, the all-reduce that makes all
 processes act alike, signals, losses that are not finite) and the check of the gradient norm. Then it saves
-through `util.checkpoint.save_model`: the stall is the time of the call, which copies model and optimizer to
+through `save_model`: the stall is the time of the call, which copies model and optimizer to
 memory; the file is written beside the next steps, whose times are compared with those before.
 The exit code is 1 when a target is missed.
 """
@@ -29,23 +29,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_logging import Batches, clocked
+from harness import run_benchmark
 
 import engine_pretrain
 import main_pretrain
-from util import checkpoint
-from util.args import ArgumentParser, run_benchmark
-from util.distributed import (
-    all_reduce_max,
-    get_world_size,
-    init_distributed_mode,
-    is_main_process,
-    shut_down,
-    wrap_model,
-)
-from util.distributed import log as say
-from util.guard import RunGuard
-from util.precision import NativeScalerWithGradNormCount, resolve_device
-from util.transforms import channel_stats
+from util.cli.parser import ArgumentParser
+from util.compute.precision import NativeScalerWithGradNormCount, resolve_device
+from util.data.transforms import channel_stats
+from util.processes.collectives import all_reduce_max, get_world_size, is_main_process
+from util.processes.collectives import log as say
+from util.processes.fsdp import wrap_model
+from util.processes.group import init_distributed_mode, shut_down
+from util.run import checkpoint
+from util.run.guard import RunGuard
 
 TARGET_PERCENT = 1.0
 

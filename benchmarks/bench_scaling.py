@@ -31,16 +31,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
+from harness import run_benchmark
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import main_pretrain
-from util import watch
-from util.args import ArgumentParser, run_benchmark
-from util.compile import compile_model, loss_alone
-from util.distributed import get_world_size, init_distributed_mode, without_gradient_traffic, wrap_model
-from util.precision import autocast, has_fused_adamw, prepare_device, resolve_amp_dtype, resolve_device
-from util.transforms import normalize_batch
+from util.cli.parser import ArgumentParser
+from util.compute.compile import compile_model, loss_alone
+from util.compute.precision import (
+    autocast,
+    has_fused_adamw,
+    prepare_device,
+    resolve_amp_dtype,
+    resolve_device,
+)
+from util.data.transforms import normalize_batch
+from util.processes import watch
+from util.processes.collectives import get_world_size
+from util.processes.fsdp import without_gradient_traffic, wrap_model
+from util.processes.group import init_distributed_mode
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 SIZES = (8, 16, 32, 64, 128, 256, 512)

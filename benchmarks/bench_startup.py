@@ -27,7 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from util.args import ArgumentParser, run_benchmark  # noqa: E402
+from harness import run_benchmark
+
+from util.cli.parser import ArgumentParser
 
 IMPORTS = ("pass", "import torch", "import timm.optim", "import main_pretrain")
 MOMENTS = {  # by the line of output that tells of them

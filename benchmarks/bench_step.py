@@ -7,7 +7,7 @@
     python benchmarks/bench_step.py --model tiny --input_size 64 --batch_size 4 --steps 2 --rounds 2   a trial
 
 Variants, all on the same synthetic images, built once and timed in turn, round after round:
-    eager, compiled, graphs   this project's engines (util/compile.py; graphs: --compile_mode reduce-overhead)
+    eager, compiled, graphs   this project's engines (compile.py; graphs: --compile_mode reduce-overhead)
     plain         our model in a plain loop as the reference runs it: fp16 autocast with a scaler on CUDA,
                   float32 on CPU; softmax attention written out, every patch embedded and predicted, float32
                   batches, AdamW without fusion, .item() and a synchronisation in every step
@@ -36,10 +36,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness import run_benchmark
 from step_variants import CLASSES, OURS, make_model, make_variant, settings_of
 
-from util.args import ArgumentParser, run_benchmark
-from util.precision import resolve_amp_dtype, resolve_device
+from util.cli.parser import ArgumentParser
+from util.compute.precision import resolve_amp_dtype, resolve_device
 
 
 def get_args_parser() -> argparse.ArgumentParser:

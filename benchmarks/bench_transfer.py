@@ -24,10 +24,13 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from models_mae import MODELS as MAE_MODELS  # noqa: E402
-from util.args import ArgumentParser, image_size, run_benchmark  # noqa: E402
-from util.demo_data import ensure_demo_data  # noqa: E402
-from util.rng import seed_all  # noqa: E402
+from harness import run_benchmark
+
+from models_mae import MODELS as MAE_MODELS
+from util.cli.parser import ArgumentParser
+from util.demo_set.files import ensure_demo_data
+from util.rng import seed_all
+from util.sizes import image_size
 
 PROBE = "--global_pool --batch_size 64 --epochs 100 --warmup_epochs 10 --lr 12.8 --cache_features"
 FINETUNE = "--batch_size 64 --epochs 30 --warmup_epochs 5 --blr 2e-3 --layer_decay 0.75 --drop_path 0.1"

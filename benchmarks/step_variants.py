@@ -20,17 +20,17 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
-from util.compile import compile_model
-from util.memory import give_back_freed_memory
-from util.precision import (
+from util.compute.compile import compile_model
+from util.compute.memory import give_back_freed_memory
+from util.compute.precision import (
     NativeScalerWithGradNormCount,
     autocast,
     has_fused_adamw,
     prepare_device,
     resolve_amp_dtype,
 )
+from util.data.transforms import normalize_batch
 from util.rng import seed_all
-from util.transforms import normalize_batch
 
 PATCH = {"huge": 14}
 OURS = ("eager", "compiled", "graphs")
@@ -201,7 +201,7 @@ def make_variant(variant: str, task: str, name: str, args):
 
 
 def settings_of(variant: str, device: torch.device) -> None:
-    """What the scripts set (util/precision.py) for ours; of that only TF32 for Hugging Face's; torch's and
+    """What the scripts set (precision.py) for ours; of that only TF32 for Hugging Face's; torch's and
     glibc's defaults in the plain loop.
     """
     give_back_freed_memory()

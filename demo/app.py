@@ -21,18 +21,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.args import ArgumentParser, UserError, run_script
-from util.demo_data import ensure_demo_data
-from util.distributed import log, warn
-from util.grid import panel_pixels
-from util.image_files import find_images
-from util.image_io import BadImage, read_image
-from util.precision import resolve_device
-from util.predict_inputs import find_inputs
-from util.predict_model import build_mae
-from util.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
-from util.transforms import EvalTransform, normalize_batch
-from util.visualize import PANELS, column_headings, fixed_noise, mask_noise, reconstruct
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.precision import resolve_device
+from util.data.find import find_images
+from util.data.inputs import find_inputs
+from util.data.read import BadImage, read_image
+from util.data.transforms import EvalTransform, normalize_batch
+from util.demo_set.files import ensure_demo_data
+from util.errors import UserError
+from util.figures.canvas import panel_pixels
+from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
+from util.processes.collectives import log, warn
+from util.rng import fixed_noise
+from util.weights.predict_model import build_mae
+from util.weights.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
 
 SAMPLES = 8  # at most
 SHOWN_WIDTH = 384  # pixels to which small pictures are enlarged, by a whole factor

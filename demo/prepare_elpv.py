@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.args import ArgumentParser, UserError, run_script
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import UserError
 
 PACKAGE = "elpv_dataset"
 INSTALL = "pip install elpv-dataset"

@@ -24,20 +24,22 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.args import ArgumentParser, UserError, run_script
-from util.attention import attention_grid
-from util.demo_data import ensure_demo_data
-from util.distributed import log, warn
-from util.grid import panel_layout, save_png
-from util.image_files import ImageFiles, PathList, find_images
-from util.image_io import BadImage, printable, read_image
-from util.precision import resolve_device
-from util.predict_inputs import find_inputs
-from util.predict_model import build_encoder, build_mae
-from util.predict_output import check_output
-from util.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
-from util.transforms import EvalTransform, normalize_batch
-from util.visualize import fixed_noise, mask_noise, ratio_grid, read_mask
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.precision import resolve_device
+from util.data.find import ImageFiles, PathList, find_images
+from util.data.inputs import find_inputs
+from util.data.read import BadImage, printable, read_image
+from util.data.transforms import EvalTransform, normalize_batch
+from util.demo_set.files import ensure_demo_data
+from util.errors import UserError
+from util.evaluate.output import check_output
+from util.figures.attention import attention_grid
+from util.figures.canvas import panel_layout, save_png
+from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
+from util.processes.collectives import log, warn
+from util.rng import fixed_noise
+from util.weights.predict_model import build_encoder, build_mae
+from util.weights.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
 
 DEMO_ROWS = 5  # when no image is named
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from util import interrupt
+from util.processes import signals
 
 torch.set_num_threads(1)
 
@@ -16,4 +16,4 @@ torch.set_num_threads(1)
 def usual_signals():
     """main() installs signal handlers; a test leaves none behind."""
     yield
-    interrupt.clear()
+    signals.clear()

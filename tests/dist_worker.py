@@ -12,16 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from golden_utils import TINY_MAE, fill  # noqa: E402
+from golden_utils import TINY_MAE, fill
 
-import models_mae  # noqa: E402
-from util import distributed  # noqa: E402
+import models_mae
+from util.processes import fsdp, group
 
 
 def main(output, batch, accum_iter, dtype):
     torch.set_num_threads(1)
     args = Namespace(device="cpu")
-    distributed.init_distributed_mode(args)
+    group.init_distributed_mode(args)
     model = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed").to(
         dtype
     )
@@ -32,11 +32,11 @@ def main(output, batch, accum_iter, dtype):
     size = batch * args.world_size
     for i in range(accum_iter):
         rows = torch.arange(i * size, (i + 1) * size)[args.rank :: args.world_size]
-        with distributed.without_gradient_traffic(wrapped, i + 1 < accum_iter):
+        with fsdp.without_gradient_traffic(wrapped, i + 1 < accum_iter):
             (wrapped(images[rows], noise=noise[rows])[0] / accum_iter).backward()
     if args.rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, output)
-    distributed.shut_down()
+    group.shut_down()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 import export
 import models_mae
 import models_vit
-from util.args import ArgumentParser, run_script
+from util.cli.parser import ArgumentParser, run_script
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

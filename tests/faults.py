@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import torch  # noqa: E402
-from golden_utils import REPO  # noqa: E402
-from image_utils import make_folder  # noqa: E402
+import torch
+from golden_utils import REPO
+from image_utils import make_folder
 
-from util.checkpoint_files import load_checkpoint  # noqa: E402
+from util.weights.files import load_checkpoint
 
 COMMON = (
     "--input_size 32 --patch_size 8 --batch_size 4 --warmup_epochs 1 --num_workers 1 --device cpu --log_dir="

@@ -14,13 +14,14 @@ from timm.optim import param_groups_weight_decay
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from golden_utils import TINY_MAE, fill  # noqa: E402
+from golden_utils import TINY_MAE, fill
 
-import models_mae  # noqa: E402
-from engine_pretrain import train_one_epoch  # noqa: E402
-from util import checkpoint, distributed, fsdp  # noqa: E402
-from util.guard import RunGuard  # noqa: E402
-from util.precision import NativeScalerWithGradNormCount  # noqa: E402
+import models_mae
+from engine_pretrain import train_one_epoch
+from util.compute.precision import NativeScalerWithGradNormCount
+from util.processes import collectives, fsdp, group
+from util.run import checkpoint
+from util.run.guard import RunGuard
 
 SETTINGS = dict(batch_size=4, accum_iter=2, clip_grad=0.5, mask_ratio=0.75, lr=1e-2, min_lr=0.0, seed=0)
 SETTINGS |= dict(warmup_epochs=0, epochs=3, start_epoch=0, skip_nonfinite=1, amp_dtype="none")
@@ -28,7 +29,7 @@ SETTINGS |= dict(warmup_epochs=0, epochs=3, start_epoch=0, skip_nonfinite=1, amp
 
 def make_batches(device: torch.device, dtype: torch.dtype) -> list:
     """5 batches, so that the last window is shorter; the third has NaN, in the last process's share alone."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = collectives.get_rank(), collectives.get_world_size()
     images = torch.randn(5, 4 * world_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images[2, world_size - 1] = float("nan")
     return [(batch[rank::world_size].to(device, dtype), torch.zeros(4)) for batch in images]
@@ -42,8 +43,8 @@ class Run:
         self.device, self.stats = torch.device(device), []
         self.bare = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed")
         self.bare.to(device, dtype)
-        several = distributed.get_world_size() > 1 or sharded
-        self.model = distributed.wrap_model(self.bare, self.device, sharded) if several else self.bare
+        several = collectives.get_world_size() > 1 or sharded
+        self.model = fsdp.wrap_model(self.bare, self.device, sharded) if several else self.bare
         groups = param_groups_weight_decay(self.bare, 0.05)
         fused = scaled or self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
@@ -66,7 +67,7 @@ class Run:
     def save(self, epoch: int) -> None:
         checkpoint.save_model(self.args, epoch, self.model, self.bare, self.optimizer, self.scaler)
         checkpoint.finish_saving()
-        distributed.barrier()
+        collectives.barrier()
 
 
 def check_full_copy(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
@@ -78,7 +79,7 @@ def check_full_copy(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
     table = whole.pos_embed
     images = torch.randn(4, 3, 32, 32, device=table.device, dtype=table.dtype)
     noise = torch.rand(4, 16, device=table.device)
-    for _ in range(1 + distributed.get_rank()):  # more often on one process than on another
+    for _ in range(1 + collectives.get_rank()):  # more often on one process than on another
         first, second = (model.eval()(images, noise=noise)[0] for model in (whole, plain))
         torch.testing.assert_close(first, second)
     assert fsdp.full_copy(plain) is plain
@@ -89,7 +90,7 @@ def check_overflow(run: Run) -> None:
     before = [p.to_local().clone() for p in run.bare.parameters()]
     for p in run.bare.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    if distributed.get_rank() == distributed.get_world_size() - 1:
+    if collectives.get_rank() == collectives.get_world_size() - 1:
         run.bare.decoder_pred.weight.grad.to_local()[-1, -1] = float("inf")
     scaler = run.scaler._scaler
     scale = scaler.get_scale()
@@ -103,7 +104,7 @@ def check_overflow(run: Run) -> None:
 
 def train(root: str, device: str) -> None:
     root, args = Path(root), Namespace(device=device)
-    distributed.init_distributed_mode(args)
+    group.init_distributed_mode(args)
     place = torch.device(device, args.gpu) if device == "cuda" else torch.device(device)
     dtype = torch.float32 if device == "cuda" else torch.float64
     runs = {}
@@ -121,14 +122,14 @@ def train(root: str, device: str) -> None:
     check_overflow(runs["fsdp_scaled"])
     if args.rank == 0:
         (root / "stats.json").write_text(json.dumps({name: run.stats for name, run in runs.items()}))
-    distributed.shut_down()
+    group.shut_down()
 
 
 def reload(file: str, folder: str) -> None:
     """Loads a checkpoint of any number of processes into the shares of this one's, and saves it again."""
-    distributed.init_distributed_mode(Namespace(device="cpu"))
+    group.init_distributed_mode(Namespace(device="cpu"))
     Run(Path(folder), sharded=True, resume=file).save(0)
-    distributed.shut_down()
+    group.shut_down()
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def run_elsewhere(root: Path) -> dict[str, list[float]]:
     """{"recipe-precision": figures} of a checkout, each precision in a process of its own."""
     found = {}
     for precision in PRECISIONS:
-        code = f"import json, losses; from pathlib import Path; print(json.dumps(losses.run(Path({str(root)!r}), "
-        code += f"{precision!r})))"
+        call = f"losses.run(pathlib.Path({str(root)!r}), {precision!r})"
+        code = f"import json, pathlib, losses; print(json.dumps({call}))"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests")}
         done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
         if done.returncode:

@@ -43,7 +43,7 @@ def script_of(words: list[str]) -> tuple[str, list[str]] | None:
     for i, word in enumerate(words):
         if word.endswith(".py"):
             return word, words[i + 1 :]
-        if word == "-m" and words[i + 1].startswith("util."):
+        if word == "-m" and words[i + 1].startswith(("util.", "tools.")):
             return words[i + 1], words[i + 2 :]
     return None
 
@@ -131,7 +131,7 @@ def test_everything_that_a_page_names_is_there(page):
         assert target in targets
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (REPO / link).exists(), link
-    for file in re.findall(r"`((?:tests|benchmarks|demo|util)/[\w./]+\.\w+)`", text):
+    for file in re.findall(r"`((?:tests|benchmarks|demo|tools|util)/[\w./]+\.\w+)`", text):
         assert (REPO / file).exists(), file
     for _, body in blocks(page, "python"):
         ast.parse(body)
@@ -141,7 +141,8 @@ def test_flags_that_the_text_names_exist():
     known = set()
     for script in [
         *REPO.glob("*.py"),
-        *REPO.glob("util/*.py"),
+        *REPO.glob("util/**/*.py"),
+        *REPO.glob("tools/*.py"),
         *REPO.glob("demo/*.py"),
         *REPO.glob("benchmarks/*.py"),
     ]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util.args import ArgumentParser, parse_args
+from util.cli.parser import ArgumentParser, parse_args
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 COMMON = "--model vit_test --input_size 32 --num_workers 0 --device cpu --print_freq 1000"

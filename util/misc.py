@@ -1,9 +1,10 @@
 """Names that forks import from here; each lives in a home of its own."""
 
-from util.checkpoint import load_model, save_model
-from util.distributed import all_reduce_mean, get_rank, get_world_size, init_distributed_mode, is_main_process
-from util.metrics import MetricLogger, SmoothedValue
-from util.precision import NativeScalerWithGradNormCount
+from util.compute.precision import NativeScalerWithGradNormCount
+from util.processes.collectives import all_reduce_mean, get_rank, get_world_size, is_main_process
+from util.processes.group import init_distributed_mode
+from util.run.checkpoint import load_model, save_model
+from util.run.meters import MetricLogger, SmoothedValue
 
 __all__ = [
     "MetricLogger",

@@ -7,7 +7,7 @@ loader workers cannot change a result.
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,3 +61,19 @@ def sample_seed(seed: int, epoch: int, index: int, *repeat: int) -> Iterator[Non
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> torch.Tensor:
+    """Returns masking noise (n, length) float32 in [0, 1) on the CPU; `length` is the number of patches L.
+
+    `rows`: the n row numbers, or n for 0 ... n-1. A row depends on `seed`, its number and `length` only: a
+    picture keeps its mask when others join it. It is 0/L ... (L-1)/L shuffled: no ties: devices sort alike.
+    """
+    rows = range(rows) if isinstance(rows, int) else rows
+    words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    generator = np.random.RandomState()  # the legacy one: its numbers are frozen across numpy's versions
+    noise = np.empty((len(rows), length), dtype=np.float32)
+    for shuffled, row in zip(noise, rows, strict=True):
+        generator.seed([*words, row])  # ten times faster than a new generator
+        shuffled[:] = generator.permutation(length)
+    return torch.from_numpy(noise / np.float32(length))

@@ -1,0 +1,109 @@
+"""Command lines: every flag of the reference with its default, and one clear line on mistakes."""
+
+import argparse
+import json
+import math
+
+import pytest
+from golden_utils import GOLDEN
+
+import main_pretrain
+from util.cli.flags import check_common_args
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import TrainingError, UserError
+from util.sizes import default_workers, image_size
+
+CHANGED = {"data_path", "device", "num_workers"}  # differ on purpose; README lists them
+
+
+def check_flags(script, parser, changed=CHANGED):
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    defaults = parser.parse_args([])
+    for entry in json.loads((GOLDEN / "cli.json").read_text())[script]:
+        for flag in entry["flags"]:
+            assert flag in actions, f"{script} has no {flag}"
+            assert actions[flag].dest == entry["dest"], flag
+            assert (actions[flag].nargs != 0) == entry["takes_value"], flag
+        if entry["dest"] not in changed:
+            assert getattr(defaults, entry["dest"]) == entry["default"], entry["dest"]
+        if entry["takes_value"] and entry["nargs"] is None:
+            sample = {"int": "7", "float": "0.25"}.get(entry["type"], entry["default"] or "x")
+            value = getattr(parser.parse_args([entry["flags"][0], sample]), entry["dest"])
+            assert value == {"int": int, "float": float}.get(entry["type"], str)(sample), entry
+
+
+def test_every_flag_of_the_reference():
+    check_flags("main_pretrain.py", main_pretrain.get_args_parser())
+
+
+def test_parser_can_be_a_parent_and_data_abbreviates_data_path():
+    parser = argparse.ArgumentParser(parents=[main_pretrain.get_args_parser()])
+    args = parser.parse_args(["--data", "somewhere", "--local-rank", "3"])
+    assert args.data_path == "somewhere" and args.local_rank == 3
+
+
+def test_wrong_model_lists_the_right_ones(capsys):
+    parser = ArgumentParser(prog="main_pretrain.py", parents=[main_pretrain.get_args_parser()])
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--model", "resnet50"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "mae_vit_tiny_patch16" in error and "mae_vit_huge_patch14_dec512d8b" in error
+
+
+def test_image_sizes():
+    assert image_size("224") == 224 and image_size("32x128") == (32, 128)
+    for text in ("", "0", "3x4x5", "big"):
+        with pytest.raises(ValueError):
+            image_size(text)
+
+
+@pytest.mark.parametrize("error, code", [(UserError("x is wrong"), 2), (TrainingError("stopped"), 1)])
+def test_run_script_prints_one_line(error, code, capsys, monkeypatch):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, ArgumentParser(prog="script.py"))
+    assert stop.value.code == code and capsys.readouterr().err == f"script.py: error: {error}\n"
+
+
+def test_help_keeps_the_lines_of_the_description():
+    text = ArgumentParser(description="one\n    two\nthree").format_help()
+    assert "one\n    two\nthree" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(accum_iter=0),
+        dict(batch_size=0),
+        dict(clip_grad=-1.0),
+        dict(num_workers=-1),
+        dict(recount=0),
+        *({name: math.nan} for name in ("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad")),
+        *({name: math.inf} for name in ("mixup", "cutmix", "temperature", "color_jitter", "save_minutes")),
+        *({name: -0.1} for name in ("lr", "weight_decay", "mixup", "cutmix", "color_jitter")),
+        *({name: 0.0} for name in ("layer_decay", "temperature", "clip_grad")),
+        dict(start_epoch=5),
+    ],
+)
+def test_values_that_cannot_work(change):
+    fine = dict(accum_iter=1, batch_size=1, clip_grad=None, num_workers=0, lr=None, mixup=0, epochs=5)
+    check_common_args(argparse.Namespace(**fine))
+    args = argparse.Namespace(**{**fine, **change})
+    flag, value = next(iter(change.items()))
+    with pytest.raises(UserError, match=f"--{flag} {value}: must be"):
+        check_common_args(args)
+
+
+@pytest.mark.parametrize(
+    ("cores", "torchrun", "workers"), [(2, None, 2), (64, None, 16), (64, "8", 8), (4, "8", 1)]
+)
+def test_workers_share_the_cores(monkeypatch, cores, torchrun, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if torchrun:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", torchrun)
+    assert default_workers() == workers and default_workers(processes=1) == min(cores, 16)

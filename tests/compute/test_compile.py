@@ -1,0 +1,318 @@
+"""The compiled training step: one graph, the same numbers, and eager mode where compiling fails."""
+
+import argparse
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from golden_utils import REPO, TINY, TINY_MAE, fill
+from image_utils import make_folder
+from test_engine_pretrain import FixedNoise, check_end, make_args, make_run
+from test_main_pretrain import TINY as FLAGS
+from test_main_pretrain import assert_same, run, weights
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import models_mae
+import models_vit
+from engine_pretrain import train_one_epoch
+from util.compute import compile as compiling
+from util.compute.precision import NativeScalerWithGradNormCount
+from util.errors import UserError
+from util.processes.fsdp import whole_tensor, wrap_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    trace = logging.getLogger("torch.__trace")  # pytest listens to it, which takes most of the time
+    trace.disabled = True
+    yield
+    trace.disabled = False
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend that counts the graphs it gets and runs them as they are."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiling, "BACKEND", counter)
+    return counter
+
+
+def flags(**changes):
+    defaults = dict(compile=True, compile_mode="default", accum_iter=1, distributed=False)
+    return argparse.Namespace(**{**defaults, **changes})
+
+
+def tiny_vit(**kwargs):
+    return models_vit.VisionTransformer(global_pool=True, num_classes=7, **{**TINY, "depth": 1, **kwargs})
+
+
+def tiny_mae():
+    return models_mae.mae_vit({**TINY_MAE, "depth": 1, "decoder_depth": 1}, norm_pix_loss=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_graph_breaks(checkpointing):
+    mae, vit, imgs = tiny_mae(), tiny_vit(), torch.randn(2, 3, 32, 32)
+    mae.grad_checkpointing = vit.grad_checkpointing = checkpointing
+    order = models_mae.draw_order(2, 16, CPU)
+    for found in [
+        torch._dynamo.explain(mae.loss_of_removed)(imgs, order, 4),
+        torch._dynamo.explain(vit)(imgs),
+    ]:
+        assert found.graph_count == 1 and found.graph_break_count == 0, found
+
+
+def test_one_graph_for_training_and_none_for_evaluation(counter):
+    model, imgs = tiny_mae(), torch.randn(4, 3, 32, 32)
+    names = list(model.state_dict())
+    assert compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    for ratio in (0.75, 0.75, 0.75):
+        model(imgs, ratio, loss_only=True).backward()
+    assert counter.frame_count == 1
+    model.eval()
+    with torch.no_grad():
+        for n in (1, 2, 3):
+            model(imgs[:n], loss_only=True)
+    model(imgs[:3], loss_only=True)
+    model.train()
+    model(imgs)
+    assert counter.frame_count == 1 and list(model.state_dict()) == names
+
+
+class FixedLoss(FixedNoise):
+    def forward(self, imgs, mask_ratio, loss_only):
+        return self.inner(imgs, mask_ratio, noise=next(self.noise), loss_only=loss_only)
+
+
+def run_golden_trajectory():
+    """Two epochs compiled, as the recorded run; returns the model, whose weights are those at its end."""
+    data, model, optimizer, loader = make_run()
+    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    wrapped = FixedLoss(model, data["noise"])
+    for epoch in range(2):
+        train_one_epoch(
+            wrapped, loader, optimizer, "cpu", epoch, NativeScalerWithGradNormCount(), None, make_args()
+        )
+    check_end(data, model)
+    return model
+
+
+def test_golden_trajectory_compiled(counter):
+    run_golden_trajectory()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [False, True])
+def test_compiled_draws_what_eager_draws_from_the_first_step_on(counter, distributed):
+    """Drop path inside, masks outside; with several processes block by block, each with its own rate."""
+    torch.manual_seed(0)
+    vit = tiny_vit(depth=2, drop_path_rate=0.5)
+    mae, imgs = tiny_mae(), torch.randn(4, 3, 32, 32)
+    for model, method in [(mae, "loss_of_removed"), (vit, "forward")]:
+        results = []
+        plain = copy.deepcopy(model)
+        compiling.compile_model(model, method, flags(distributed=distributed), CPU)
+        for either in (plain, model):
+            torch.manual_seed(1)
+            outs = [either(imgs) if either in (vit, plain) and method == "forward"
+                    else either(imgs, loss_only=True) for _ in range(2)]  # fmt: skip
+            sum(out.sum() for out in outs).backward()
+            results.append([*outs, *(p.grad for p in either.parameters() if p.grad is not None)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == (4 if distributed else 2)  # encoder's and decoder's blocks; rates 0, 0.5
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_compiled_blocks_that_are_computed_again(group, counter, capsys, fsdp):
+    """Gradient checkpointing in compiled blocks, as with several processes, which torch would cut up."""
+    if fsdp and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch shards on GPUs only")
+    plain, imgs, noise = tiny_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    model = copy.deepcopy(plain)
+    model.grad_checkpointing = True
+    compiling.compile_model(model, "loss_of_removed", flags(distributed=True), CPU)
+    several = wrap_model(model, CPU, fsdp)
+    for _ in range(2):
+        for either in (plain, several):
+            either(imgs, 0.75, noise, loss_only=True).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad if one.grad is None else whole_tensor(one.grad), other.grad)
+    assert counter.frame_count and "torch.compile failed" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_copies_and_pickles_belong_to_themselves(counter):
+    model, imgs, noise = tiny_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.nn.init.zeros_(other.decoder_pred.weight)
+        assert not torch.equal(other(imgs, 0.75, noise, True), model(imgs, 0.75, noise, True))
+
+
+@pytest.mark.parametrize("half", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+def test_where_compiling_fails_there_is_one_warning_and_eager_mode(monkeypatch, capsys, half):
+    def fail(*args):
+        raise RuntimeError("no such compiler\nand a long story")
+
+    def keep(graph, inputs):
+        return graph
+
+    backend = aot_autograd(fw_compiler=fail if half == "forward" else keep, bw_compiler=fail)
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    model, imgs = tiny_mae(), torch.randn(2, 3, 32, 32)
+    plain, noise = copy.deepcopy(model), torch.rand(2, 16)
+    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    for _ in range(2):
+        loss = model(imgs, 0.75, noise, loss_only=True)
+        loss.backward()
+        assert torch.equal(loss, plain(imgs, 0.75, noise, loss_only=True))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "warning: torch.compile failed" in err and "no such compiler" in err
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_blocks_of_which_some_are_frozen(monkeypatch, capsys, broken):
+    """The backward pass is tried before it is needed where the first blocks have none of their own."""
+
+    def keep(graph, inputs):
+        return make_boxed_func(graph)
+
+    def fail(*args):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(
+        compiling, "BACKEND", aot_autograd(fw_compiler=keep, bw_compiler=fail if broken else keep)
+    )
+    plain, imgs = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    plain.requires_grad_(False)
+    plain.blocks[1].requires_grad_(True)  # the third has a backward pass for its input's sake
+    model = copy.deepcopy(plain)
+    compiling.compile_model(model, "forward", flags(distributed=True), CPU)
+    for either in (plain, model):
+        either(imgs).sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert capsys.readouterr().err.count("torch.compile failed") == broken
+
+
+def test_an_error_of_the_model_stays_that_error(counter, capsys):
+    model = tiny_mae()
+    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model.decoder_embed = torch.nn.Linear(7, 16)
+        model(torch.randn(2, 3, 32, 32), loss_only=True)
+    assert "torch.compile" not in capsys.readouterr().err
+
+
+def test_where_it_is_on_and_what_is_refused():
+    model = tiny_vit()
+    assert not compiling.compile_model(model, "forward", flags(compile=None), CPU)
+    assert not compiling.compile_model(model, "forward", flags(compile=False), torch.device("cuda"))
+    assert "forward" not in vars(model)
+    assert compiling.compile_model(model, "forward", flags(compile=None), torch.device("cuda"))
+    for change in (dict(accum_iter=2), dict(distributed=True)):
+        with pytest.raises(UserError, match="--compile_mode reduce-overhead: only in a single process"):
+            compiling.compile_model(model, "forward", flags(compile_mode="reduce-overhead", **change), CPU)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    make_folder(tmp_path_factory.getbasetemp() / "compile" / "train", 13, classes=2)
+    return tmp_path_factory.getbasetemp() / "compile"
+
+
+@pytest.mark.slow
+def test_golden_trajectory_with_the_real_compiler():
+    model = run_golden_trajectory()
+    assert not model.loss_of_removed.__func__.failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_compiled_and_resumed_is_undisturbed_bit_for_bit(images, tmp_path, capsys, workers):
+    """Also the same with any number of workers: both are compared with the run without."""
+    more = ("--compile", "--accum_iter", "2", "--num_workers")
+    run(images, tmp_path / "whole", *more, "0")
+    run(images, tmp_path / "parts", *more, workers, "--max_steps", "3")
+    run(images, tmp_path / "parts", *more, workers, "--resume", "auto")
+    captured = capsys.readouterr()
+    assert captured.out.count(", compiled\n") == 3 and "torch.compile failed" not in captured.err
+    assert_same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--amp_dtype", "bf16", "--grad_checkpointing"], ["no compiler"]])
+def test_the_script_from_the_shell(images, tmp_path, more):
+    command = [sys.executable, "main_pretrain.py", "--data_path", images, "--output_dir", tmp_path / "out"]
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    broken = more == ["no compiler"]
+    if broken:
+        env["CXX"], more = "/bin/false", []
+    command += ["--log_dir", "", "--compile", *FLAGS, *more]
+    done = subprocess.run(list(map(str, command)), cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "torch.compile failed" in line]
+    assert len(warnings) == broken, done.stderr
+    assert (tmp_path / "out" / "checkpoint-1.pth").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_on_cuda_agrees_with_eager(mode):
+    device, imgs = torch.device("cuda", 0), torch.randn(4, 3, 32, 32, device="cuda")
+    plain = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=7, std=0.2, skip="pos_embed")
+    plain = plain.float().to(device)
+    model = copy.deepcopy(plain)
+    compiling.compile_model(model, "loss_of_removed", flags(compile_mode=mode), device)
+    losses = []
+    for either in (plain, model):
+        torch.manual_seed(3)
+        optimizer = torch.optim.AdamW(either.parameters(), lr=1e-3, fused=True)
+        losses.append([])
+        for _ in range(6):
+            loss = either(imgs, loss_only=True)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.detach())  # read at the end, as the meters do
+    assert not model.loss_of_removed.__func__.failed
+    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_on_cuda_drops_the_paths_that_eager_drops(checkpointing, distributed, capsys):
+    """Anew in each step, and again in the backward pass."""
+    device, imgs = torch.device("cuda", 0), torch.randn(8, 3, 32, 32, device="cuda")
+    plain = tiny_vit(depth=3, drop_path_rate=0.5).to(device)
+    model = copy.deepcopy(plain)
+    model.grad_checkpointing = checkpointing
+    compiling.compile_model(model, "forward", flags(distributed=distributed), device)
+    for step in range(4):
+        for either in (plain, model):
+            either.zero_grad()
+            torch.manual_seed(step)
+            either(imgs).square().sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    assert "torch.compile failed" not in capsys.readouterr().err

@@ -1,0 +1,275 @@
+"""Several processes over gloo: same gradients as one, exact resume, and failures that end the whole job."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from golden_utils import REPO
+from image_utils import make_folder
+
+from util.errors import UserError
+from util.processes import collectives, group
+from util.weights.files import load_checkpoint
+
+TINY = [
+    *(
+        "--model",
+        "mae_vit_tiny_patch16",
+        "--input_size",
+        "32",
+        "--patch_size",
+        "8",
+        "--decoder_embed_dim",
+        "32",
+    ),
+    *("--decoder_depth", "1", "--decoder_num_heads", "2", "--epochs", "2", "--warmup_epochs", "1"),
+    *("--num_workers", "0", "--vis_freq", "0", "--device", "cpu", "--log_dir", ""),
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def launch(processes, *command, launcher="torch.distributed.run", **options):
+    """Starts `command` in `processes` processes on this machine; returns the launcher's Popen."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        port = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+        command = ["-m", launcher, "--nproc_per_node", str(processes), *port, *command]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=REPO, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, **options,
+    )  # fmt: skip
+
+
+def run(processes, *command, **options):
+    process = launch(processes, *command, **options)
+    out, _ = process.communicate(timeout=240)
+    return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"), 24)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
+def one_process(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("one") / "grads.pt"
+    code, out = run(1, "tests/dist_worker.py", path, 16, 1, request.param)
+    assert code == 0, out
+    return request.param, torch.load(path)
+
+
+@pytest.mark.parametrize(
+    "processes, batch, accum_iter, launcher",
+    [
+        (1, 4, 4, None),
+        (2, 8, 1, "torch.distributed.run"),
+        (2, 4, 2, "torch.distributed.launch"),
+    ],
+)
+def test_processes_and_accumulation_give_the_large_batchs_gradients(
+    one_process, processes, batch, accum_iter, launcher, tmp_path
+):
+    dtype, expected = one_process
+    code, out = run(
+        processes, "tests/dist_worker.py", tmp_path / "g.pt", batch, accum_iter, dtype, launcher=launcher
+    )
+    assert code == 0, out
+    tolerance = 1e-12 if dtype == "float64" else 1e-6
+    grads = torch.load(tmp_path / "g.pt")
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= tolerance * expected[name].norm().clamp(min=1e-3), name
+
+
+def pretrain(processes, images, output, *flags):
+    return run(processes, "main_pretrain.py", "--data_path", images, "--output_dir", output, *TINY, *flags)
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def test_two_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(images, tmp_path):
+    flags = ("--batch_size", "4")  # 3 steps an epoch
+    code, out = pretrain(2, images, tmp_path / "whole", *flags)
+    assert code == 0, out
+    code, out = pretrain(2, images, tmp_path / "parts", *flags, "--max_steps", "4")
+    assert code == 0 and (tmp_path / "parts" / "checkpoint-1-step1.pth").exists(), out
+    code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto")
+    assert code == 0 and "going on at epoch 1, step 1" in out, out
+    assert same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_at_the_same_sample(images, tmp_path):
+    """The same position with the same effective batch, or a reason why not."""
+    flags = ("--batch_size", "4")
+    code, out = pretrain(2, images, tmp_path / "other", *flags, "--max_steps", "4")
+    assert code == 0, out
+    code, out = pretrain(1, images, tmp_path / "other", "--batch_size", "6", "--resume", "auto")
+    assert code == 2 and "effective batch of 8, now it is 6" in out
+    code, out = pretrain(
+        1, images, tmp_path / "other", "--batch_size", "4", "--accum_iter", "2", "--resume", "auto"
+    )
+    assert code == 0 and "going on at epoch 1, step 2" in out, out
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_ends_all(images, tmp_path):
+    code, out = pretrain(2, images, tmp_path, "--batch_size", "13")
+    assert code != 0 and "2 x 13 is more than the 24 images" in out
+    assert len([line for line in out.splitlines() if line.startswith("[rank")]) == 1
+
+
+FAILING = """
+import sys, os, signal, torch
+sys.path.insert(0, {repo!r})
+import engine_pretrain, main_pretrain
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import TrainingError
+from util.processes import collectives
+normalize, calls = engine_pretrain.normalize_batch, []
+def broken(*args):
+    calls.append(1)
+    if collectives.get_rank() == 1 and len(calls) == 4:
+        {action}
+    return normalize(*args)
+engine_pretrain.normalize_batch = broken
+run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_parser()]))
+"""
+
+
+@pytest.mark.parametrize(
+    "action, message",
+    [
+        ("return normalize(*args) * float('nan')", "the loss is nan; no process made this step; images: "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "lost contact with another process"),
+        pytest.param("raise TrainingError('broken')", "script.py: error: broken", marks=pytest.mark.slow),
+        pytest.param("raise RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_takes_all_down_within_seconds(images, tmp_path, action, message):
+    script = tmp_path / "script.py"
+    script.write_text(FAILING.format(repo=str(REPO), action=action))
+    flags = ("--batch_size", "4", "--epochs", "1000")
+    process = launch(2, script, "--data_path", images, "--output_dir", tmp_path, *TINY, *flags)
+    lines, failed = [], None
+    for line in process.stdout:
+        lines.append(line)
+        if "Epoch: [0] Total" in line and failed is None:
+            failed = time.monotonic()
+    assert process.wait(timeout=30) != 0
+    out = "".join(lines)
+    assert failed is not None and time.monotonic() - failed < 30, out
+    assert message in out, out
+    assert sum(line.startswith("[rank") for line in lines) == 1, out  # one process has the word
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGUSR2", "SIGINT"))]
+)
+def test_signals_save_and_leave_with_the_requeue_status(images, tmp_path, name):
+    flags = ("--batch_size", "4", "--epochs", "100000", "--num_workers", "1")
+    process = launch(1, "main_pretrain.py", "--data_path", images, "--output_dir", tmp_path, *TINY, *flags)
+    for line in process.stdout:
+        if "Epoch: [0]" in line:
+            break
+    os.killpg(process.pid, getattr(signal, name))  # as schedulers do: to the workers too
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert f"{name}: saved; the same command with --resume auto goes on" in out
+    assert list(tmp_path.glob("checkpoint-*.pth")), out
+
+
+def test_processes_must_agree(monkeypatch):
+    args = type("Args", (), {})()
+    args.lr, args.rank = 0.1, 0
+    monkeypatch.setattr(collectives, "gather", lambda own: [own, {**own, "lr": "0.2"}])
+    with pytest.raises(UserError, match=r"rank 1 has lr = 0\.2, rank 0 has 0\.1"):
+        collectives.check_agreement(args)
+
+
+def test_launchers_environments(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+        ):
+            monkeypatch.delenv(name)
+    args = type("Args", (), {"local_rank": -1, "dist_on_itp": False})()
+
+    def found(**env):
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            return group.find_processes(args)
+
+    assert found() is None
+    assert found(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1") == (3, 8, 1)
+    args.local_rank = 2
+    assert found(RANK="2", WORLD_SIZE="4") == (2, 4, 2)  # launchers of old times pass a flag
+    slurm = dict(
+        SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_JOB_ID="17", SLURM_STEP_ID="0"
+    )
+    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1")
+    assert found(**slurm) == (5, 8, 1)
+    args.dist_on_itp = True
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_RANK"):
+        found()
+    ompi = {
+        f"OMPI_COMM_WORLD_{name}": value
+        for name, value in [("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "0")]
+    }
+    assert found(**ompi) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("gpus, number", [(8, 3), (1, 0)])
+def test_a_process_that_sees_its_own_gpu_only_takes_that(monkeypatch, gpus, number):
+    """As under srun --gpus-per-task 1; and what then fails is said in one line."""
+    environment = dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*args, **named):
+        raise RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected : rank 3 and rank 0")
+
+    taken, args = [], type("Args", (), {"device": "cuda", "dist_on_itp": False})()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    with pytest.raises(UserError, match="rank 3 of 8: could not join the others: Duplicate GPU detected"):
+        group.init_distributed_mode(args)
+    assert args.gpu == number and taken == [number]
+
+
+@pytest.mark.slow
+def test_logs_of_a_timed_save_do_not_differ(images, tmp_path):
+    """--save_minutes writes inside epochs and changes nothing else."""
+    flags = ("--batch_size", "4", "--epochs", "1")
+    code, out = pretrain(1, images, tmp_path / "a", *flags)
+    assert code == 0, out
+    code, out = pretrain(1, images, tmp_path / "b", *flags, "--save_minutes", "0.0001")
+    assert code == 0, out
+    first, second = ((tmp_path / name / "log.txt").read_text() for name in "ab")
+    assert first == second and json.loads(first)["epoch"] == 0
+    assert same(weights(tmp_path / "a/checkpoint-0.pth"), weights(tmp_path / "b/checkpoint-0.pth"))

@@ -1,0 +1,111 @@
+"""The rooms of the house (CONTRIBUTING.md): a module imports its own room and lower layers only."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from golden_utils import REPO
+
+LAYERS = [
+    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.lars util.pos_embed util.crop",
+    "util.files util.processes",
+    "util.cli util.compute",
+    "models_mae models_vit util.demo_set",
+    "util.data",
+    "util.datasets util.weights util.figures tools",
+    "util.run util.evaluate util.slurm",
+    "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
+    "main_pretrain main_finetune main_linprobe main_knn export",
+    "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
+]
+RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
+FILES = [
+    path.relative_to(REPO)
+    for place in ("*.py", "util/**/*.py", "tools/*.py", "demo/*.py", "benchmarks/*.py")
+    for path in sorted(REPO.glob(place))
+    if path.name != "__init__.py"
+]
+STANDARD_LIBRARY_ONLY = ["util/errors.py", "util/sizes.py", "util/files.py", "util/processes/signals.py"]
+DOORS = ["util/misc.py", "util/datasets.py"]
+
+
+def room_of(module: str) -> str | None:
+    """The entry of LAYERS that a dotted module belongs to; None for other people's."""
+    parts = module.split(".")
+    return next((room for n in (2, 1) if (room := ".".join(parts[:n])) in RANKS), None)
+
+
+def imports(path: Path) -> list[tuple[str, list[str]]]:
+    """(module, names) of every import in a file, those inside functions as well."""
+    found = []
+    for node in ast.walk(ast.parse((REPO / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            deeper = [f"{node.module}.{name}" for name in names]
+            found += [(name, []) for name in deeper if node.module == "util"]
+            found += [(node.module, names)] if node.module != "util" else []
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_import_climbs(path):
+    own = room_of(".".join(path.with_suffix("").parts))
+    assert own is not None, f"{path} stands in no room of LAYERS"
+    for module, names in imports(path):
+        room = room_of(module)
+        if room is None or room == own:
+            continue
+        assert RANKS[room] < RANKS[own], f"{path} ({own}) imports {module}"
+        private = [name for name in [*names, *module.split(".")] if name.startswith("_")]
+        assert not private or module == "__future__", f"{path} imports {private} of another room"
+
+
+@pytest.mark.parametrize("path", STANDARD_LIBRARY_ONLY)
+def test_a_launcher_starts_without_torch(path):
+    for module, _ in imports(Path(path)):
+        assert module.split(".")[0] in sys.stdlib_module_names or module in ("util.errors",), module
+
+
+def test_only_the_doors_hand_names_on():
+    for path in FILES:
+        exported = "__all__" in (REPO / path).read_text(encoding="utf-8")
+        assert not exported or str(path) in DOORS or room_of(".".join(path.with_suffix("").parts)), path
+
+
+def test_no_circle_inside_a_room():
+    graph = {}
+    for path in FILES:
+        name = ".".join(path.with_suffix("").parts)
+        targets = set()
+        for module, names in imports(path):
+            targets |= {module, *(f"{module}.{n}" for n in names)}
+        graph[name] = targets
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name in done or name not in graph:
+            return
+        for target in graph[name]:
+            visit(target, (*above, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_sizes():
+    beside = [path for path in FILES if path.parent == Path("util")]
+    assert len(beside) <= 12, beside
+    for path in FILES:
+        if path.parts[0] == "benchmarks":
+            continue
+        lines = len((REPO / path).read_text(encoding="utf-8").splitlines())
+        assert lines <= 265 or str(path) in (
+            "models_mae.py",
+            "main_pretrain.py",
+            "util/recipes/classifier.py",
+        ), f"{path}: {lines} lines"

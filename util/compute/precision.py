@@ -1,0 +1,149 @@
+"""Device, mixed precision and the scaled backward pass."""
+
+import contextlib
+
+import torch
+
+from util.compute.blocks import CPU_HAS_MATRIX_UNIT
+from util.compute.memory import keep_freed_memory
+from util.errors import UserError
+from util.processes.fsdp import is_sharded, whole_tensor
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a `--device` value; "auto" takes cuda, else mps, else cpu. A GPU becomes CUDA's current
+    one, whose streams, events and memory are meant where none is named.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--device {name}: not usable here ({reason}); --device auto takes what there is"
+        ) from None
+    return device
+
+
+def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of an `--amp_dtype` value; None means full precision.
+
+    "auto" is bf16 on GPUs that compute in it, else fp16; full precision on CPU and on mps.
+
+    Raises:
+        UserError: fp16 on a CPU, where torch has no scaler for it.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp_dtype fp16: not on CPU; take bf16 or none")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
+
+
+def prepare_device(device: torch.device, amp_dtype: torch.dtype | None) -> str:
+    """Lets CUDA multiply float32 matrices in TF32, and a CPU keep the memory of a step for the next; returns
+    the words for the log on what is computed in what.
+
+    TF32 has float32's range and 10 bits of mantissa, bf16 has 7: what autocast leaves in float32, or all with
+    `--amp_dtype none`, runs on the matrix units at a precision that the rest does not reach. A float32
+    run there agrees with a CPU's to about 3 digits only; nothing changes elsewhere or in float64.
+    """
+    text = f"{amp_dtype or torch.float32}"
+    if device.type == "cpu":
+        keep_freed_memory()
+        if amp_dtype is None and CPU_HAS_MATRIX_UNIT:
+            text += " (this CPU has a matrix unit for bf16: --amp_dtype bf16 is faster)"
+    if device.type != "cuda":
+        return text
+    torch.set_float32_matmul_precision("high")
+    return text + ", float32 matrix products in TF32"
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW can update a parameter in one pass over memory there (`fused=True`)."""
+    return device.type in ("cuda", "cpu")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Context of the forward pass: autocast in `dtype`, or nothing for None."""
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext()
+
+
+class NativeScalerWithGradNormCount:
+    """Backward pass and optimizer step, with loss scaling where fp16 needs it.
+
+    Args:
+        enabled: scale the loss (fp16 only). Default: when a GPU is there, as forks expect.
+        device: type of the device that computes, "cuda" or other.
+    """
+
+    state_dict_key = "amp_scaler"
+
+    def __init__(self, enabled: bool | None = None, device: str = "cuda"):
+        enabled = torch.cuda.is_available() if enabled is None else enabled
+        self._scaler = torch.amp.GradScaler(device, enabled=enabled)
+
+    def __call__(
+        self, loss, optimizer, clip_grad=None, parameters=None, create_graph=False, update_grad=True
+    ) -> torch.Tensor | None:
+        """Adds the gradients of `loss`; with `update_grad` also clips to `clip_grad` and steps.
+
+        With `parameters`, no step is made when their gradients' norm is not finite: the model stays.
+
+        Returns the gradients' total norm before clipping, a tensor on the device, when `parameters` are given
+        and a step was made; else None.
+        """
+        self._scaler.scale(loss).backward(create_graph=create_graph)
+        if not update_grad:
+            return None
+        norm = None
+        if parameters is not None:
+            parameters = [p for p in parameters if p.grad is not None]
+            self._scaler.unscale_(optimizer)
+            norm = total_norm([p.grad for p in parameters])
+            if clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        if self._scaler.is_enabled() or norm is None:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        elif norm.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # As GradScaler does: fused AdamW and LARS make no step where this is not 0, and nothing waits
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif torch.isfinite(norm):
+            optimizer.step()
+        return norm
+
+    def state_dict(self) -> dict:
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes a saved scaler state; an empty one (saved without scaling) or a disabled scaler changes
+        nothing.
+        """
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)
+
+
+def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all entries of `grads`, a scalar; of all processes' shares where they are split.
+
+    On a CPU by dot products: torch's norm takes twice the time and, in float32, is off in the fifth digit
+    after some 10^8 entries.
+    """
+    plain = [g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads]
+    if not grads or not all(plain) or any(map(is_sharded, grads)):
+        return whole_tensor(torch.nn.utils.get_total_norm(grads))
+    return torch.stack([torch.dot(grad.flatten(), grad.flatten()) for grad in grads]).sum().sqrt()

@@ -1,0 +1,200 @@
+"""Data sets of image files; every sample is a function of (seed, epoch, index) only."""
+
+import itertools
+import random
+from collections.abc import Callable
+
+import torch
+
+from util.data.find import ImageFiles, bad_limit, find_images
+from util.data.read import MODES, BadImage, open_pil, printable, read_image
+from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
+from util.demo_set.files import announce_demo_data, ensure_demo_data
+from util.errors import UserError
+from util.processes.collectives import log, warn
+from util.rng import derive_seed, sample_seed
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of a split: `dataset[epoch, index]`, or `dataset[index]` of epoch 0 -> (image, label, index).
+
+    The label is -1 where there are no classes. Every random draw depends on (seed, epoch, index) alone, so
+    that neither the number of workers nor a restart changes a sample. `dataset[epoch, index, repeat]` is a
+    further sample of the same image with draws of its own (`repeat` 0: the same as without); a loader gets
+    those that follow each other in a batch from one decoding.
+
+    A file that turns out to be unreadable ends the run with one line that names it (BadImage, a UserError).
+    With `bad_images="skip"` the next readable image of the list takes its place, label included, with the
+    draws and the index of the one asked for; `bad` (uint8 (n,), in memory that all workers share) flags it.
+
+    Args:
+        files: of `find_images`.
+        transform: (uint8 (H, W, C), random.Random) -> tensor. With `pil`: PIL image -> tensor, drawing from
+            the global generators, which are seeded around it.
+        channels: number of channels that images are converted to.
+        pil: hand `transform` a PIL image.
+
+    Raises:
+        UserError: `pil` with more channels than Pillow's images have.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        transform: Callable,
+        channels: int = 3,
+        seed: int = 0,
+        bad_images: str = "error",
+        pil: bool = False,
+    ):
+        if pil and channels not in MODES:
+            raise UserError(f"--in_chans {channels}: Pillow reads 1 to 4 channels; use --loader default")
+        self.files, self.transform, self.channels = files, transform, channels
+        self.seed, self.bad_images, self.pil = seed, bad_images, pil
+        self.bad = torch.zeros(len(files.paths), dtype=torch.uint8).share_memory_()
+        self._reported = 0
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[torch.Tensor, int, int]:
+        epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
+        return self._samples(epoch, index, repeat)[0]
+
+    def __getitems__(self, keys: list[int | tuple[int, ...]]) -> list[tuple[torch.Tensor, int, int]]:
+        """The samples of a batch; a DataLoader asks for them so."""
+        samples = []
+        for pair, group in itertools.groupby(keys, lambda key: key[:2] if isinstance(key, tuple) else key):
+            group = list(group)
+            if len(group) > 1 and isinstance(pair, tuple) and len(group[0]) > 2:
+                samples += self._samples(*pair, [key[2] for key in group])
+            else:
+                samples += [self[key] for key in group]
+        return samples
+
+    def _samples(self, epoch: int, index: int, repeats: list[int]) -> list[tuple[torch.Tensor, int, int]]:
+        """Samples of one image, which is read once; one if `repeats` is empty."""
+        position = self.position(index)
+        while True:
+            try:
+                if len(repeats) > 1 or any(repeats):
+                    images = self._read_repeats(position, epoch, index, repeats)
+                else:
+                    images = [self._read(position, epoch, index)]
+                break
+            except BadImage as error:
+                self._flag(position, error)
+                position = self.position(position)
+        return [(image, self.label(position), index) for image in images]
+
+    def _read(self, position: int, epoch: int, index: int) -> torch.Tensor:
+        """The file at `position`, transformed with the draws of sample (epoch, index)."""
+        path = self.files.paths[position]
+        if self.pil:
+            image = open_pil(path, MODES[self.channels])
+            with sample_seed(self.seed, epoch, index):
+                return self.transform(image)
+        image = read_image(path, self.channels)
+        return self.transform(image, random.Random(derive_seed(self.seed, epoch, index)))
+
+    def _read_repeats(self, position: int, epoch: int, index: int, repeats: list[int]) -> list[torch.Tensor]:
+        """The file at `position`, decoded once and transformed with the draws of each of `repeats`."""
+        path, images = self.files.paths[position], []
+        image = open_pil(path, MODES[self.channels]) if self.pil else read_image(path, self.channels)
+        for repeat in repeats:
+            numbers = (self.seed, epoch, index, *([repeat] if repeat else []))
+            if self.pil:
+                with sample_seed(*numbers):
+                    images.append(self.transform(image))
+            else:
+                images.append(self.transform(image, random.Random(derive_seed(*numbers))))
+        return images
+
+    def _flag(self, position: int, error: BadImage) -> None:
+        """Notes an unreadable file; raises BadImage when there may be no more of them."""
+        if self.bad_images != "skip":
+            advice = "repair or remove it, or pass --bad_images skip"
+            raise BadImage(error.path, f"{error.reason}; {advice}") from None
+        self.bad[position] = 1
+        count, known = int(self.bad.sum()), len(self.files.skipped)
+        limit = bad_limit(len(self) + known)
+        if count + known > limit or count == len(self):
+            names = ", ".join(printable(path) for path in self.bad_paths()[:5])
+            found = f"{count + known} images are unreadable and --bad_images skip allows 1 % (here {limit})"
+            raise BadImage(error.path, f"{error.reason}; {found}: {names}") from None
+
+    def position(self, index: int) -> int:
+        """Index of the file that is read for sample `index`: its own, or the next not flagged in `bad`."""
+        while self.bad[index]:
+            index = (index + 1) % len(self)
+        return index
+
+    def label(self, index: int) -> int:
+        return -1 if self.files.labels is None else int(self.files.labels[index])
+
+    def path(self, index: int) -> str:
+        """File that is read for sample `index`."""
+        return self.files.paths[self.position(index)]
+
+    def bad_paths(self) -> list[str]:
+        """Files that could not be decoded so far, in any worker of this process."""
+        return [self.files.paths[i] for i in self.bad.nonzero().flatten().tolist()]
+
+    def report_bad_images(self) -> None:
+        """Warns of files that could not be decoded since the last call."""
+        paths = self.bad_paths()
+        if len(paths) > self._reported:
+            names = ", ".join(map(printable, paths[:5])) + (", ..." if len(paths) > 5 else "")
+            warn(f"could not decode {len(paths)} of the images so far, others took their place: {names}")
+            self._reported = len(paths)
+
+    def describe(self) -> str:
+        """What was found, in one line."""
+        return self.files.describe()
+
+
+def _find(args, split: str) -> ImageFiles | None:
+    """The split's images of `args.data_path`, or of the demo set where that is None."""
+    data_path = getattr(args, "data_path", None)
+    if data_path is None:
+        data_path = ensure_demo_data(log=log)
+        if split == "train":
+            announce_demo_data(data_path, log)
+    return find_images(data_path, split, getattr(args, "bad_images", "error"))
+
+
+def build_pretrain_dataset(args) -> ImageDataset:
+    """The training images with pre-training's augmentation.
+
+    Args:
+        args: data_path, input_size, in_chans, mean, std, loader ("default": uint8 samples, to be normalised
+            on the device; "reference": float32), bad_images, seed; what is missing has the script's default.
+
+    Raises:
+        UserError: see `find_images`; also channels that the loader cannot read.
+    """
+    size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
+    reference = getattr(args, "loader", "default") == "reference"
+    if reference:
+        stats = channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
+        transform = reference_transform(size, *stats)
+    else:
+        transform = PretrainTransform(size)
+    seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
+    return ImageDataset(_find(args, "train"), transform, channels, seed, bad_images, pil=reference)
+
+
+def build_val_dataset(args) -> ImageDataset | None:
+    """The held-out images of `val/`, centre-cropped, uint8; None where there is no such folder.
+
+    `args` are those of `build_pretrain_dataset`; raises UserError as it does.
+    """
+    try:
+        files = _find(args, "val")
+    except UserError as error:
+        raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
+    if files is None:
+        return None
+    size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
+    bad_images = getattr(args, "bad_images", "error")
+    return ImageDataset(files, EvalTransform(size), channels, getattr(args, "seed", 0), bad_images)

@@ -1,0 +1,225 @@
+"""Finds the images of a data set, whatever its layout, and looks at each file before training starts."""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from util.data.index_cache import Folder, list_folders
+from util.data.read import IMG_EXTENSIONS, printable, probe_image
+from util.data.spread import spread
+from util.errors import UserError
+
+MAX_PROBES = 100_000  # files looked at before the start; of larger sets, as many, evenly spread
+
+
+class PathList(Sequence):
+    """File names in one buffer: some 40 bytes each, and no Python objects.
+
+    A list of strings takes three times that, and forked workers end up with a copy each, page by page,
+    because reading an object changes its reference count. `[i]` is `root` joined with the stored name.
+    """
+
+    def __init__(self, names: Iterable[str], root: str = ""):
+        buffer, ends = bytearray(), array("q", [0])
+        for name in names:
+            buffer += os.fsencode(name)
+            buffer.append(0)
+            ends.append(len(buffer))
+        self.root, self._buffer, self._ends = root, bytes(buffer), np.array(ends, dtype=np.int64)
+
+    @classmethod
+    def of_folders(cls, folders: Iterable[Folder], root: str) -> "PathList":
+        """The images of `folders`, in their order, without going through them name by name."""
+        parts = []
+        for folder in folders:
+            prefix = os.fsencode(os.path.join(folder.name, "")) if folder.name else b""
+            parts += [prefix, folder.images.replace(b"\0", b"\0" + prefix), b"\0"]
+        paths = cls((), root)
+        paths._buffer = b"".join(parts)
+        zeros = np.flatnonzero(np.frombuffer(paths._buffer, np.uint8) == 0)
+        paths._ends = np.concatenate([np.zeros(1, np.int64), zeros + 1])
+        return paths
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return os.path.join(self.root, self.name(index))
+
+    def name(self, index: int) -> str:
+        """The name as stored, relative to `root`."""
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"file {index} of {len(self)}")
+        return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1] - 1])
+
+    def take(self, indices: Iterable[int]) -> "PathList":
+        """A new list of some of the files."""
+        return PathList((self.name(i) for i in indices), self.root)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._buffer) + self._ends.nbytes
+
+
+@dataclass
+class ImageFiles:
+    """The images of one split.
+
+    source: the folder that was searched, or the list of files. root: that folder, or the list's.
+    labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
+    ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
+    """
+
+    source: str
+    root: str
+    paths: PathList
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+    ignored: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """What was found, in one line."""
+        classes = f" in {len(self.classes)} classes" if self.classes else ""
+        notes = [f"{self.ignored:,} other files ignored"] if self.ignored else []
+        if self.skipped:
+            names = ", ".join(printable(os.path.basename(path)) for path, _ in self.skipped[:5])
+            more = ", ..." if len(self.skipped) > 5 else ""
+            notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}{more}")
+        notes = f" ({'; '.join(notes)})" if notes else ""
+        return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
+
+
+def bad_limit(count: int) -> int:
+    """How many of `count` images may be unreadable with `--bad_images skip`: 1 %, and one of a small set."""
+    return max(1, count // 100)
+
+
+def find_images(data_path: str | Path, split: str = "train", bad_images: str = "error") -> ImageFiles | None:
+    """Finds the images of a split and looks at the first bytes of each.
+
+    `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
+    folder of images, nested in any way; or a text file that lists one image a line, relative to its own
+    folder (blank lines and lines that start with # are passed over). There are labels where the folder of
+    the split has no images of its own and each folder in it that holds files holds images. Hidden files and
+    folders are passed over, links are followed. The order is ImageFolder's.
+
+    Args:
+        split: the subfolder; for "train" `data_path` itself where there is no such folder.
+        bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set, or "skip any".
+
+    Returns:
+        None when there is no split of that name.
+
+    Raises:
+        UserError: nothing there, no images, a folder that cannot be read, or files that are no images.
+    """
+    root = os.fspath(data_path)
+    place = f"--data_path {printable(root) or repr(root)}"
+    if os.path.isdir(root):
+        if os.path.isdir(os.path.join(root, split)):
+            root = os.path.join(root, split)
+            place = f"--data_path {printable(root)}"
+        elif split != "train":
+            return None
+        files = _search(root, place)
+    elif not os.path.isfile(root):
+        what = "neither a folder nor a file" if os.path.exists(root) else "does not exist"
+        raise UserError(f"{place}: {what}")
+    elif split != "train":
+        return None
+    else:
+        paths = _read_list(root, place)
+        files = ImageFiles(root, paths.root, paths)
+    return _check(files, place, bad_images)
+
+
+def _search(root: str, place: str) -> ImageFiles:
+    """Images, and labels if there are any, of a folder; the order is that of torchvision's ImageFolder."""
+    try:
+        found = list_folders(root)
+    except OSError as error:
+        path = printable(error.filename or root)
+        raise UserError(f"{place}: cannot read the folder {path}: {error.strerror}") from None
+    # The folder in `root` that each lies in, "" for `root` itself
+    tops = {folder.name: folder.name.split(os.sep, 1)[0] for folder in found}
+    others = sum((folder.others for folder in found), Counter())
+    holds_files = {tops[folder.name] for folder in found if folder.count or folder.others}
+    folders = sorted((f for f in found if f.count), key=lambda f: (tops[f.name], f.name))
+    holds_images = {tops[folder.name] for folder in folders}
+    if not folders:
+        wanted = " ".join(IMG_EXTENSIONS)
+        raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
+    paths = PathList.of_folders(folders, root)
+    files = ImageFiles(root, root, paths, ignored=others.total())
+    if "" not in holds_images and holds_files - {""} == holds_images:
+        files.classes = sorted(holds_images)
+        number = {name: i for i, name in enumerate(files.classes)}
+        files.labels = np.repeat(
+            np.array([number[tops[folder.name]] for folder in folders], dtype=np.int32),
+            [folder.count for folder in folders],
+        )
+    return files
+
+
+def _count(others: Counter) -> str:
+    """What is in a folder without images, in words."""
+    if not others:
+        return "no files at all"
+    kinds = [f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common(4)]
+    return f"{sum(others.values()):,} other files ({', '.join(kinds)}{', ...' if len(others) > 4 else ''})"
+
+
+def _read_list(path: str, place: str) -> PathList:
+    """The images that a text file lists."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(65536)
+            if b"\0" in text:
+                raise UserError(f"{place}: neither a folder nor a list of images (unpack archives first)")
+            text += file.read()
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error.strerror}") from None
+    lines = (line.strip() for line in text.removeprefix(b"\xef\xbb\xbf").splitlines())
+    folder = os.path.dirname(path) or "."
+    paths = PathList((os.fsdecode(line) for line in lines if line and not line.startswith(b"#")), folder)
+    if not len(paths):
+        raise UserError(f"{place}: lists no images; one path a line, relative to the list's folder")
+    return paths
+
+
+def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
+    """Looks at the files' first bytes; what is no image is an error, or left out."""
+    count = len(files.paths)
+    probes = min(count, MAX_PROBES)
+    indices = np.arange(probes) * (count - 1) // max(1, probes - 1)
+
+    def probe(part: np.ndarray) -> list[tuple[int, str]]:
+        return [(int(i), reason) for i in part if (reason := probe_image(files.paths[i]))]
+
+    parts = np.array_split(indices, max(1, len(indices) // 256))
+    bad = [found for part in spread(probe, parts) for found in part]
+    if not bad:
+        return files
+    names = ", ".join(f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad[:3])
+    summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
+    summary += ", ..." if len(bad) > 3 else ""
+    if bad_images == "error":
+        raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")
+    if bad_images == "skip" and (len(bad) > bad_limit(len(indices)) or len(bad) == count):
+        raise UserError(f"{summary}; --bad_images skip allows 1 % (here {bad_limit(len(indices))})")
+    if len(bad) == count:
+        raise UserError(summary)
+    files.skipped = [(files.paths[i], reason) for i, reason in bad]
+    keep = np.setdiff1d(np.arange(count), [i for i, _ in bad])
+    files.paths = files.paths.take(keep)
+    files.labels = None if files.labels is None else files.labels[keep]
+    return files

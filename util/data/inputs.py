@@ -1,0 +1,52 @@
+"""Images named on a command line: files, folders and lists of files, in the order given."""
+
+import os
+from collections.abc import Sequence
+
+from util.data.find import ImageFiles, PathList, find_images
+from util.data.read import printable, probe_image
+from util.errors import UserError
+from util.processes.collectives import warn
+
+
+def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageFiles, PathList]:
+    """Images of files, folders (to any depth; train/ and val/ are folders like others) and .txt lists.
+
+    Args:
+        bad_images: "error"; "skip" leaves out, with a warning, what is no image, however many.
+
+    Returns:
+        The images, without labels, and a name for each: relative to the folder or list that it came from.
+
+    Raises:
+        UserError: nothing there, no images, or files that are none.
+    """
+    found, names, skipped = [], [], []
+    in_folders = "skip any" if bad_images == "skip" else bad_images
+    for path in paths:
+        if os.path.isdir(path) or (path.lower().endswith(".txt") and os.path.isfile(path)):
+            # With "" for the split, the folder itself is searched
+            try:
+                files = find_images(path, "" if os.path.isdir(path) else "train", in_folders)
+            except UserError as error:
+                raise UserError(str(error).removeprefix("--data_path ")) from None
+            found += files.paths
+            names += [files.paths.name(i) for i in range(len(files.paths))]
+            skipped += files.skipped
+        elif not os.path.lexists(path):
+            raise UserError(f"{printable(path)}: no such file or folder")
+        elif (reason := probe_image(path)) is None:
+            found.append(path)
+            names.append(os.path.basename(path))
+        elif bad_images == "skip":
+            skipped.append((path, reason))
+        else:
+            raise UserError(f"{printable(path)}: {reason}; leave it out, or pass --bad_images skip")
+    if skipped:
+        some = ", ".join(f"{printable(path)} ({reason})" for path, reason in skipped[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        warn(f"{len(skipped)} files are no readable images and are left out: {some}{more}")
+    if not found:
+        raise UserError("no images: none of the files named is readable")
+    source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    return ImageFiles(source, "", PathList(found), skipped=skipped), PathList(names)

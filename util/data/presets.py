@@ -1,0 +1,194 @@
+"""The recipes' transforms: path of an image -> normalised float32 tensor.
+
+Fine-tuning augments with timm's `create_transform` (RandAugment, erasing), probing with one TensorFlow-style
+crop and a flip; evaluation resizes and takes the centre. Grey and RGB pictures go through Pillow as in the
+reference; images with another number of channels are cut and resized as arrays, with crop, flip and erasing
+only, because RandAugment knows no such pictures (and Pillow would take a fourth channel for transparency).
+"""
+
+import random
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from util.crop import RandomResizedCrop
+from util.data.read import MODES, open_pil, read_image
+from util.data.transforms import channel_stats, crop_ratio, random_resized_crop_box, resize_crop
+from util.errors import UserError
+from util.sizes import size_pair
+
+CROP_SCALE = (0.08, 1.0)  # share of the picture's area in a training crop
+EVAL_SHARE = 0.875  # share of the resized picture's side that an evaluation sees
+
+
+def read_picture(path: str, channels: int) -> Image.Image:
+    """A grey (1 channel) or RGB (3) picture of any image file, or of a `.npy` array; raises BadImage."""
+    if str(path).lower().endswith(".npy"):
+        array = read_image(path, channels)
+        return Image.fromarray(array[:, :, 0] if channels == 1 else array)
+    return open_pil(path, MODES[channels])
+
+
+def train_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
+    """Fine-tuning's augmentation: path -> normalised float32 (C, H, W). `args`: see `build_dataset`."""
+    channels, mean, std = _channels(args)
+    erasing = dict(
+        probability=getattr(args, "reprob", 0.0), mode=getattr(args, "remode", "pixel"),
+        max_count=getattr(args, "recount", 1),
+    )  # fmt: skip
+    if channels not in (1, 3):
+        erase = RandomErasing(**erasing, device="cpu") if erasing["probability"] > 0 else None
+        return _ArrayChain(channels, mean, std, _crop_and_flip(args.input_size), erase)
+    policy = getattr(args, "aa", None) or None
+    try:
+        chain = create_transform(
+            input_size=(channels, *size_pair(args.input_size)),
+            is_training=True,
+            color_jitter=getattr(args, "color_jitter", None),
+            auto_augment=policy,
+            interpolation="bicubic",
+            ratio=crop_ratio(args.input_size),
+            re_prob=erasing["probability"],
+            re_mode=erasing["mode"],
+            re_count=erasing["max_count"],
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # timm's answers to a policy it does not know
+        raise UserError(f"--aa {policy}: timm cannot make augmentation of it: {error}") from None
+    _let_posterize_take_zero_bits(chain)
+    return _PictureChain(channels, chain)
+
+
+def probe_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
+    """Probing's augmentation: one TensorFlow-style crop, flip; path -> normalised float32 (C, H, W)."""
+    channels, mean, std = _channels(args)
+    size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
+    if channels not in (1, 3):
+        return _ArrayChain(channels, mean, std, _crop_and_flip(size, tf_style=True), None)
+    steps = [
+        RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(mean, std),
+    ]
+    return _PictureChain(channels, transforms.Compose(steps))
+
+
+def eval_transform(args: Namespace, always_crop: bool = False) -> Callable[[str], torch.Tensor]:
+    """The evaluation's transform: resize, centre crop; path -> normalised float32 (C, H, W).
+
+    Up to 224 pixels the picture is resized to size / 0.875 before the crop, above to the size itself;
+    `always_crop`: to size / 0.875 at any size, as probing does (256 for 224).
+    """
+    channels, mean, std = _channels(args)
+    size = size_pair(args.input_size)
+    share = EVAL_SHARE if always_crop or max(size) <= 224 else 1.0
+    if channels not in (1, 3):
+        return _ArrayChain(
+            channels, mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None
+        )
+    steps = [_CentreResize(size, share), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return _PictureChain(channels, transforms.Compose(steps))
+
+
+def _channels(args: Namespace) -> tuple[int, Sequence[float], Sequence[float]]:
+    channels = getattr(args, "in_chans", 3)
+    return channels, *channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
+
+
+class _PictureChain:
+    """path -> Pillow picture -> tensor."""
+
+    def __init__(self, channels: int, chain: Callable[[Image.Image], torch.Tensor]):
+        self.channels, self.chain = channels, chain
+
+    def __call__(self, path: str) -> torch.Tensor:
+        return self.chain(read_picture(path, self.channels))
+
+
+class _CentreResize:
+    """Pillow picture -> its centre, resized to `size`; `share` of the resized picture's side is kept."""
+
+    def __init__(self, size: tuple[int, int], share: float):
+        self.size, self.share = size, share
+        short = int(size[0] / share)
+        self.square = transforms.Compose(
+            [transforms.Resize(short, InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+        )
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if self.size[0] == self.size[1] and max(width, height) <= 16 * min(width, height):
+            return self.square(image)
+        # Other shapes; and strips, of which the reference's way would make a giant picture before the crop
+        top, left, h, w = _centre_box(height, width, self.size, self.share)
+        return image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+
+
+def _centre_box(height: int, width: int, size: tuple[int, int], share: float) -> tuple[int, int, int, int]:
+    """(top, left, height, width): the largest centred box of the shape of `size`, its sides times `share`."""
+    scale = min(height / size[0], width / size[1]) * share
+    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class _ArrayChain:
+    """path -> uint8 array -> box, resize[, flip] per channel -> normalised tensor[, erased]."""
+
+    def __init__(self, channels, mean, std, draw: Callable, erase: Callable | None):
+        self.channels, self.draw, self.erase = channels, draw, erase
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, path: str) -> torch.Tensor:
+        image = read_image(path, self.channels)
+        box, size, *flip = self.draw(image)
+        pixels = resize_crop(image, box, size)
+        if flip and flip[0]:
+            pixels = pixels.flip(-1)
+        pixels = pixels.contiguous().float().div(255).sub(self.mean).div(self.std)
+        return self.erase(pixels) if self.erase else pixels
+
+
+def _crop_and_flip(input_size, tf_style: bool = False) -> Callable:
+    """Draws (box, size, flip) for an array: torchvision's random crop, or the probe's."""
+    size, ratio = size_pair(input_size), crop_ratio(input_size)
+
+    def draw(image: np.ndarray):
+        height, width = image.shape[:2]
+        if tf_style:
+            box = RandomResizedCrop.get_params(
+                torch.empty(1, height, width, device="meta"), CROP_SCALE, ratio
+            )
+        else:
+            box = random_resized_crop_box(height, width, random, CROP_SCALE, ratio)
+        return box, size, random.random() < 0.5
+
+    return draw
+
+
+def _let_posterize_take_zero_bits(chain: transforms.Compose) -> None:
+    """Lets RandAugment's posterize keep 0 bits (a black picture), which Pillow began to refuse.
+
+    timm asks for it once in some hundred images at magnitude 9 with its usual spread.
+    """
+    for step in chain.transforms:
+        policy = getattr(step, "policy", None) or [getattr(step, "ops", None) or []]
+        for op in (op for ops in policy for op in ops):
+            if getattr(op, "name", "").startswith("Posterize"):
+                op.aug_fn = _Posterize(op.aug_fn)
+
+
+class _Posterize:
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, image: Image.Image, bits: int, **kwargs) -> Image.Image:
+        return self.function(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)

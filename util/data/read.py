@@ -1,0 +1,208 @@
+"""Reads image files into uint8 arrays: JPEG through simplejpeg where that is exact, the rest through Pillow.
+
+Both JPEG decoders are libjpeg-turbo with the same settings, so they give the same pixels; simplejpeg only
+spends less time around them. Whatever it could see differently (CMYK, broken or unusual files) goes to
+Pillow, the reference's decoder. Pictures are never rotated by EXIF, as in the reference.
+"""
+
+import io
+import os
+import re
+import stat
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from util.errors import UserError
+
+try:
+    import simplejpeg
+except Exception:  # not installed, or its binary does not fit this numpy: Pillow does everything
+    simplejpeg = None
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif",
+                  ".tiff", ".webp", ".gif", ".npy")  # fmt: skip
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
+
+# Only what is listed: Pillow would also try formats that run other programs (EPS) or that nobody trains on.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_JPEG, _NPY = b"\xff\xd8\xff", b"\x93NUMPY"
+_MAGIC = (_JPEG, _NPY, b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_WEAK_MAGIC = re.compile(rb"RIFF....WEBP|BM.{4}.*\0|P[1-6][\s#]", re.DOTALL)
+
+# Pillow's remarks about files that it reads all the same: every worker would print them.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def printable(path: str) -> str:
+    """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class BadImage(UserError):
+    """A file that cannot be read as an image. Its text is one line: the file, then the reason.
+
+    A DataLoader raises a worker's exception again with the worker's whole traceback as its only argument:
+    `reason` is then that traceback's last line, which is this class's text in the worker, and `path` is None.
+    """
+
+    def __init__(self, path: str | None, reason: str | None = None):
+        super().__init__(path, reason)
+        if reason is None:
+            path, reason = None, path.strip().rsplit("\n", 1)[-1].split("BadImage: ", 1)[-1]
+        self.path, self.reason = path, " ".join(reason.split())
+
+    def __str__(self) -> str:
+        return self.reason if self.path is None else f"{printable(self.path)}: {self.reason}"
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Opener that refuses pipes and devices, which would block for ever, without waiting for them."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
+    return descriptor
+
+
+def _open(path: str) -> io.FileIO:
+    """Opens for reading, unbuffered: a header is read in one call, and a whole file too."""
+    return open(path, "rb", buffering=0, opener=_open_regular)
+
+
+def _explain(error: Exception) -> str:
+    """The reason in few words, without the path, which the caller adds."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "a damaged header"
+    if isinstance(error, (OSError, ValueError)):
+        return getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {error}"  # what a parser stumbled over
+
+
+def _look(head: bytes) -> str | None:
+    """Why a file that starts with `head` (32 bytes, or all there are) is no image; None: it may be one."""
+    if not head:
+        return "empty file"
+    if head.startswith(_MAGIC) or _WEAK_MAGIC.match(head):
+        return None
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the picture (run git lfs pull)"
+    return f"no image format known here (it starts with {head[:12]!r})"
+
+
+def probe_image(path: str) -> str | None:
+    """Looks at the first bytes of a file: None when an image starts like this, whatever the file's name;
+    otherwise the reason in few words."""
+    try:
+        descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:  # half the time that a file object takes: this runs 100,000 times before a start
+            return _look(os.read(descriptor, 32))
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        return _explain(error)
+
+
+def _decode_jpeg(data: bytes, channels: int) -> np.ndarray | None:
+    """simplejpeg's decoding, or None where only Pillow's is trusted or Pillow shall say what is wrong."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in ("RGB", "YCbCr", "Gray"):
+            return None  # CMYK would come out with other colours than Pillow's, silently
+        if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
+            return None  # Pillow refuses it as a decompression bomb
+        if channels == 3:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        if channels == 1 and colorspace == "Gray":
+            return simplejpeg.decode_jpeg(data, "GRAY")
+    except Exception:  # it is strict, so this includes damage that Pillow passes over
+        pass
+    return None
+
+
+def _decode_pil(file: io.FileIO, mode: str) -> Image.Image:
+    """Decodes and converts as Pillow does, except that deep grey is scaled and not clipped."""
+    image = Image.open(io.BufferedReader(file), formats=_FORMATS)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits, or as a .npy array of integers")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
+            raise ValueError("32-bit pixels outside 0..65535; save it with 8 or 16 bits")
+        image = Image.fromarray((values // 256).astype(np.uint8))
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _decode_npy(file: io.FileIO, channels: int) -> np.ndarray:
+    array = np.load(file, allow_pickle=False)
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise ValueError(f"an array of {array.dtype}; uint8 and uint16 are read")
+    if array.ndim == 2 and channels == 1:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.size == 0:
+        raise ValueError(f"an array of shape {array.shape}; (height, width, channels) is read")
+    if array.shape[2] != channels:
+        raise ValueError(f"{array.shape[2]} channels where the model has {channels} (--in_chans)")
+    return np.ascontiguousarray(array if array.itemsize == 1 else array >> 8, dtype=np.uint8)
+
+
+def open_pil(path: str, mode: str = "RGB") -> Image.Image:
+    """Reads a file with Pillow, decoded and converted to `mode` ("L", "LA", "RGB" or "RGBA").
+
+    16-bit grey becomes value // 256. Of files with several pictures, the first.
+
+    Raises:
+        BadImage: the file cannot be read, is damaged, or is larger than Pillow's limit for suspicious files.
+    """
+    try:
+        with _open(path) as file:
+            if reason := _look(file.read(32)):
+                raise ValueError(reason)
+            file.seek(0)
+            return _decode_pil(file, mode)
+    except Exception as error:  # on broken files Pillow raises whatever its parsers run into
+        raise BadImage(path, _explain(error)) from None
+
+
+def read_image(path: str, channels: int = 3, use_simplejpeg: bool | None = None) -> np.ndarray:
+    """Reads an image file, brought to a number of channels.
+
+    JPEG, PNG, WebP, TIFF, BMP, GIF and PNM files of any mode become grey (1 channel), grey and alpha (2), RGB
+    (3) or RGBA (4) as Pillow converts them (to RGB: alpha is dropped); 16-bit values become value // 256.
+    Other numbers of channels come from `.npy` arrays, uint8 or uint16 (height, width, channels), which are
+    never converted. What a file is, its first bytes say, not its name.
+
+    Args:
+        use_simplejpeg: False decodes JPEG with Pillow even where simplejpeg is installed. Same pixels.
+
+    Returns:
+        uint8 (height, width, channels), contiguous and writable.
+
+    Raises:
+        BadImage: the file cannot be read, is damaged, has pixels or channels that do not fit, or is larger
+            than Pillow's limit for suspicious files.
+    """
+    try:
+        with _open(path) as file:
+            head = file.read(32)
+            if head.startswith(_JPEG) and channels in (1, 3) and simplejpeg and use_simplejpeg is not False:
+                file.seek(0)
+                image = _decode_jpeg(file.readall(), channels)
+                if image is not None:
+                    return image
+            if reason := _look(head):
+                raise ValueError(reason)
+            file.seek(0)
+            if head.startswith(_NPY):
+                return _decode_npy(file, channels)
+            if channels not in MODES:
+                raise ValueError(f"images of {channels} channels (--in_chans) are read from .npy arrays only")
+            image = np.array(_decode_pil(file, MODES[channels]))  # a copy: torch warns about read-only arrays
+    except Exception as error:  # on broken files Pillow and numpy raise whatever their parsers run into
+        raise BadImage(path, _explain(error)) from None
+    return image.reshape(*image.shape[:2], channels)

@@ -1,0 +1,98 @@
+"""The order of samples: of training, a permutation of each epoch; of evaluation, fixed groups."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from util.rng import derive_seed
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) for one process: its share of a permutation that depends on (seed, epoch) only.
+
+    Process `rank` of R takes every R-th sample, so the first k batches of all processes are the first
+    k * R * batch_size samples of the permutation, at any R. Nothing is padded. With `batch_size` (training)
+    every process gets the same number of full batches, and the rest of the permutation is left out in this
+    epoch; without (evaluation) every sample comes once, and processes may differ by one.
+
+    With `repeats` above 1 (repeated augmentation) it yields (epoch, index, repeat), repeat = 0, 1, ...: an
+    image's samples follow each other and lie in one batch, and an epoch is `repeats` times as long.
+
+    Args:
+        length: of the data set, in images.
+        batch_size: samples of a batch; a multiple of `repeats`.
+
+    `len()` counts the samples of a whole epoch, also where `set_epoch` has cut it short.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        batch_size: int | None = None,
+        repeats: int = 1,
+    ):
+        if repeats > 1 and (batch_size is None or batch_size % repeats):
+            raise ValueError(f"batches of {batch_size} samples do not hold whole images of {repeats} each")
+        self.repeats = repeats
+        self.length, self.num_replicas, self.rank = length, num_replicas, rank
+        self.seed, self.shuffle, self.batch_size = seed, shuffle, batch_size
+        self.epoch, self.start_batch, self.stop_batch = 0, 0, None
+
+    def set_epoch(self, epoch: int, start_batch: int = 0, stop_batch: int | None = None) -> None:
+        """Chooses the epoch, and the batches of it that come; those before are skipped without decoding."""
+        if (start_batch or stop_batch is not None) and self.batch_size is None:
+            raise ValueError("positions inside an epoch need a sampler with batch_size")
+        self.epoch, self.start_batch, self.stop_batch = epoch, start_batch, stop_batch
+
+    def __len__(self) -> int:
+        if self.batch_size is None:
+            return len(range(self.rank, self.length, self.num_replicas))
+        images = self.batch_size // self.repeats  # of a batch
+        return self.length // (self.num_replicas * images) * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        if self.shuffle:
+            order = np.random.default_rng(derive_seed(self.seed, self.epoch)).permutation(self.length)
+        else:
+            order = np.arange(self.length)
+        order = order[self.rank :: self.num_replicas][: len(self) // self.repeats]
+        if self.batch_size is not None:
+            images = self.batch_size // self.repeats
+            stop = None if self.stop_batch is None else self.stop_batch * images
+            order = order[self.start_batch * images : stop]
+        epoch = self.epoch  # of this iteration, whatever is set while it runs
+        for index in order:
+            if self.repeats == 1:
+                yield epoch, int(index)
+            else:
+                yield from ((epoch, int(index), repeat) for repeat in range(self.repeats))
+
+
+GROUP = 32  # samples per forward pass of an evaluation
+
+
+class EvalSampler(Sampler):
+    """Indices of one process's share of an evaluation: every num_replicas-th group of `GROUP`, in order.
+
+    `epoch`: yields (epoch, index), for data sets whose augmentation depends on the epoch; None: plain
+    indices.
+    """
+
+    def __init__(self, length: int, num_replicas: int = 1, rank: int = 0, epoch: int | None = None):
+        self.epoch = epoch
+        self.indices = [
+            index
+            for start in range(rank * GROUP, length, num_replicas * GROUP)
+            for index in range(start, min(start + GROUP, length))
+        ]
+
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
+        return iter(self.indices if self.epoch is None else [(self.epoch, index) for index in self.indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -1,0 +1,141 @@
+"""Evaluation that gives the same digits for any batch size and any number of processes, and what it reports.
+
+Two things make the usual evaluation depend on how it is run. (1) A matrix product rounds differently for
+another number of rows, so a sample's logits depend on the batch that it is in. Here the model always sees the
+very same groups of `GROUP` samples (0..31, 32..63, ...), whatever the loader's batch size; whole groups are
+dealt to the processes, and nothing is padded. (2) Floating-point sums depend on the order. Here every
+sample's loss is collected and summed exactly (`math.fsum`), which is the same in any order. What remains
+outside: another kind of device, library version or precision.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from util.compute.precision import autocast, resolve_amp_dtype
+from util.data.read import printable
+from util.data.sampler import GROUP
+from util.data.transforms import normalize_batch
+from util.processes.collectives import get_world_size, warn
+
+
+@dataclass
+class Predictions:
+    """One entry per sample, in the order of the data set.
+
+    indices, labels: int64 (n,); losses: float64 (n,), cross entropy; top: int64 (n, min(5, K)), the best
+    classes, best first; confidence: float64 (n,), probability of the best class.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    losses: np.ndarray
+    top: np.ndarray
+    confidence: np.ndarray
+
+
+def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Cuts a stream of batches (images, labels[, indices]) into groups of `GROUP`; the last may be shorter.
+
+    Without indices the samples are numbered in the order in which they come.
+    """
+    held, count, seen = [], 0, 0
+    for batch in batches:
+        indices = batch[2] if len(batch) > 2 else torch.arange(seen, seen + len(batch[1]))
+        seen += len(batch[1])
+        held.append((batch[0], batch[1], indices))
+        count += len(batch[1])
+        while count >= GROUP:
+            joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*held, strict=True)]
+            # A clone of a slice: its memory is laid out as if the group had come alone
+            yield tuple(part[:GROUP].clone() for part in joined)
+            held, count = [tuple(part[GROUP:] for part in joined)], count - GROUP
+    if count:
+        yield tuple(torch.cat(parts).clone() for parts in zip(*held, strict=True))
+
+
+@torch.no_grad()
+def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=None) -> Predictions:
+    """Runs the model over a loader and collects the predictions of all processes, the same on each.
+
+    Args:
+        data_loader: batches (images, labels[, indices]); with several processes each gives its own share, as
+            `EvalSampler` deals it, with indices.
+        model: images -> logits (N, K); its training mode is restored.
+        args: if given: amp_dtype, mean, std (to normalise uint8 images).
+    """
+    device = torch.device(device)
+    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+    # The bare model: DistributedDataParallel would wait in forward for processes that have no more groups
+    model = model.module if hasattr(model, "module") else model
+    was_training = model.training
+    model.eval()
+    rows = []
+    for images, labels, indices in in_groups(data_loader):
+        images, labels = normalize_batch(images, device, mean, std), labels.to(device, non_blocking=True)
+        with autocast(device, amp_dtype):
+            logits = model(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        rows.append(
+            (
+                indices,
+                labels,
+                F.cross_entropy(logits, labels, reduction="none"),
+                logits.topk(min(5, logits.shape[1]), dim=1).indices,
+                logits.softmax(dim=1).amax(dim=1),
+            )
+        )
+    model.train(was_training)
+    columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
+    return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)
+
+
+def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of `columns` without the samples whose files could not be decoded (--bad_images skip).
+
+    Other pictures took their places in the batches; counted here, those would be counted twice.
+    """
+    dataset = getattr(data_loader, "dataset", None)
+    bad = getattr(dataset, "bad", None)
+    if bad is None or not (dropped := bad[indices] > 0).any():
+        return columns
+    names = ", ".join(printable(dataset.files.paths[i]) for i in indices[dropped].tolist()[:5])
+    warn(f"{int(dropped.sum())} images could not be decoded and are left out of the figures: {names}")
+    return [column[~dropped] for column in columns]
+
+
+def _gather(columns: list[torch.Tensor]) -> Predictions:
+    """Joins the columns of all processes and puts them in the order of the data set."""
+    columns = [c.double().numpy() if c.is_floating_point() else c.numpy() for c in columns]
+    if get_world_size() > 1:
+        shares = [None] * get_world_size()
+        dist.all_gather_object(shares, columns)
+        columns = [np.concatenate(parts) for parts in zip(*filter(None, shares), strict=True)]
+    if not columns:
+        raise ValueError("the evaluation loader gave no samples")
+    order = np.argsort(columns[0], kind="stable")
+    return Predictions(
+        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=True)}
+    )
+
+
+def summarize(predictions: Predictions) -> dict[str, float]:
+    """acc1, acc5 (percent) and loss (mean) of `predictions`, from exact sums."""
+    hits = predictions.top == predictions.labels[:, None]
+    count = len(predictions.labels)
+    return {
+        "acc1": 100.0 * int(hits[:, 0].sum()) / count,
+        "acc5": 100.0 * int(hits.any(axis=1).sum()) / count,
+        "loss": math.fsum(predictions.losses) / count,
+    }
+
+
+def closing_line(stats: dict[str, float]) -> str:
+    """The line that ends an evaluation, e.g. `* Acc@1 83.664 Acc@5 96.530 loss 0.731`."""
+    return f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"

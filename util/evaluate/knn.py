@@ -1,0 +1,98 @@
+"""Weighted k-nearest-neighbour classification on frozen features (DINO, arXiv 2104.14294, appendix F.1)."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+from util.data.labelled import check_classes, labelled_images
+from util.data.loader import build_loader
+from util.data.presets import eval_transform
+from util.data.sampler import EvalSampler
+from util.errors import UserError
+from util.evaluate.features import encoder_features, extract_features
+from util.processes.collectives import get_rank, get_world_size, log
+
+
+def knn_accuracy(
+    model_or_feature_fn: torch.nn.Module | Callable,
+    train_loader: Iterable,
+    val_loader: Iterable,
+    device,
+    k: int = 20,
+    temperature: float = 0.07,
+    args=None,
+) -> dict[str, float]:
+    """Accuracy of k-NN on the validation images, with the training images' features as the memory.
+
+    Args:
+        model_or_feature_fn: a model of this code (its mode is restored; of a MAE model the mean over the
+            patch tokens is taken), or a function from normalised images to features (N, D).
+        train_loader, val_loader: batches (images, labels[, indices]) without random augmentation; with
+            several processes dealt by `util.data.sampler.EvalSampler`.
+        k: neighbours, at most the number of training images is used.
+        temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
+        args: if given: amp_dtype, mean, std.
+
+    Returns:
+        acc1, acc5 in percent, the same on all processes.
+    """
+    model = model_or_feature_fn if isinstance(model_or_feature_fn, torch.nn.Module) else None
+    feature_fn = model_or_feature_fn if model is None else lambda images: encoder_features(model, images)
+    was_training = model is not None and model.training
+    if model is not None:
+        model.eval()
+    train_features, train_labels = extract_features(feature_fn, train_loader, device, args)
+    val_features, val_labels = extract_features(feature_fn, val_loader, device, args)
+    if model is not None:
+        model.train(was_training)
+    return knn_from_features(train_features, train_labels, val_features, val_labels, k, temperature, device)
+
+
+@torch.no_grad()
+def knn_from_features(
+    train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
+) -> dict[str, float]:
+    """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
+    memory = F.normalize(train_features.to(device), dim=1)
+    memory_labels = train_labels.to(device)
+    num_classes = int(max(train_labels.max(), val_labels.max())) + 1
+    k = min(k, len(memory))
+    rows = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
+    hits1 = hits5 = 0
+    for queries, labels in zip(val_features.split(rows), val_labels.split(rows), strict=True):
+        similarity = F.normalize(queries.to(device), dim=1) @ memory.T  # (rows, n)
+        nearest, ids = similarity.topk(k, dim=1)
+        votes = nearest.new_zeros(len(queries), num_classes)
+        # Relative to the nearest: the same ranking, and no overflow at small temperatures
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, memory_labels[ids], weights)
+        best = votes.topk(min(5, num_classes), dim=1).indices == labels.to(device)[:, None]
+        hits1 += int(best[:, 0].sum())
+        hits5 += int(best.any(dim=1).sum())
+    return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
+
+
+def knn_loaders(args: Namespace) -> tuple | None:
+    """Loaders of `train` and `val` without augmentation; None, with a line that says why, without labels.
+
+    Args:
+        args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
+    """
+    try:
+        centre = eval_transform(args, always_crop=True)  # as main_knn.py
+        datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
+        check_classes(*datasets)
+    except UserError as error:
+        log(f"no k-NN accuracy: {error}")
+        return None
+    return tuple(
+        build_loader(
+            dataset,
+            EvalSampler(len(dataset), get_world_size(), get_rank()),
+            args.batch_size,
+            args.num_workers,
+        )
+        for dataset in datasets
+    )

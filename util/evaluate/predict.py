@@ -1,0 +1,170 @@
+"""Runs a classifier or an encoder over image files and returns what comes out.
+
+Every figure is the same at any batch size and number of loader processes: images go through the model in
+fixed groups (`util.evaluate.exact.in_groups`), in order, never masked, shuffled or augmented.
+"""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from util.compute.precision import autocast, resolve_amp_dtype
+from util.data.dataset import ImageFiles
+from util.data.labelled import LabelledImages
+from util.data.loader import build_loader
+from util.data.presets import eval_transform
+from util.data.transforms import normalize_batch
+from util.errors import UserError
+from util.evaluate.exact import in_groups
+from util.weights.predict_model import Weights
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+KINDS = ("mean", "cls", "patches")
+
+
+@dataclass
+class Predictions:
+    """One row per readable image, in order.
+
+    rows: int64 (n,), which of the images it is. classes: int64 (n, k), best first, and probabilities: float32
+    (n, k); both None without a head. features: float32 (n, D) or (n, L, D), or None.
+    """
+
+    rows: np.ndarray
+    classes: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+
+def prediction_loader(files: ImageFiles, weights: Weights, args: Namespace) -> torch.utils.data.DataLoader:
+    """Batches of `files` under the evaluation's transform of the recipe that made the weights.
+
+    A probe's and a bare encoder's is that of probing and k-NN: resize to size / 0.875, centre crop; a
+    fine-tuned classifier's the same up to 224 pixels, above it without the margin.
+
+    Args:
+        args: batch_size, num_workers, bad_images.
+    """
+    info = weights.content.get("model_info") or {}
+    tuned = info.get("recipe", "finetune" if "head.weight" in weights.state else None) == "finetune"
+    channels = weights.sizes["in_chans"]
+    stats = Namespace(input_size=weights.input_size, in_chans=channels, mean=weights.mean, std=weights.std)
+    dataset = LabelledImages(
+        files, eval_transform(stats, always_crop=not tuned), channels, 0, args.bad_images
+    )
+    batches = -(-len(dataset) // args.batch_size)
+    workers = args.num_workers if batches > 1 else 0  # starting processes takes longer than one batch
+    return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches))
+
+
+def pool_tokens(model: torch.nn.Module, tokens: torch.Tensor, kind: str) -> torch.Tensor:
+    """Features of the last block's tokens (N, 1 + L, D) of a `VisionTransformer`: (N, D), or (N, L, D).
+
+    Args:
+        kind: "mean" of the patch tokens, "cls" token, or all "patches" in row-major order. They have gone
+            through the final norm. A classifier with global pooling has a norm for the mean only (the
+            features that its head sees); its class token and patches come as its last block gives them.
+    """
+    if model.global_pool:
+        return model.fc_norm(tokens[:, 1:].mean(dim=1)) if kind == "mean" else _part(tokens, kind)
+    tokens = model.norm(tokens)
+    return tokens[:, 1:].mean(dim=1) if kind == "mean" else _part(tokens, kind)
+
+
+def _part(tokens: torch.Tensor, kind: str) -> torch.Tensor:
+    return tokens[:, 0] if kind == "cls" else tokens[:, 1:]
+
+
+@torch.no_grad()
+def predict(
+    model: torch.nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    amp_dtype: str = "none",
+    top_k: int = 0,
+    feature_kind: str | None = None,
+    progress: "Progress | None" = None,
+) -> Predictions:
+    """Runs `model`, a `VisionTransformer` in eval mode on `device`, over the images of a loader.
+
+    Args:
+        top_k: so many of the best classes of each image; 0: none.
+        feature_kind: one of `KINDS`; None: no features.
+    """
+    dtype = resolve_amp_dtype(amp_dtype, device)
+    dataset, done = loader.dataset, 0
+    parts, features = [], None
+    for images, _, indices in in_groups(loader):
+        images = normalize_batch(images, device)
+        with autocast(device, dtype):
+            tokens = model.forward_tokens(images)
+            pooled = pool_tokens(model, tokens, "mean" if model.global_pool else "cls") if top_k else None
+            logits = model.head(model.head_drop(pooled)) if top_k else None
+            values = pool_tokens(model, tokens, feature_kind) if feature_kind else None
+        best = logits.float().softmax(dim=1).topk(top_k, dim=1) if top_k else None
+        if values is not None:
+            if features is None:  # one block for all: they may take most of the memory
+                features = allocate((len(dataset), *values.shape[1:]))
+            features[done : done + len(images)] = values.float().cpu().numpy()
+        columns = [best.indices.cpu(), best.values.cpu()] if top_k else []
+        parts.append([indices, *columns])
+        done += len(images)
+        if progress:
+            progress.update(len(images))
+    rows, *best = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    readable = dataset.bad.numpy()[rows] == 0
+    if not readable.all():  # other pictures took their places in the batches
+        rows, best = rows[readable], [column[readable] for column in best]
+        features = None if features is None else features[readable]
+    return Predictions(rows, *(best or (None, None)), features)
+
+
+def allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array; UserError where memory does not have the room."""
+    try:
+        return np.empty(shape, dtype=np.float32)
+    except MemoryError:
+        size = 4 * np.prod(shape, dtype=float) / 2**30
+        raise UserError(
+            f"--features: {size:.1f} GB of memory are needed; pass fewer images at a time"
+        ) from None
+
+
+class Progress:
+    """A bar on a terminal that has tqdm, else a line every 10 s and at the end; on stderr."""
+
+    def __init__(self, total: int, unit: str = "images", every: float = 10.0):
+        self.total, self.unit, self.every, self.count = total, unit, every, 0
+        self.start = self.last = time.perf_counter()
+        use_bar = tqdm is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if use_bar else None
+
+    def update(self, count: int) -> None:
+        self.count += count
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(count)
+        elif now - self.last >= self.every and self.count < self.total:
+            self.last = now
+            self._line(now)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line(time.perf_counter())
+
+    def _line(self, now: float) -> None:
+        rate = self.count / max(now - self.start, 1e-9)
+        print(
+            f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s", file=sys.stderr, flush=True
+        )

@@ -1,0 +1,89 @@
+"""What an evaluation reports per class and per image: tables, a CSV file, a picture."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from util.evaluate.exact import Predictions
+
+MAX_CLASSES = 100  # of the per-class table and of the confusion picture
+
+
+def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
+    """int64 (K, K): entry [i, j] counts the samples of class i that were taken for class j, or, in the last
+    column, for one beyond it.
+    """
+    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(matrix, (predictions.labels, np.minimum(predictions.top[:, 0], num_classes - 1)), 1)
+    return matrix
+
+
+def per_class_table(matrix: np.ndarray, class_names: list[str]) -> str:
+    """A text table: per class the samples, how many were right, and what it was else taken for most often."""
+    width = max(len("class"), *(len(name) for name in class_names))
+    lines = [f"{'class':{width}s}  samples  correct  acc (%)  most often taken for"]
+    for i, name in enumerate(class_names):
+        samples, correct = int(matrix[i].sum()), int(matrix[i, i])
+        wrong = matrix[i].copy()
+        wrong[i] = 0
+        other = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"
+        accuracy = f"{100 * correct / samples:7.2f}" if samples else "      -"
+        lines.append(f"{name:{width}s}  {samples:7d}  {correct:7d}  {accuracy}  {other}")
+    return "\n".join(lines)
+
+
+def write_predictions(path: str | Path, predictions: Predictions, paths, class_names: list[str]) -> None:
+    """Writes a CSV file, one line per sample in the order of the data set.
+
+    Columns: path, label, prediction (class names), correct (0 or 1), confidence (probability of the
+    prediction), loss.
+    """
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss"])
+        for i, index in enumerate(predictions.indices.tolist()):
+            label, best = predictions.labels[i], predictions.top[i, 0]
+            figures = f"{predictions.confidence[i]:.6f}", f"{predictions.losses[i]:.6f}"
+            writer.writerow(
+                [paths[index], class_names[label], class_names[best], int(label == best), *figures]
+            )
+
+
+def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
+    """A confusion matrix as a picture: rows are true classes, columns predictions, shade is the share."""
+    count = len(class_names)
+    cell = 48 if count <= 12 else 26 if count <= 30 else 14
+    font = ImageFont.load_default(size=min(14, cell - 2))
+    names = [name if len(name) <= 20 else name[:19] + "…" for name in class_names]
+    margin = 42 + max(int(font.getlength(name)) for name in names)
+    side = margin + count * cell + 12
+    picture = Image.new("RGB", (max(side, 320), side), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text(
+        (8, 6), "rows: true class, columns: prediction", fill="black", font=ImageFont.load_default(size=13)
+    )
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    for i in range(count):
+        y = margin + i * cell
+        draw.text((margin - 6, y + cell / 2), names[i], fill="black", font=font, anchor="rm")
+        _draw_upwards(picture, names[i], (y + cell / 2, margin - 6), font)
+        for j in range(count):
+            x, share = margin + j * cell, shares[i, j]
+            shade = tuple(round(255 + (dark - 255) * share) for dark in (8, 48, 107))
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225))
+            if cell >= 26 and matrix[i, j]:
+                ink = "white" if share > 0.4 else "black"
+                size = ImageFont.load_default(size=13 if cell == 48 else 9)
+                draw.text((x + cell / 2, y + cell / 2), str(matrix[i, j]), fill=ink, font=size, anchor="mm")
+    return picture
+
+
+def _draw_upwards(picture: Image.Image, text: str, bottom_centre: tuple[float, float], font) -> None:
+    """Writes `text` rotated, reading upwards from `bottom_centre` (x, y)."""
+    _, _, right, bottom = font.getbbox(text)
+    label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
+    ImageDraw.Draw(label).text((0, 0), text, fill="black", font=font)
+    label = label.rotate(90, expand=True)
+    picture.paste(label, (int(bottom_centre[0] - label.width / 2), int(bottom_centre[1] - label.height)))

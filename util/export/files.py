@@ -1,0 +1,113 @@
+"""Files of an export: a folder that appears whole or not at all, safetensors with settings, JSON."""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError
+
+# Packages that each target needs beyond the requirements, as `import NAME`
+_EXTRAS = {
+    "hf": ["transformers", "safetensors"],
+    "timm": ["safetensors"],  # a requirement of timm's
+    "safetensors": ["safetensors"],
+    "torch_export": [],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+}
+# All that an export writes: --overwrite deletes folders of these files, and no other
+_WRITTEN = {
+    "README.md", "config.json", "model.onnx", "model.onnx.data", "model.pt2", "model.pth",
+    "model.safetensors", "preprocessor_config.json",
+}  # fmt: skip
+
+
+def require(target: str) -> None:
+    """Imports the packages of a target; raises UserError with the `pip install` line when some are absent."""
+    absent = []
+    for name in _EXTRAS[target]:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if error.name not in (name, None):  # it is there, but something of its own is not
+                raise UserError(f"{target}: the package {name} cannot be imported: {error}") from None
+            absent.append(name)
+    if absent:
+        raise UserError(
+            f"{target}: needs {' and '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not "
+            f"installed: pip install {' '.join(absent)}"
+        )
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """The folder that an export may make; raises UserError where something is in its way."""
+    path = Path(output).resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    if path.is_dir() and (there := sorted(p.name for p in path.iterdir())):
+        if not overwrite:
+            raise UserError(f"--output {output}: exists and is not empty; pass --overwrite or another folder")
+        if strange := [name for name in there if name not in _WRITTEN]:
+            raise UserError(
+                f"--output {output}: --overwrite replaces folders of an earlier export only, and this one "
+                f"also holds {', '.join(strange[:3])}; name another folder"
+            )
+    return path
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, size: int) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it at the end, removed after an exception.
+
+    What was at `path` stays until then.
+
+    Args:
+        size: bytes that will be written.
+
+    Raises:
+        UserError: the place cannot be written, or has not that much room.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < 1.1 * size:
+            raise UserError(
+                f"--output {path}: {free / 2**20:.0f} MB are free, {1.1 * size / 2**20:.0f} MB are needed"
+            )
+        temporary.mkdir()
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for written in temporary.iterdir():  # some libraries make files that only their owner can read
+            written.chmod(0o666 & ~umask)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno is None:  # a library's own, which has nothing to do with the disk
+            raise
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, state: dict[str, torch.Tensor], **entries) -> None:
+    """Writes tensors, and `entries` (what JSON can hold) that `read_entries` returns."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, path, {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}})

@@ -1,0 +1,209 @@
+"""Pictures of what a masked autoencoder sees and predicts: original, masked, reconstruction, pasted.
+
+Training writes them every few epochs, `demo/visualize.py` when asked. All of it is deterministic: the
+same weights, images and noise give the same bytes of PNG, and nothing of the caller's state changes.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from util.data.read import open_pil
+from util.errors import UserError
+from util.figures.canvas import draw_grid, grid_tensor, panel_pixels, save_png
+
+__all__ = [
+    "BORROWED_STATISTICS",
+    "PANELS",
+    "column_headings",
+    "draw_grid",
+    "grid_tensor",
+    "mask_noise",
+    "panel_pixels",
+    "ratio_grid",
+    "read_mask",
+    "reconstruct",
+    "reconstruction_grid",
+    "save_png",
+]
+
+PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
+BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix_loss model must say
+GREY = 0.5  # of removed patches
+
+
+def read_mask(path: str | os.PathLike, grid: tuple[int, int]) -> Tensor:
+    """Reads a mask picture, bool (L,) in image order: True where a patch shall be removed.
+
+    White is removed, black stays. The picture may have any size: like a photograph, it is cut to the largest
+    centred part of the model's shape; a patch is removed when its part is brighter than mid-grey on average.
+
+    Args:
+        grid: (rows, columns) of patches.
+
+    Raises:
+        UserError: no picture, or one that removes all patches or none.
+    """
+    try:
+        pixels = np.asarray(open_pil(os.fspath(path), "L"), dtype=np.float64) / 255
+    except UserError as error:
+        raise UserError(f"--mask_file {error}") from None
+    (height, width), (rows, columns) = pixels.shape, grid
+    scale = min(height / rows, width / columns)
+    top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
+    box = (left, top, left + columns * scale, top + rows * scale)
+    image = Image.fromarray(pixels.astype(np.float32))
+    means = np.asarray(image.resize((columns, rows), Image.Resampling.BOX, box=box))
+    removed = torch.from_numpy(means > 0.5).flatten()
+    if removed.all() or not removed.any():
+        share = "all" if removed.all() else "none"
+        raise UserError(
+            f"--mask_file {path}: removes {share} of the {rows}x{columns} patches; white is removed"
+        )
+    return removed
+
+
+def mask_noise(removed: Tensor, rows: int) -> tuple[Tensor, float]:
+    """(noise (rows, L) float32, mask ratio) that make a model remove the patches `removed`, bool (L,)."""
+    kept = len(removed) - int(removed.sum())
+    # Half a patch to spare on both sides: int(L * (1 - ratio)) does not hang on rounding
+    return removed.float().expand(rows, -1), 1 - (kept + 0.5) / len(removed)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Puts `model` into eval mode and gives each submodule its own mode back (frozen ones may be in eval)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def undo_patch_normalization(pred: Tensor, target: Tensor) -> Tensor:
+    """Gives normalised predictions (N, L, p*p*C) the mean and deviation of the true patches `target`.
+
+    Inverts the norm_pix_loss target, (patch - mean) / sqrt(unbiased variance + 1e-6), of arXiv 2111.06377.
+    The model never predicted these statistics, hence the label that `column_headings` adds.
+    """
+    mean = target.mean(dim=-1, keepdim=True)
+    var = target.var(dim=-1, keepdim=True, unbiased=True)
+    return pred * (var + 1.0e-6).sqrt() + mean
+
+
+@torch.no_grad()
+def reconstruct(
+    model: torch.nn.Module,
+    images: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, Tensor]:
+    """Runs `model` (a `MaskedAutoencoderViT`) once on all of `images` and returns the panels to draw.
+
+    Args:
+        images: (N, C, H, W) float, normalised with the per-channel `mean` and `std` (C values each).
+        noise: (N, L); the patches with the smallest values stay visible (see `fixed_noise`).
+        mask_ratio: share of removed patches.
+
+    Returns:
+        {panel: (N, C, H, W)} in the order of `PANELS`, values in [0, 1], dtype of `images`, on the CPU:
+        - "original": the input, normalisation undone;
+        - "masked": the same, removed patches grey;
+        - "reconstruction": the prediction of every patch, of the visible ones too;
+        - "reconstruction + visible": removed patches from the prediction, visible ones from the original.
+
+    Raises ValueError when `mean`, `std` or `noise` do not fit `images`.
+    """
+    n, channels = images.shape[:2]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"images have {channels} channels, mean has {len(mean)} values and std {len(std)}")
+    expected = (n, model.patch_embed.num_patches)
+    if noise.shape != expected:
+        raise ValueError(f"noise must have the shape {expected} (images, patches), not {tuple(noise.shape)}")
+    device = next(model.parameters()).device
+    images = images.to(device)
+    with evaluation_mode(model):
+        _, pred, mask = model(images, mask_ratio=mask_ratio, noise=noise.to(device))
+    pred = pred.to(images.dtype)  # autocast may have made it half
+    if model.norm_pix_loss:
+        pred = undo_patch_normalization(pred, model.patchify(images))
+    removed = model.unpatchify(mask[..., None].expand_as(pred)) > 0.5
+
+    mean, std = (torch.tensor(v, dtype=images.dtype, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    # A diverged model predicts NaN: black, instead of whatever a cast makes of it.
+    original, prediction = (
+        (x * std + mean).nan_to_num(0.0).clamp(0, 1) for x in (images, model.unpatchify(pred))
+    )
+    masked = original.masked_fill(removed, GREY)
+    pasted = torch.where(removed, prediction, original)
+    panels = (panel.cpu() for panel in (original, masked, prediction, pasted))
+    return dict(zip(PANELS, panels, strict=True))
+
+
+def column_headings(norm_pix_loss: bool, channels: int) -> tuple[str, ...]:
+    """Returns the headings of the four panels; notes stand in brackets.
+
+    With `norm_pix_loss` both panels that hold predictions say that brightness and contrast of every patch
+    come from the original and not from the model. Channels that are not shown are noted too.
+    """
+    shown = {2: "channel 1 of 2"}.get(channels, f"channels 1-3 of {channels}" if channels > 3 else "")
+    notes = [shown, "", *2 * [BORROWED_STATISTICS if norm_pix_loss else ""]]
+    return tuple(f"{name} ({note})" if note else name for name, note in zip(PANELS, notes, strict=True))
+
+
+def reconstruction_grid(
+    model: torch.nn.Module,
+    images: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    caption: str | None = None,
+    row_labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draws the panels of `reconstruct` (same arguments), a row per image, under headings that fit `model`.
+
+    `caption` (such as "epoch 20, masked 75 %") and `row_labels` as in `draw_grid`; returns an RGB picture.
+    """
+    panels = reconstruct(model, images, noise, mask_ratio, mean, std)
+    headings = column_headings(model.norm_pix_loss, images.shape[1])
+    return draw_grid(headings, list(panels.values()), caption, row_labels)
+
+
+def ratio_grid(
+    model: torch.nn.Module,
+    images: Tensor,
+    maskings: Sequence[tuple[str, Tensor, float]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    caption: str | None = None,
+    row_labels: Sequence[str] | None = None,
+    batch_size: int = 32,
+) -> Image.Image:
+    """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
+
+    Args:
+        maskings: (title such as "75% masked", noise (N, L), mask ratio); one alone goes without its title.
+        batch_size: images per forward pass; any number of rows fits into memory.
+    """
+    headings = column_headings(model.norm_pix_loss, images.shape[1])
+    columns, titles, groups = [], list(headings[:1]), [("", 1)]
+    for title, noise, ratio in maskings:
+        parts = [
+            reconstruct(model, *part, ratio, mean, std)
+            for part in zip(images.split(batch_size), noise.split(batch_size), strict=True)
+        ]
+        panels = [torch.cat([part[name] for part in parts]) for name in PANELS]
+        columns += panels[1:] if columns else panels
+        titles += headings[1:]
+        groups.append((title, 3))
+    return draw_grid(titles, columns, caption, row_labels, groups if len(maskings) > 1 else None)

@@ -1,0 +1,59 @@
+"""The reconstruction pictures that training writes for a few fixed images with fixed masks."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from util.data.transforms import normalize_batch
+from util.figures.reconstruction import grid_tensor, reconstruction_grid, save_png
+from util.processes.collectives import warn
+from util.rng import fixed_noise
+
+
+def pick_images(dataset: torch.utils.data.Dataset, count: int = 8) -> torch.Tensor:
+    """(n, C, H, W): n <= `count` images spread evenly over a data set, as it gives them in epoch 0."""
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    return torch.stack([dataset[(0, int(index))][0] for index in indices])
+
+
+def write_pictures(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    args: Namespace,
+    epoch: int,
+    val_loss: float | None,
+    log_writer,
+) -> Path | None:
+    """Draws original, masked, reconstruction and reconstruction + visible after an epoch.
+
+    Goes to `reconstruction-{epoch}.png` in `args.output_dir` and to TensorBoard. A picture that cannot be
+    written is warned about; training goes on.
+
+    Args:
+        model: the bare model.
+        images: (n, C, H, W) of `pick_images`.
+        args: mask_ratio, mean, std, output_dir.
+    """
+    device = next(model.parameters()).device
+    caption = f"epoch {epoch}, {args.mask_ratio:.0%} masked"
+    if val_loss is not None:
+        caption += f", held-out loss {val_loss:.4f}"
+    noise = fixed_noise(len(images), model.patch_embed.num_patches, seed=0)
+    normalized = normalize_batch(images, device, args.mean, args.std)
+    picture: Image.Image = reconstruction_grid(
+        model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
+    )
+    if log_writer is not None:
+        log_writer.add_image("reconstruction", grid_tensor(picture), int((epoch + 1) * 1000))
+    if not args.output_dir:
+        return None
+    path = Path(args.output_dir) / f"reconstruction-{epoch}.png"
+    try:
+        save_png(picture, path)
+    except OSError as error:
+        warn(f"{path}: not written: {error.strerror or error}")
+        return None
+    return path

@@ -1,0 +1,155 @@
+"""`--fsdp`: each process keeps a share of every weight, gradient and optimizer state, for models that do not
+fit otherwise (FSDP2, `torch.distributed.fsdp.fully_shard`; ZeRO stage 3, arXiv 1910.02054).
+
+A block's weights are gathered when it computes and dropped after it; gradients are averaged, and each process
+keeps its share of them. Blocks compute in the precision that autocast gives them, as with
+DistributedDataParallel: weights travel in float32, and both give the same numbers. (FSDP2's own mixed
+precision would also round norms and position tables to 16 bits.)
+
+All that is not training takes a `full_copy`, a plain model that any process may call as often as it likes.
+Checkpoints hold whole tensors: `util.run.writer.snapshot` gathers them, one at a time, and `load_state` and
+`split_optimizer_state` take this process's share, so that runs with and without --fsdp read each other's.
+"""
+
+import contextlib
+import copy
+import warnings
+from argparse import Namespace
+
+import torch
+
+from util.errors import UserError
+
+
+def check_fsdp(args: Namespace) -> None:
+    """Raises UserError where `args.fsdp` cannot work.
+
+    Args:
+        args: if present fsdp, eval, and distributed (see `init_distributed_mode`), which is
+            not known yet where a job is submitted.
+    """
+    if not getattr(args, "fsdp", False) or getattr(args, "eval", False):
+        return
+    if not getattr(args, "distributed", True):
+        raise UserError(
+            "--fsdp: shares a model among several processes, and this is a single one; start with torchrun "
+            "--nproc_per_node N, or leave it out"
+        )
+
+
+def shard_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Splits the parameters of `model` among all processes, in place, each block as a unit; returns it.
+
+    Every process must have the same weights. Parameters become DTensors, so make the optimizer afterwards.
+
+    Raises:
+        UserError: this version of torch cannot do it on `device`.
+    """
+    old = device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event")
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        old = True
+    if old:
+        where = "on CPU" if device.type == "cpu" else "here"
+        raise UserError(f"--fsdp: does not work {where} with torch {torch.__version__}; install a newer one")
+    # The loss does not change the view in place that this speaks of, and nobody else uses it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    empty = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    without_weights = copy.deepcopy(model, empty)  # deepcopy takes what its memo has in place of a copy
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in [*model.blocks, *getattr(model, "decoder_blocks", [])]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    object.__setattr__(model, "without_weights", without_weights)  # no submodule: not in the state dict
+    return model
+
+
+def is_sharded(thing: torch.nn.Module | torch.Tensor) -> bool:
+    """Whether a model has gone through `shard_model`, or a tensor is split as such a model's are."""
+    return hasattr(thing, "without_weights" if isinstance(thing, torch.nn.Module) else "full_tensor")
+
+
+def full_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A sharded model as a plain one with copies of the whole weights, on the same device; any other model as
+    it is. All processes must call it; what is done with the copy is each one's own affair.
+
+    The copy takes the room of the weights alone: no gradients, no optimizer state.
+    """
+    if not is_sharded(model):
+        return model
+    whole = copy.deepcopy(model.without_weights)
+    state = {name: whole_tensor(value) for name, value in model.state_dict().items()}
+    whole.load_state_dict(state, assign=True)
+    return whole.train(model.training)
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor, on its device, for which all processes must call; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_share(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of this process's share of a whole `tensor`, sharded as `like` is; if that is not, `tensor`."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    chunks = tensor.chunk(mesh.size(), dim=placements[0].dim)  # as FSDP2 cuts: the last ones may get nothing
+    rank = mesh.get_local_rank()
+    share = chunks[rank] if rank < len(chunks) else tensor.narrow(placements[0].dim, 0, 0)
+    share = share.to(like.to_local(), copy=True)
+    return DTensor.from_local(
+        share, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """`model.load_state_dict` of whole tensors that fit, for a sharded model as well."""
+    own = model.state_dict()
+    model.load_state_dict({name: own_share(value, own[name]) for name, value in state.items()})
+
+
+def split_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """The 'state' of an optimizer's whole state dict as the parameters of `optimizer` are sharded, if at all.
+
+    Args:
+        state: {number of the parameter: {name: tensor or number}}, as in `optimizer.state_dict()`.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def split(value, like):
+        fits = isinstance(value, torch.Tensor) and value.shape == like.shape
+        return own_share(value, like) if fits else value
+
+    return {
+        number: {name: split(value, parameters[number]) for name, value in entry.items()}
+        if number in range(len(parameters)) and is_sharded(parameters[number])
+        else entry
+        for number, entry in state.items()
+    }
+
+
+def wrap_model(model: torch.nn.Module, device: torch.device, fsdp: bool = False) -> torch.nn.Module:
+    """`model` as several processes train it; make the optimizer afterwards.
+
+    DistributedDataParallel around it, with the gradients in the buckets that are sent; with `fsdp` itself,
+    sharded in place.
+    """
+    if fsdp:
+        return shard_model(model, device)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def without_gradient_traffic(model: torch.nn.Module, active: bool = True):
+    """Context of a micro-step that is not the last of its accumulation window: gradients stay here."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(not active)
+    return model.no_sync() if active and hasattr(model, "no_sync") else contextlib.nullcontext()

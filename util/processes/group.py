@@ -1,0 +1,123 @@
+"""Joining the other processes of a run, and leaving them: at the end, or because of a fault."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from argparse import Namespace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+from util.processes import watch
+from util.processes.collectives import all_reduce_sum, barrier, get_rank
+
+
+def find_processes(args: Namespace) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single
+    process.
+
+    Under srun also sets MASTER_ADDR and MASTER_PORT where they are missing.
+    """
+    env = os.environ
+    try:
+        if getattr(args, "dist_on_itp", False):
+            return tuple(int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK"))
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local_rank = int(env.get("LOCAL_RANK", max(getattr(args, "local_rank", -1), 0)))
+            return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
+        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            from util.processes.nodes import master_address, master_port
+
+            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+            env.setdefault("MASTER_ADDR", master_address(nodes))
+            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])))
+            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    except KeyError as missing:
+        raise UserError(f"the launcher did not set {missing} in the environment") from None
+    return None
+
+
+def init_distributed_mode(args: Namespace) -> None:
+    """Joins the other processes, if a launcher started several: NCCL on GPUs, gloo on CPU.
+
+    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (which one here). Checks that the
+    processes reach each other, and starts watching them (`util.processes.watch`).
+
+    Raises:
+        UserError: the launcher's environment is incomplete, or not all processes came.
+    """
+    found = find_processes(args)
+    if found is None:
+        args.distributed, args.rank, args.world_size, args.gpu = False, 0, 1, 0
+        return
+    args.rank, args.world_size, args.gpu = found
+    args.distributed = True
+    device = str(getattr(args, "device", "auto"))
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        args.gpu %= max(torch.cuda.device_count(), 1)  # srun --gpus-per-task shows a process its own one only
+    url, minutes = getattr(args, "dist_url", "env://"), getattr(args, "dist_timeout", 30)
+    if url == "env://" and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
+    try:
+        if on_gpu:
+            torch.cuda.set_device(args.gpu)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            url,
+            rank=args.rank,
+            world_size=args.world_size,
+            timeout=timedelta(minutes=minutes),
+        )
+        total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "Duplicate GPU" in line), lines[0])
+        raise UserError(
+            f"rank {args.rank} of {args.world_size}: could not join the others: {reason}"
+        ) from None
+    if total != args.world_size:
+        raise UserError(
+            f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
+        )
+    watch.start(args.rank, args.world_size, url)
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """What to say of an error that another process's end has caused; None for any other error."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError) or re.search("by peer|Connection (refused|reset)|gloo", text):
+        reason = text.strip().splitlines()[0][:200]
+        return f"error: lost contact with another process (killed, or out of memory?): {reason}"
+    return None
+
+
+def fail(message: str, status: int, own_fault: bool = True) -> None:
+    """Prints `message` as the last word of all processes, brings the others down, and leaves with `status`.
+
+    With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other
+    process has given a reason.
+    """
+    first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
+    if first:
+        print(f"[rank {get_rank()}] {message}", file=sys.stderr, flush=True)
+    if (first or own_fault) and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": extra}}  # torchrun ends the log with it
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+    sys.stdout.flush()
+    watch.leave(status)  # without clean-up, which would wait for the others
+
+
+def shut_down() -> None:
+    """Leaves the process group, if there is one, when all processes have come here."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()
+        watch.stop()
+        dist.destroy_process_group()

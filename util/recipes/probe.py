@@ -1,0 +1,46 @@
+"""What probing does with its frozen encoder: features computed once, and the proof that it did not change."""
+
+import hashlib
+import time
+
+import torch
+
+from util.data.sampler import EvalSampler
+from util.evaluate.features import FeatureLoader, extract_features
+from util.processes.collectives import get_rank, get_world_size, log
+from util.recipes.classifier import eval_loader, train_loader
+
+
+def encoder_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over the bits of everything but the head, parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith("head."):
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cache_features(model, train_set, val_set, args, device, pin_mem) -> tuple[FeatureLoader, FeatureLoader]:
+    """Runs the frozen encoder over both sets; loaders of features for training and evaluation."""
+    start = time.time()
+    model.eval()
+    train_features = torch.empty(args.cache_views, len(train_set), model.embed_dim)
+    for view in range(args.cache_views):
+        images = eval_loader(train_set, args, pin_mem, epoch=view)
+        train_features[view], train_labels = extract_features(
+            model.forward_features, images, device, args, keep_all=True
+        )
+    images = eval_loader(val_set, args, pin_mem)
+    val_features, val_labels = extract_features(model.forward_features, images, device, args, keep_all=True)
+    train_set.report_bad_images()
+    size = (train_features.numel() + val_features.numel()) * 4 / 2**20
+    log(
+        f"features: {args.cache_views} views of {len(train_labels)} and {len(val_labels)} images, "
+        f"{size:.0f} MB, in {time.time() - start:.1f} s"
+    )
+    val_sampler = EvalSampler(len(val_labels), get_world_size(), get_rank())
+    _, sampler = train_loader(train_set, args, pin_mem)
+    return (
+        FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True),
+        FeatureLoader(val_features[None], val_labels, val_sampler, args.batch_size, dataset=val_set),
+    )

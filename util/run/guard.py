@@ -1,0 +1,195 @@
+"""Keeps a run from losing work: stop signals, saving by the clock, and losses that are not finite.
+
+All processes must act at the same step, and no step may wait for a GPU. So after each optimizer step they
+take the maximum of three flags (bad loss, stop, save) in one small all-reduce. A CPU reads it at once; on a
+GPU it is read two updates later, when it has long been there.
+"""
+
+import math
+import signal
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from util.errors import TrainingError
+from util.processes import signals
+from util.processes.collectives import all_reduce_max, gather, get_rank, get_world_size, log, warn
+
+DELAY = 2  # optimizer steps after which a GPU's flags are read
+
+
+class RunGuard:
+    """Watches a training loop, which calls `watch` in each micro-step and `after_update` after each optimizer
+    step.
+
+    Args:
+        args: if present accum_iter, max_steps, save_minutes, skip_nonfinite, output_dir, seed.
+        save: save(epoch, step, meters) writes a checkpoint inside an epoch, `step` micro-steps into it.
+        dataset: has `path(index)`, to name the files of a bad batch; or None.
+        steps: micro-steps of an epoch.
+        meters: of a checkpoint inside an epoch: states of the epoch's meters, one of each process.
+
+    After the loop `stopped` says that the run shall end, `inside_epoch` that its state was saved in the
+    epoch.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        save: Callable | None = None,
+        dataset=None,
+        steps: int = 0,
+        meters: list[dict] | None = None,
+    ):
+        self.save, self.dataset, self.steps, self.meters = save, dataset, steps, meters
+        self.accum_iter, self.max_steps = getattr(args, "accum_iter", 1), getattr(args, "max_steps", 0)
+        self.seed = getattr(args, "seed", None)
+        self.output_dir = getattr(args, "output_dir", "")
+        self.save_seconds = 60 * (getattr(args, "save_minutes", 0) or 0)
+        self.allowed = getattr(args, "skip_nonfinite", 0) or 0
+        self.last_save = time.monotonic()
+        self.signum, self.stopped, self.inside_epoch, self.reached_max_steps = 0, False, False, False
+        self.device = torch.device("cpu")
+        self.bad_steps = self.bad_in_a_row = 0
+        self.window: list[dict] = []  # micro-steps since the last optimizer step
+        self.pending: deque = deque()  # optimizer steps whose flags have not been read
+        self.norms: deque = deque(maxlen=20)
+
+    def take_meters(self) -> dict:
+        """This process's meters to go on with, once; none if there were other processes then."""
+        meters, self.meters = self.meters or [], None
+        return meters[get_rank()] if len(meters) == get_world_size() else {}
+
+    def watch(self, batch: list, loss: torch.Tensor, epoch: int, step: int) -> None:
+        """Notes a micro-step: its batch (images, labels, indices if there) and its loss, a tensor not read
+        now.
+        """
+        indices = batch[2] if len(batch) > 2 else None
+        self.window.append(
+            {"images": batch[0], "indices": indices, "loss": loss, "epoch": epoch, "step": step}
+        )
+
+    def after_update(self, epoch: int, done: int, grad_norm: torch.Tensor | None, metrics) -> bool:
+        """All processes call this after an optimizer step, `done` micro-steps into the epoch. True: leave the
+        loop.
+
+        Raises:
+            TrainingError: more losses in a row were not finite than `skip_nonfinite` allows.
+        """
+        losses = torch.stack([entry["loss"] for entry in self.window])
+        self.device = losses.device
+        late = bool(self.save_seconds) and time.monotonic() - self.last_save > self.save_seconds
+        bad = (~torch.isfinite(losses).all()).float()
+        # Filled there: a copy of numbers from memory that is not pinned may wait for the device
+        own = [torch.full_like(bad, number) for number in (signals.requested() or 0, late)]
+        flags = torch.stack([bad, *own])
+        self.norms.append(grad_norm)
+        self.pending.append((self._to_host(all_reduce_max(flags)), self.window))
+        self.window = []
+        save = False
+        while len(self.pending) > (DELAY if losses.is_cuda else 0):
+            save = self._read_oldest() or save
+
+        self.check_max_steps(epoch, done)
+        self.stopped = self.signum > 0 or self.reached_max_steps
+        self.inside_epoch = self.stopped and done < self.steps
+        if self.save is not None and (self.inside_epoch or (save and done < self.steps)):
+            self.read_all()  # nothing is saved that has not been looked at
+            self.save(epoch, done, gather(metrics.state_dict()))
+            self.last_save = time.monotonic()
+        return self.stopped
+
+    def check_max_steps(self, epoch: int, done: int) -> bool:
+        """Whether `max_steps` optimizer steps have been made, `done` micro-steps into an epoch."""
+        updates = epoch * math.ceil(self.steps / self.accum_iter) + math.ceil(done / self.accum_iter)
+        self.reached_max_steps = bool(self.max_steps) and updates >= self.max_steps
+        return self.reached_max_steps
+
+    def signal_came(self) -> bool:
+        """Whether a signal has come to any process; all must ask. It ends the run."""
+        signum = all_reduce_max(torch.tensor([float(signals.requested() or 0)], device=self.device))
+        self.signum = max(self.signum, int(signum.item()))
+        self.stopped = self.stopped or self.signum > 0
+        return self.signum > 0
+
+    def read_all(self) -> None:
+        """Reads the flags that are still under way; call it before saving. Raises TrainingError as above."""
+        while self.pending:
+            self._read_oldest()
+
+    @staticmethod
+    def _to_host(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        if not flags.is_cuda:
+            return flags.cpu(), None
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
+
+    def _read_oldest(self) -> bool:
+        """Acts on the oldest flags that have not been read; returns whether it is time to save."""
+        (flags, event), window = self.pending.popleft()
+        if event is not None:
+            event.synchronize()
+        bad, signum, save = flags.tolist()
+        if signum and not self.signum:
+            log(f"{signal.Signals(int(signum)).name}: saving and leaving")
+        self.signum = int(max(self.signum, signum))
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if bad:
+            self.bad_steps += 1
+            self._report(window)
+        return save > 0
+
+    def _report(self, window: list[dict]) -> None:
+        """Writes what led to a loss that is not finite, and names the files; stops at too many."""
+        bad = [entry for entry in window if not torch.isfinite(entry["loss"])]
+        entry = (bad or window)[0]
+        where = f"epoch {entry['epoch']}, step {entry['step']}"
+        files = []
+        if entry["indices"] is not None and hasattr(self.dataset, "path"):
+            files = [self.dataset.path(int(index)) for index in entry["indices"]]
+        place = self._write(entry, files) if bad else None
+        tolerated = self.bad_in_a_row <= self.allowed
+        if not bad:
+            text = f"{where}: the loss of another process is not finite"
+        else:
+            names = list(dict.fromkeys(files))  # each once: a batch may hold several crops of an image
+            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            text = f"{where}: the loss is {entry['loss'].item()}; no process made this step"
+            text += f"; images: {some}" if files else ""
+            text += f"; the batch is in {place}" if place else ""
+        if tolerated:
+            warn(f"{text}; skipped ({self.bad_in_a_row} in a row, --skip_nonfinite {self.allowed})")
+            return
+        advice = "nothing was saved since; try a lower --blr, --clip_grad 1.0 or --amp_dtype bf16"
+        if not bad:  # leave the last word to the process that knows more
+            time.sleep(2)
+        raise TrainingError(f"{text}; {advice}, or --skip_nonfinite N")
+
+    def _write(self, entry: dict, files: list[str]) -> Path | None:
+        """Writes `nonfinite-{step}.pth` (several processes: `-rank{r}`), loadable with weights_only."""
+        if not self.output_dir:
+            return None
+        rank = f"-rank{get_rank()}" if get_world_size() > 1 else ""
+        path = Path(self.output_dir) / f"nonfinite-{entry['step']}{rank}.pth"
+        norms = [None if norm is None else float(norm) for norm in self.norms]
+        # util.rng.seed_step with these four, and every draw of the step comes again
+        rng = {"seed": self.seed, "rank": get_rank(), "epoch": entry["epoch"], "step": entry["step"]}
+        content = {**entry, "loss": entry["loss"].item(), "files": files, "grad_norms": norms, "rng": rng}
+        try:
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:
+            warn(f"{path}: not written: {error}")
+            return None
+        return path
+
+    def leave(self) -> None:
+        """Raises `Interrupted` if a signal ended the run; call it when all is on disk."""
+        if self.stopped and self.signum:
+            raise signals.Interrupted(self.signum)

@@ -1,0 +1,183 @@
+"""What a run writes about itself: its settings, log.txt and TensorBoard's curves."""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError
+from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
+
+# Arguments that the scripts add themselves: where a process stands, not what the run is
+_NO_SETTING = {"given", "rank", "gpu", "local_rank", "distributed", "start_step"}
+
+
+class StepCurves:
+    """Scalars per optimizer step. x axis: int(1000 * fractional epoch), so that batch sizes line up.
+
+    Args:
+        log_writer: TensorBoard's SummaryWriter, or None.
+    """
+
+    def __init__(self, log_writer):
+        self.writer, self.rows = log_writer, []
+
+    def add(self, epoch: float, **values: float | torch.Tensor) -> None:
+        """Adds a point per name at a fractional epoch; scalar tensors are not read now."""
+        self.rows.append((int(epoch * 1000), values))
+
+    def write(self) -> None:
+        """Averages the tensors over the processes (all must call it) and writes what has gathered."""
+        tensors = [
+            value for _, values in self.rows for value in values.values() if isinstance(value, torch.Tensor)
+        ]
+        if tensors and (self.writer is not None or get_world_size() > 1):
+            means = iter(all_reduce_mean(torch.stack(tensors)).tolist())
+            for x, values in self.rows:
+                for name, value in values.items():
+                    value = next(means) if isinstance(value, torch.Tensor) else value
+                    if self.writer is not None:
+                        self.writer.add_scalar(name, value, x)
+        self.rows.clear()
+
+
+def write_log(output_dir: str | Path | None, record: dict) -> None:
+    """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process.
+
+    NaN and inf become null. A full disk is warned about; training goes on.
+    """
+    if not output_dir or not is_main_process():
+        return
+    record = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    try:
+        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        warn(f"{output_dir}/log.txt: not written: {error.strerror or error}")
+
+
+def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
+    """Drops the lines of `log.txt` from `start_epoch` on, which will come again; on the first process.
+
+    Returns whether the epoch before has its line (on all processes).
+    """
+    there = start_epoch == 0
+    path = Path(output_dir or ".") / "log.txt"
+    if output_dir and is_main_process() and path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                epoch = json.loads(line)["epoch"]
+                there = there or epoch == start_epoch - 1
+                if epoch < start_epoch:
+                    kept.append(line + "\n")
+        temporary = path.with_name(f".log.txt.tmp-{os.getpid()}")
+        try:
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            warn(f"{path}: not rewritten: {error.strerror or error}")
+    return gather(there or not output_dir)[0]
+
+
+def log_arguments(args) -> None:
+    """Prints all settings, one a line, in alphabetical order."""
+    log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items()) if name != "given"))
+
+
+def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
+    """Prints `facts`, lines such as "model: ...", and tells TensorBoard what run this is.
+
+    It gets a text, "run" (command line, facts, a table of all settings), and the settings as
+    hyper-parameters, in the folder of the curves itself. A resumed run writes both again, at the epoch where
+    it goes on.
+
+    Args:
+        log_writer: of `make_log_writer`, or None.
+        metrics: curves by which TensorBoard compares runs.
+    """
+    log("\n".join(facts))
+    if log_writer is not None:
+        settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NO_SETTING}
+        step = int(1000 * getattr(args, "start_epoch", 0))
+        log_writer.add_run(run_text(settings, facts), settings, metrics, step)
+
+
+def run_text(settings: dict, facts: Sequence[str]) -> str:
+    """Markdown on a run: its command line, lines of facts, a table of settings."""
+
+    def cell(value) -> str:
+        return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    rows = [f"| {name} | {cell(value)} |" for name, value in settings.items()]
+    lines = [f"- {cell(fact)}" for fact in facts]
+    return "\n".join([f"    {command}", "", *lines, "", "| setting | value |", "| --- | --- |", *rows])
+
+
+class CurveWriter:
+    """TensorBoard's writer, but a full disk ends the curves, with a warning, and not the training."""
+
+    def __init__(self, log_dir: str | Path, purge_step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: self._try(lambda writer: getattr(writer, name)(*args, **kwargs))
+
+    def _try(self, write: Callable) -> None:
+        if self.writer is not None:
+            try:
+                write(self.writer)
+            except OSError as error:
+                warn(f"no more TensorBoard curves: {error.strerror or error}")
+                self.writer = None
+
+    def add_run(self, text: str, settings: dict, metrics: Sequence[str], step: int) -> None:
+        """Adds a markdown text, "run", and hyper-parameters; lists and the like go as text.
+
+        `SummaryWriter.add_hparams` would make a folder of its own for them, which TensorBoard shows as
+        another run.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        experiment, start, _ = hparams(
+            plain, dict.fromkeys(metrics, 0.0)
+        )  # the third would say that it is over
+
+        def write(writer) -> None:
+            writer.add_text("run", text, step)
+            for summary in (experiment, start):
+                writer.file_writer.add_summary(summary, step)
+
+        self._try(write)
+
+
+def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -> CurveWriter | None:
+    """TensorBoard's writer on the first process; None elsewhere and without a folder.
+
+    `purge_step`: x from which a resumed run draws again; what an earlier one drew there is hidden.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if not log_dir or not is_main_process():
+        return None
+    try:
+        return CurveWriter(log_dir, purge_step)
+    except OSError as error:
+        raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,108 @@
+"""Writes checkpoints beside the training: the loop waits for a copy in memory, not for the disk."""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from util.processes.fsdp import whole_tensor
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Writes `content` to a temporary file in the same folder, flushes it to disk and renames it.
+
+    At any moment `path` holds the old file or the whole new one.
+
+    Raises:
+        OSError: the folder cannot be written or is full, or the model's weights are not finite; the temporary
+            file is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    if not _finite(content.get("model")):
+        raise OSError("the model's weights are not finite")
+    room = shutil.disk_usage(path.parent).free
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, RuntimeError):  # what torch makes of the system's error
+            reason = "no space left on device" if _bytes(content) > room else str(error).splitlines()[0]
+            raise OSError(reason) from error
+        raise
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _bytes(content) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return sum(map(_bytes, parts))
+
+
+def _finite(state) -> bool:
+    """Whether all floating-point tensors of a state dict are finite."""
+    tensors = [t for t in state.values() if isinstance(t, torch.Tensor)] if isinstance(state, dict) else []
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+
+def snapshot(content, keep: bool = True):
+    """A copy of nested dicts, lists and tuples whose tensors are copied to CPU memory.
+
+    Sharded tensors are gathered, one at a time, for which all processes must call this; with `keep=False`
+    this one only takes part.
+    """
+    if isinstance(content, torch.Tensor):
+        content = whole_tensor(content.detach())
+        return content.to("cpu", copy=True) if keep else None
+    if isinstance(content, dict):
+        return {key: snapshot(value, keep) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(snapshot(value, keep) for value in content)
+    return content
+
+
+class BackgroundWriter:
+    """Runs one write at a time in a thread, which the interpreter waits for before it ends.
+
+    `failed`: the last write that has ended raised OSError.
+    """
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.failed = False
+
+    def start(self, write: Callable, content: dict) -> None:
+        """Calls write(copy of `content`) in the background, after the write before has ended."""
+        copy = snapshot(content)
+        self.wait()
+        self.thread = threading.Thread(target=self._run, args=(write, copy), name="checkpoint")
+        self.thread.start()
+
+    def _run(self, write: Callable, content: dict) -> None:
+        try:
+            write(content)
+            self.failed = False
+        except OSError:  # `write` has said so
+            self.failed = True
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None

@@ -1,0 +1,199 @@
+"""Takes the encoder out of any kind of weights file, and says exactly what was taken and what was not.
+
+Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and
+fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or
+`.safetensors`, with or without the prefixes of DistributedDataParallel and torch.compile.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from util.errors import UserError
+from util.pos_embed import interpolate_pos_embed
+from util.processes.collectives import is_main_process, warn
+from util.sizes import size_pair
+from util.weights.files import load_checkpoint
+from util.weights.hugging_face import HF_LAYER, from_hugging_face
+from util.weights.state import compare_state, describe_kind, model_state
+
+# Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
+_OPTIONAL = ("head.", "fc_norm.", "norm.")
+_ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+# Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
+# the encoder computes (a norm before the blocks, register tokens, ...)
+_BESIDE = ("decoder", "mask_token", "head", "norm.", "fc_norm", "pre_logits", "pooler", "classifier")
+
+
+@dataclass
+class LoadReport:
+    """What `load_encoder` did.
+
+    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial
+    values). unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of
+    its head, which is new in every recipe. resized: ((rows, columns) in the file, in the model) of the
+    position table, or None.
+    """
+
+    source: str
+    kind: str
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    resized: tuple | None = None
+
+    def __str__(self) -> str:
+        lines = [f"encoder: {self.source} ({self.kind})"]
+        if self.resized:
+            (rows, columns), (new_rows, new_columns) = self.resized
+            lines.append(f"  position table: {rows}x{columns} patches, resized to {new_rows}x{new_columns}")
+        lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
+        lines.append(f"  unexpected keys, not used ({len(self.unexpected)}): {_shorten(self.unexpected)}")
+        if self.dropped:
+            lines.append(f"  the file's head, not used ({len(self.dropped)}): {', '.join(self.dropped)}")
+        return "\n".join(lines)
+
+
+def _shorten(keys: list[str]) -> str:
+    """All keys, those of a list of blocks as `decoder_blocks.* (96)`."""
+    counts = Counter(re.sub(r"\.\d+\..*", ".*", key) for key in keys)
+    return ", ".join(f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()) or "none"
+
+
+def load_encoder(
+    model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
+) -> LoadReport:
+    """Loads the encoder of the file or https URL `source` into `model`, in place; a head is left.
+
+    Position tables are resized bicubically when the patch grid differs. `content`: of `source`, where it has
+    been read already.
+
+    Raises:
+        UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
+        file's kind.
+    """
+    content = load_checkpoint(source, flag) if content is None else content
+    state, kind = encoder_state(content)
+    if not has_encoder(state):
+        some = ", ".join(list(state)[:3]) or "no tensors"
+        raise UserError(
+            f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
+            f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth"
+        )
+    report = LoadReport(source, kind)
+    for key in [k for k in state if k.startswith("head.")]:
+        report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
+    _fit_pos_embed(model, state, content, report, flag)
+    missing, unexpected, mismatched = compare_state(model, state)
+    lost = [k for k in missing if not k.startswith(_OPTIONAL)]
+    foreign = [k for k in unexpected if k.startswith(_ENCODER)]
+    if mismatched or lost or foreign:
+        raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
+    names = {key: key.removeprefix("vit.").removeprefix("embeddings.") for key in unexpected}
+    if strange := [key for key, name in names.items() if not name.startswith(_BESIDE)]:
+        raise UserError(
+            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
+            "its encoder computes something else; only plain ViTs with a class token can be used"
+        )
+    dropped = {text.split(":")[0] for text in report.dropped}
+    report.missing = [key for key in missing if key not in dropped]
+    report.unexpected = unexpected
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def check_final_norm(report: LoadReport) -> None:
+    """Raises UserError where a frozen class token would come out of a norm that was never trained."""
+    if "norm.weight" in report.missing:
+        file = f"{report.source} ({report.kind})"
+        raise UserError(f"--cls_token: {file} has no norm for the class token; pass --global_pool")
+
+
+def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
+    """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
+    state = model_state(content)
+    kind = describe_kind(state)
+    if kind.startswith("Hugging Face") or any(HF_LAYER.search(key) for key in state):
+        if not kind.startswith("Hugging Face"):
+            kind = "Hugging Face ViT, encoder only"
+        if "classifier.weight" in state:
+            kind = "Hugging Face ViT classifier"
+        return from_hugging_face(state), kind
+    if "head.1.weight" in state:
+        kind = "linear probe (encoder, BatchNorm, head)"
+    return state, kind
+
+
+def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
+    """(rows, columns) that a checkpoint's position table was made for, where its stored flags say so."""
+    info = content.get("model_info") or content.get("args") or {}
+    size = info.get("input_size") if isinstance(info, dict) else None
+    if not isinstance(size, int | tuple | list):
+        return None
+    patch_h, patch_w = state["patch_embed.proj.weight"].shape[-2:]
+    height, width = size_pair(size)
+    grid = (height // patch_h, width // patch_w)
+    # The reference stored a size that it did not use: believed only where it fits the table
+    return grid if grid[0] * grid[1] == state["pos_embed"].shape[1] - 1 else None
+
+
+def _fit_pos_embed(model, state, content, report, flag) -> None:
+    table, width = state["pos_embed"], model.pos_embed.shape[2]
+    if table.shape[2] != width:
+        return  # another width: reported with the other shapes
+    grid, (rows, columns) = stored_grid(content, state), model.patch_embed.grid_size
+    if grid is None and rows != columns and table.shape == model.pos_embed.shape and is_main_process():
+        warn(
+            f"{report.source}: does not say the patch grid of its {rows * columns} positions; they are taken "
+            f"for the model's {rows}x{columns}"
+        )
+    try:
+        if interpolate_pos_embed(model, state, grid):
+            side = round((table.shape[1] - 1) ** 0.5)
+            report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
+    except ValueError as error:
+        raise UserError(
+            f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
+            "training arguments or the --input_size it was trained with"
+        ) from None
+
+
+def has_encoder(state: dict) -> bool:
+    shapes = {key: value.ndim for key, value in state.items()}
+    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    return all(shapes.get(key) == rank for key, rank in ranks.items()) and _count_blocks(state) > 0
+
+
+def _count_blocks(state: dict) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+
+def _kind_of_useless(content: dict, kind: str) -> str:
+    if "model" not in content and {"param_groups", "state"} <= content.keys():
+        return "an optimizer's state"
+    if any(key.startswith(("decoder_", "decoder.")) for key in model_state(content)):
+        return "a decoder without its encoder"
+    return kind
+
+
+def _misfit_text(model, state, where, kind, differences) -> str:
+    """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
+    patch = state["patch_embed.proj.weight"].shape
+    own = model.patch_embed.proj.weight.shape
+    hints = []
+    if patch[0] != own[0] or _count_blocks(state) != len(model.blocks):
+        hints.append("--model")
+    if patch[1] != own[1]:
+        hints.append(f"--in_chans {patch[1]}")
+    if patch[-1] != own[-1]:
+        hints.append(f"--patch_size {patch[-1]}")
+    some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+    theirs = f"{_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
+    ours = f"{len(model.blocks)} blocks, width {own[0]}, patch {own[-1]}, {own[1]} channels"
+    return (
+        f"{where} ({kind}): its encoder ({theirs}) does not fit the model ({ours}): {some}. "
+        f"Check {' and '.join(hints) or '--model'}"
+    )

@@ -1,0 +1,129 @@
+"""Weights files and checkpoints: their names, and reading them so that nothing in them is executed."""
+
+import argparse
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError
+from util.processes.collectives import gather, is_main_process, warn
+
+_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
+
+
+def load_checkpoint(source: str | Path, flag: str = "") -> dict:
+    """Reads a checkpoint file or https URL to CPU tensors, executing nothing (`weights_only=True`).
+
+    The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
+    tensors}.
+
+    Raises:
+        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read; names
+            the `flag` that `source` was given to, if any.
+    """
+    source = str(source)
+    named = f"{flag} {source}".strip()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if source.startswith("https://"):
+                hashed = re.search(r"-[0-9a-f]{8,}\.", source.rsplit("/", 1)[-1]) is not None
+                content = torch.hub.load_state_dict_from_url(
+                    source, map_location="cpu", check_hash=hashed, weights_only=True
+                )
+            elif "://" in source:
+                raise UserError(f"{named}: only https:// addresses and files can be loaded")
+            elif source.endswith(".safetensors"):
+                from safetensors.torch import load_file  # comes with timm
+
+                content = {"model": load_file(source), **read_entries(source)}
+            else:
+                content = torch.load(source, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{named}: no such file") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if len(reason.split()) == 1:  # "101" and "EOFError" is what rubbish and empty files give
+            reason = "it is no checkpoint, or damaged"
+        if "PytorchStreamReader" in reason or "central directory" in reason:
+            reason = "it is damaged or incomplete (cut off?)"
+        if "Weights only load failed" in reason or "Unsupported" in reason:
+            reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
+        raise UserError(f"{named}: cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{named}: holds a {type(content).__name__}, not a checkpoint")
+    if isinstance(content.get("args"), argparse.Namespace):
+        content["args"] = vars(content["args"])
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; raises UserError where the file holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_entries(path: str | Path) -> dict:
+    """The entries (`args`, `model_info`, `epoch`) that an export's safetensors file holds beside its tensors;
+    of other files, nothing.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() or {}
+    entries = {}
+    for name in ("args", "model_info", "epoch"):
+        with contextlib.suppress(KeyError, ValueError):
+            entries[name] = json.loads(stored[name])
+    return entries
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a folder, the last written first: an older run may have come further there."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in Path(output_dir).iterdir():
+            if match := _NAME.fullmatch(path.name):
+                epoch, step = int(match[1]), match[2]
+                position = (epoch, int(step)) if step else (epoch + 1, 0)
+                with contextlib.suppress(FileNotFoundError):  # removed by its run
+                    found.append((path.stat().st_mtime_ns, position, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint of a folder and its content; unreadable ones are passed over with a
+    warning. The first process chooses for all.
+
+    Raises:
+        UserError: another process cannot read what the first one chose.
+    """
+    chosen = content = None
+    if is_main_process():
+        for path in list_checkpoints(output_dir):
+            try:
+                content = load_checkpoint(path)
+                if "model" in content:
+                    chosen = path
+                    break
+                warn(f"{path}: holds no model; passed over")
+            except UserError as error:
+                warn(f"{error}; passed over for the one before")
+    chosen = gather(chosen)[0]
+    if chosen is None:
+        return None
+    return chosen, content if is_main_process() else load_checkpoint(chosen)
+
+
+def is_inside_epoch(path: Path) -> bool:
+    """Whether a checkpoint's name says that its epoch was not complete."""
+    return _NAME.fullmatch(path.name)[2] is not None
