@@ -21,12 +21,13 @@ import sys
 
 from util.cli.flags import check_common_args
 from util.cli.parser import ArgumentParser, run_script
+from util.cli.progress import progress_bar
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.inputs import find_inputs
 from util.data.read import printable
 from util.errors import UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
-from util.evaluate.predict import KINDS, Progress, predict, prediction_loader
+from util.evaluate.predict import KINDS, predict, prediction_loader
 from util.processes.collectives import warn
 from util.sizes import default_workers
 from util.weights.predict_model import build_classifier, build_encoder, class_names
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     loader = prediction_loader(files, weights, args)
     size = "x".join(map(str, weights.input_size))
     say(f"{args.resume}: {weights.kind}, {size} pixels; {len(files.paths)} images; {device}")
-    progress = Progress(len(files.paths))
+    progress = progress_bar(len(files.paths))
     result = predict(
         model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
     )

@@ -18,9 +18,7 @@ from models_vit import VisionTransformer
 from util.cli.parser import ArgumentParser, parse_args, run_script
 from util.data.presets import eval_transform
 from util.errors import UserError
-from util.evaluate import predict as prediction
 from util.evaluate.features import encoder_features
-from util.evaluate.predict import Progress
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
 HEADS = ["--num_heads", "3"]  # no named model has these sizes
@@ -353,16 +351,6 @@ def test_output_that_fails_keeps_the_old_file(tmp_path, folder, monkeypatch):
     with pytest.raises(UserError, match=r"f\.npz: cannot be written \(No space"):
         run("--resume", tmp_path / "c.pth", *HEADS, folder, "--features", tmp_path / "f.npz")
     assert (tmp_path / "f.npz").read_bytes() == b"older" and not list(tmp_path.glob(".*"))
-
-
-def test_progress_without_tqdm(monkeypatch, capsys):
-    monkeypatch.setattr(prediction, "tqdm", None)
-    progress = Progress(10, every=0.0)
-    for _ in range(2):
-        progress.update(5)
-    progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["5 of 10 images", "10 of 10 images"]
 
 
 def test_mistake_is_one_line_and_code_2(tmp_path, folder, monkeypatch, capsys):

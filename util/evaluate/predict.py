@@ -4,8 +4,6 @@ Every figure is the same at any batch size and number of loader processes: image
 fixed groups (`util.evaluate.exact.in_groups`), in order, never masked, shuffled or augmented.
 """
 
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,11 +20,6 @@ from util.data.transforms import normalize_batch
 from util.errors import UserError
 from util.evaluate.exact import in_groups
 from util.weights.predict_model import Weights
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
 
 KINDS = ("mean", "cls", "patches")
 
@@ -92,13 +85,14 @@ def predict(
     amp_dtype: str = "none",
     top_k: int = 0,
     feature_kind: str | None = None,
-    progress: "Progress | None" = None,
+    progress=None,
 ) -> Predictions:
     """Runs `model`, a `VisionTransformer` in eval mode on `device`, over the images of a loader.
 
     Args:
         top_k: so many of the best classes of each image; 0: none.
         feature_kind: one of `KINDS`; None: no features.
+        progress: of `util.cli.progress.progress_bar`, or None.
     """
     dtype = resolve_amp_dtype(amp_dtype, device)
     dataset, done = loader.dataset, 0
@@ -137,34 +131,3 @@ def allocate(shape: tuple[int, ...]) -> np.ndarray:
         raise UserError(
             f"--features: {size:.1f} GB of memory are needed; pass fewer images at a time"
         ) from None
-
-
-class Progress:
-    """A bar on a terminal that has tqdm, else a line every 10 s and at the end; on stderr."""
-
-    def __init__(self, total: int, unit: str = "images", every: float = 10.0):
-        self.total, self.unit, self.every, self.count = total, unit, every, 0
-        self.start = self.last = time.perf_counter()
-        use_bar = tqdm is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if use_bar else None
-
-    def update(self, count: int) -> None:
-        self.count += count
-        now = time.perf_counter()
-        if self.bar is not None:
-            self.bar.update(count)
-        elif now - self.last >= self.every and self.count < self.total:
-            self.last = now
-            self._line(now)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        else:
-            self._line(time.perf_counter())
-
-    def _line(self, now: float) -> None:
-        rate = self.count / max(now - self.start, 1e-9)
-        print(
-            f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s", file=sys.stderr, flush=True
-        )
