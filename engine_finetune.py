@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterable
 import torch
 
 from util import lr_sched
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast
 from util.compute.prefetch import OnDevice
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
 from util.evaluate.exact import closing_line, predict_samples, summarize
-from util.processes.collectives import get_rank, log
+from util.processes.collectives import log
 from util.processes.fsdp import without_gradient_traffic
-from util.rng import seed_step
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves
+from util.run.steps import EpochSteps
 
 
 def train_one_epoch(
@@ -43,8 +42,7 @@ def train_one_epoch(
         max_norm: largest gradient norm; 0 or None: no clipping.
         mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.
         log_writer: TensorBoard writer, or None.
-        args: accum_iter, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std, amp_dtype,
-            print_freq.
+        args: accum_iter, lr, min_lr, warmup_epochs, epochs; if present what `EpochSteps` reads.
         guard: saves by the clock, ends the loop on signals, and handles losses that are not finite.
 
     Returns:
@@ -55,38 +53,25 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    device = torch.device(device)
-    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
-    seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
-    steps, accum_iter = len(data_loader), args.accum_iter
-    start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
-
+    steps = EpochSteps.of(data_loader, args, device)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
-    def move(batch: list) -> list[torch.Tensor]:
-        return [normalize_batch(batch[0], device, mean, std), batch[1].to(device, non_blocking=True)]
-
-    batches = OnDevice(data_loader, device, move)
-    batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
-    for step, (batch, (images, targets)) in enumerate(batches, start):
-        if step % accum_iter == 0:
-            lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
-        if seed is not None:
-            seed_step(seed, get_rank(), epoch, step)
-        # The last window of an epoch may be shorter; its gradients are averaged over what it has
-        window = min(accum_iter, steps - step // accum_iter * accum_iter)
-        update = (step + 1) % accum_iter == 0 or step + 1 == steps
+    batches = OnDevice(data_loader, steps.device, lambda batch: steps.move(batch[:2]))
+    batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
+    for step, (batch, (images, targets)) in enumerate(batches, steps.start):
+        if step % steps.accum_iter == 0:
+            lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
+        steps.seed_step(epoch, step)
+        update = steps.updates(step)
 
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         with without_gradient_traffic(model, not update):
-            with autocast(device, amp_dtype):
+            with autocast(steps.device, steps.amp_dtype):
                 loss = criterion(model(images), targets)
-            grad_norm = loss_scaler(
-                loss / window, optimizer, max_norm or None, model.parameters(), update_grad=update
-            )
+            part = loss / steps.window_size(step)
+            grad_norm = loss_scaler(part, optimizer, max_norm or None, model.parameters(), update_grad=update)
 
         loss = loss.detach()
         lr = max(group["lr"] for group in optimizer.param_groups)
@@ -94,15 +79,14 @@ def train_one_epoch(
         guard.watch(batch, loss, epoch, step)
         if update:
             optimizer.zero_grad()
-            curves.add(epoch + step / steps, loss=loss, lr=lr)
+            curves.add(epoch + step / steps.count, loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
-        if step % print_freq == 0:
+        if step % steps.print_freq == 0:
             curves.write()
 
     guard.read_all()
     curves.write()
-    metrics.synchronize_between_processes()
     return metrics.averages()
 
 
@@ -115,8 +99,7 @@ def evaluate(
     when the loader's sampler is a `util.data.sampler.EvalSampler` (how: see there).
 
     Args:
-        data_loader: batches that begin with images and labels int64 (N,), then, if there, the samples'
-            indices.
+        data_loader: batches of images, labels int64 (N,) and, if there, the samples' indices.
         args: if given: amp_dtype, mean, std.
 
     Returns:

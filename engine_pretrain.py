@@ -9,13 +9,14 @@ from util import lr_sched
 from util.compute.compile import loss_alone
 from util.compute.precision import autocast, resolve_amp_dtype
 from util.compute.prefetch import OnDevice
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
-from util.processes.collectives import all_reduce_sum, get_rank
+from util.data.transforms import normalize_batch
+from util.processes.collectives import all_reduce_sum
 from util.processes.fsdp import without_gradient_traffic
-from util.rng import fixed_noise, seed_step
+from util.rng import fixed_noise
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves
+from util.run.steps import EpochSteps
 
 
 def train_one_epoch(
@@ -36,8 +37,7 @@ def train_one_epoch(
             `args.std`, or float, taken as they are. Has a length. Begins at its sampler's `start_batch`.
         loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         log_writer: TensorBoard writer, or None.
-        args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present also seed, mean, std,
-            amp_dtype, clip_grad, print_freq.
+        args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present what `EpochSteps` reads.
         guard: saves by the clock, ends the loop on signals, and handles losses that are not finite.
 
     Returns:
@@ -48,47 +48,38 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    device = torch.device(device)
-    amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", IMAGENET_MEAN), getattr(args, "std", IMAGENET_STD)
-    seed, print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
-    steps, accum_iter, clip = len(data_loader), args.accum_iter, getattr(args, "clip_grad", None)
-    start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
-
+    steps = EpochSteps.of(data_loader, args, device)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
     loss_of = loss_alone(model)
-    batches = OnDevice(data_loader, device, lambda batch: [normalize_batch(batch[0], device, mean, std)])
-    batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
-    for step, (batch, (images,)) in enumerate(batches, start):
-        if step % accum_iter == 0:
-            lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps, args)
-        if seed is not None:
-            seed_step(seed, get_rank(), epoch, step)
-        # The last window of an epoch may be shorter; its gradients are averaged over what it has
-        window = min(accum_iter, steps - step // accum_iter * accum_iter)
-        update = (step + 1) % accum_iter == 0 or step + 1 == steps
+    batches = OnDevice(data_loader, steps.device, lambda batch: steps.move(batch[:1]))
+    batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
+    for step, (batch, (images,)) in enumerate(batches, steps.start):
+        if step % steps.accum_iter == 0:
+            lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
+        steps.seed_step(epoch, step)
+        update = steps.updates(step)
 
         with without_gradient_traffic(model, not update):
-            with autocast(device, amp_dtype):
+            with autocast(steps.device, steps.amp_dtype):
                 loss = loss_of(images, mask_ratio=args.mask_ratio)
-            grad_norm = loss_scaler(loss / window, optimizer, clip, model.parameters(), update_grad=update)
+            part = loss / steps.window_size(step)
+            grad_norm = loss_scaler(part, optimizer, steps.clip_grad, model.parameters(), update_grad=update)
 
         loss = loss.detach()
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
         guard.watch(batch, loss, epoch, step)
         if update:
             optimizer.zero_grad()
-            curves.add(epoch + step / steps, train_loss=loss, lr=lr)
+            curves.add(epoch + step / steps.count, train_loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
-        if step % print_freq == 0:
+        if step % steps.print_freq == 0:
             curves.write()
 
     guard.read_all()
     curves.write()
-    metrics.synchronize_between_processes()
     return metrics.averages()
 
 

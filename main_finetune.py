@@ -15,51 +15,41 @@ The recipes of the paper are in FINETUNE.md.
 """
 
 import argparse
-import time
-from datetime import timedelta
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from engine_finetune import train_one_epoch
-from util.cli.flags import add_data_args, add_distributed_args, add_run_args, add_speed_args
+from util.cli.flags import above, add_schedule_args, add_training_args, at_least, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.precision import (
-    NativeScalerWithGradNormCount,
-    has_fused_adamw,
-    prepare_device,
-    resolve_amp_dtype,
-    resolve_device,
-)
+from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
 from util.data.labelled import build_dataset
 from util.data.transforms import channel_stats
 from util.errors import UserError
+from util.evaluate.exact import eval_loader
+from util.evaluate.report import evaluate_and_report
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import scale_learning_rate
-from util.processes import signals
-from util.processes.collectives import check_agreement, get_world_size, log
+from util.processes.collectives import check_agreement, get_world_size
 from util.processes.fsdp import check_fsdp, wrap_model
-from util.processes.group import init_distributed_mode, shut_down
+from util.processes.group import shut_down
 from util.recipes.classifier import (
     add_classifier_args,
     build_classifier,
     check_classifier_args,
-    eval_loader,
-    evaluate_and_report,
     load_for_eval,
     prepare_classes,
-    read_resume,
+    resume_classifier,
     set_trainable_blocks,
     start_from,
-    train_loader,
 )
-from util.recipes.epoch_end import EpochEnd, trim_transfer_log
+from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
 from util.rng import seed_all
-from util.run.checkpoint import check_output_dir, finish_saving, load_model
 from util.run.guard import RunGuard
-from util.run.run_log import log_arguments, log_run, make_log_writer
+from util.run.run_log import log_arguments, make_log_writer
+from util.run.start import RunState, announce, close_run, open_run, train_loader
 from util.weights.model_info import make_model_info
 
 
@@ -68,39 +58,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("MAE fine-tuning", add_help=False)
     add_classifier_args(parser, global_pool=True)
     # fmt: off
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--batch_size", default=64, type=int, help="images per process and micro-step")
-    flag("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
-    flag("--epochs", default=50, type=int)
-    flag("--warmup_epochs", default=5, type=int)
-    flag("--blr", default=1e-3, type=float, help="base learning rate: lr = blr * effective batch / 256")
-    flag("--lr", default=None, type=float, help="absolute learning rate, instead of --blr")
-    flag("--min_lr", default=1e-6, type=float, help="lower bound of the cosine")
-    flag("--layer_decay", default=0.75, type=float, help="learning rate of a block over that of the next")
-    flag("--weight_decay", default=0.05, type=float)
-    flag("--clip_grad", default=None, type=float, help="largest gradient norm (default: no clipping)")
-    flag("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    flag = add_schedule_args(
+        parser, batch_size=64, epochs=50, warmup_epochs=5, blr=1e-3, min_lr=1e-6, weight_decay=0.05
+    )
+    flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
+    flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
+         help="largest gradient norm (default: no clipping)")
+    flag("--drop_path", default=0.1, type=fraction, help="stochastic depth of the last block")
     flag("--trainable_blocks", default=None, type=float, metavar="N",
          help="train only the last N blocks; 0: the head, 0.5: also the last MLP (default: all)")
     flag = parser.add_argument_group("augmentation").add_argument
-    flag("--color_jitter", default=None, type=float, help="strength; used without --aa only")
+    flag("--color_jitter", type=at_least(0, float), help="strength; used without --aa only")
     flag("--aa", default="rand-m9-mstd0.5-inc1", help='timm\'s AutoAugment policy, "" for none')
-    flag("--smoothing", default=0.1, type=float, help="label smoothing")
-    flag("--reprob", default=0.25, type=float, help="probability of random erasing")
+    flag("--smoothing", default=0.1, type=fraction, help="label smoothing")
+    flag("--reprob", default=0.25, type=fraction, help="probability of random erasing")
     flag("--remode", default="pixel", help="what erased pixels become: pixel, rand or const")
-    flag("--recount", default=1, type=int, help="most areas erased per image")
+    flag("--recount", default=1, type=at_least(1), help="most areas erased per image")
     flag("--resplit", action="store_true", help="accepted for old commands; does nothing")
-    flag("--mixup", default=0, type=float, help="mixup alpha, 0: off (published recipe: 0.8)")
-    flag("--cutmix", default=0, type=float, help="cutmix alpha, 0: off (published recipe: 1.0)")
+    flag("--mixup", default=0, type=at_least(0, float), help="mixup alpha, 0: off (published recipe: 0.8)")
+    flag("--cutmix", default=0, type=at_least(0, float), help="cutmix alpha, 0: off (published recipe: 1.0)")
     flag("--cutmix_minmax", default=None, type=float, nargs="+", help="range of the box, instead of alpha")
-    flag("--mixup_prob", default=1.0, type=float, help="probability of mixup or cutmix")
-    flag("--mixup_switch_prob", default=0.5, type=float, help="of cutmix when both are on")
+    flag("--mixup_prob", default=1.0, type=fraction, help="probability of mixup or cutmix")
+    flag("--mixup_switch_prob", default=0.5, type=fraction, help="of cutmix when both are on")
     flag("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a weight")
     # fmt: on
-    add_data_args(parser)
-    add_run_args(parser)
-    add_speed_args(parser)
-    add_distributed_args(parser, fsdp=True)
+    add_training_args(parser, fsdp=True)
     return parser
 
 
@@ -110,7 +92,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
-    check_classifier_args(args)
+    check_classifier_args(args, get_args_parser())
     check_fsdp(args)
     if uses_mixup(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
@@ -120,9 +102,6 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
             text = " ".join(map(str, args.cutmix_minmax))
             raise UserError(f"--cutmix_minmax {text}: must rise and lie between 0 and 1")
-    for flag in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must lie between 0 and 1")
     if args.remode not in ("pixel", "rand", "const"):
         raise UserError(f"--remode {args.remode}: must be pixel, rand or const")
 
@@ -147,31 +126,25 @@ def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | 
 
 
 def main(args: argparse.Namespace) -> None:
-    if not args.eval:
-        signals.install()
-    init_distributed_mode(args)
-    check_args(args)
-    resumed = read_resume(args, "finetune", get_args_parser())
-    device = resolve_device(args.device, args.gpu)
-    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    precision = prepare_device(device, amp_dtype)
+    run = open_run(args, check_args, get_args_parser())
+    device = run.device
+    checkpoint = resume_classifier(args, "finetune", run.given)  # the flags of its model come with it
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    pin_mem = args.pin_mem and device.type == "cuda"
     train_set = None if args.eval else build_dataset(True, args)
     val_set = build_dataset(False, args)
-    prepare_classes(args, train_set, val_set, resumed)
+    prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
-    val_loader = eval_loader(val_set, args, pin_mem)
-    loader, sampler = train_loader(train_set, args, pin_mem) if train_set else (None, None)
+    val_loader = eval_loader(val_set, args, run.pin_memory)
+    loader, sampler = train_loader(train_set, args, run.pin_memory) if train_set else (None, None)
     log_arguments(args)
 
     # Model: the pre-trained encoder under a new head
     seed_all(args.seed)
     model = build_classifier(args, drop_path_rate=args.drop_path)
     if args.eval:
-        load_for_eval(model, resumed, args.resume)
+        load_for_eval(model, checkpoint)
         evaluate_and_report(val_loader, model.to(device), device, args, val_set, report=True)
         shut_down()
         return
@@ -187,46 +160,35 @@ def main(args: argparse.Namespace) -> None:
         model = wrap_model(model, device, args.fsdp)
 
     # Optimizer: earlier layers learn more slowly
-    effective_batch = scale_learning_rate(args, get_world_size())
+    scale_learning_rate(args, get_world_size())
     groups = param_groups_lrd(
         model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
-    loss_scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == torch.float16, device=device.type)
+    loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
     criterion, mixup = build_criterion(args)
 
     # Resume
-    check_output_dir(args.output_dir, model_without_ddp)
-    resumed = load_model(args, model_without_ddp, optimizer, loss_scaler) or {}
-    purge_step = int(1000 * args.start_epoch) if "epoch" in resumed else None
-    log_writer = make_log_writer(args.log_dir, purge_step)
-
     info = make_model_info(args, val_set.classes, "finetune")
-    n_parameters = sum(p.numel() for p in model_without_ddp.parameters() if p.requires_grad)
-    log_run(
-        log_writer, args,
-        f"data: {train_set.describe()}; evaluation: {val_set.describe()}",
-        f"model: {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.nb_classes} classes",
-        f"device: {device}, precision: {precision}{', compiled' if compiled else ''}; loss: {criterion}",
-        f"effective batch: {args.batch_size} x {get_world_size()} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {len(loader)} micro-steps an epoch; actual lr: {args.lr:.2e}",
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0)
+    state.restore(checkpoint)
+    log_writer = make_log_writer(args.log_dir, state.purge_step)
+    millions = count_trained(model_without_ddp) / 1e6
+    announce(
+        run, args, log_writer,
+        data=f"{train_set.describe()}; evaluation: {val_set.describe()}",
+        model=f"{millions:.1f} M trained parameters, {args.nb_classes} classes",
+        step=f"{', compiled' if compiled else ''}; loss: {criterion}",
+        steps_per_epoch=len(loader),
         metrics=("loss", "perf/test_acc1", "perf/test_loss"),
     )  # fmt: skip
 
     # Training
-    end = EpochEnd(
-        args, model_without_ddp, model_without_ddp, optimizer, loss_scaler, val_loader, val_set,
-        device, log_writer, info, resumed.get("best_acc1", -1.0),
-    )  # fmt: skip
-    guard = RunGuard(args, end.save, train_set, len(loader), resumed.get("meters"))
-    start_time = time.time()
-    if trim_transfer_log(args, resumed):
-        end.finish(args.start_epoch - 1, resumed["stats"])  # the run ended before that epoch was logged
-    for epoch in range(args.start_epoch, args.epochs):
-        start_step = args.start_step if epoch == args.start_epoch else 0
-        if guard.check_max_steps(epoch, start_step):
-            break
-        sampler.set_epoch(epoch, start_step)
+    after = ClassifierEpochEnd(args, state, model_without_ddp, val_loader, val_set, device, log_writer)
+    guard = RunGuard(args, state.save, train_set, len(loader), state.meters)
+    if stats := state.unfinished_epoch(evaluates=True):
+        after.finish(args.start_epoch - 1, stats)
+    for epoch in guard.epochs(sampler):
         stats = train_one_epoch(
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, mixup, log_writer, args, guard,
@@ -235,18 +197,13 @@ def main(args: argparse.Namespace) -> None:
         if guard.inside_epoch:
             break
         if guard.signal_came():  # there may be little time: evaluate after resuming
-            end.save(epoch, stats=stats)
+            state.save(epoch, stats=stats)
             break
-        end.finish(epoch, stats)
-        if guard.stopped or (epoch + 1 < args.epochs and guard.signal_came()):
-            break
+        after.finish(epoch, stats)
+        if epoch + 1 < args.epochs:  # one that came during the evaluation ends the run now
+            guard.signal_came()
 
-    log(f"Training time {timedelta(seconds=int(time.time() - start_time))}")
-    if log_writer is not None:
-        log_writer.close()
-    finish_saving()
-    shut_down()
-    guard.leave()
+    close_run(log_writer, guard)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ is random.
 
 import argparse
 
-from util.cli.flags import add_data_args, add_distributed_args, check_common_args
-from util.cli.parser import ArgumentParser, run_script
+import torch
+
+from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
+from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.labelled import check_classes, labelled_images
 from util.data.presets import eval_transform
 from util.data.transforms import channel_stats
-from util.errors import UserError
+from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_accuracy
 from util.processes.collectives import log
 from util.processes.group import init_distributed_mode, shut_down
-from util.recipes.classifier import build_classifier, eval_loader, make_report_dir, start_from
+from util.recipes.classifier import build_classifier, make_report_dir, start_from
 from util.rng import seed_all
 from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
@@ -40,15 +42,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--model", default="vit_large_patch16", choices=models_vit.MODELS, metavar="MODEL",
          help=f"one of {', '.join(models_vit.MODELS)}")
     flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
-    flag("--patch_size", type=int, help="default: the model's")
+    flag("--patch_size", type=at_least(1), help="default: the model's")
     flag("--finetune", "--resume", default="", metavar="FILE|URL",
          help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file")
     flag("--global_pool", action="store_true", help="features: the mean of the patch tokens (default)")
     flag("--cls_token", action="store_false", dest="global_pool", help="features: the class token")
     flag = parser.add_argument_group("k-NN").add_argument
-    flag("--k", default=20, type=int, help="neighbours that vote")
-    flag("--temperature", default=0.07, type=float, help="a neighbour of similarity s votes with exp(s / T)")
-    flag("--batch_size", default=64, type=int, help="images per loader batch")
+    flag("--k", default=20, type=at_least(1), help="neighbours that vote")
+    flag("--temperature", default=0.07, type=above(0),
+         help="a neighbour of similarity s votes with exp(s / T)")
+    flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
     flag = parser.add_argument_group("run").add_argument
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
@@ -61,27 +64,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def adopt_flags(args: argparse.Namespace, content: dict) -> None:
-    """Takes the model's flags from a file that stores them; UserError where the command line contradicts."""
-    given = args.__dict__.pop("given", None)
-    if given is None:
-        parser = get_args_parser()
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> None:
+    """Takes the model's flags from a file that stores them; UserError where a `given` one contradicts."""
     stored = content.get("model_info")
     if isinstance(stored, dict):  # pooling is a choice here, and there is no head
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}
-        adopt_model_info(args, info, args.finetune, set(given))
+        adopt_model_info(args, info, args.finetune, given)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Prints and returns knn_acc1 and knn_acc5 in percent."""
+    parser = get_args_parser()
+    given = take_given(args, parser)
     init_distributed_mode(args)
-    check_common_args(args)
-    if args.patch_size is not None and args.patch_size < 1:
-        raise UserError(f"--patch_size {args.patch_size}: must be at least 1")
+    check_flags(args, parser)
     make_report_dir(args.output_dir)
     content = load_checkpoint(args.finetune, "--finetune") if args.finetune else {}
-    adopt_flags(args, content)
+    adopt_flags(args, content, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
@@ -101,15 +100,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         check_final_norm(start_from(model, args, content))
     model = model.to(device).eval()
 
-    loaders = (eval_loader(dataset, args, pin_mem=False) for dataset in (train_set, val_set))
-    stats = knn_accuracy(
-        lambda images: encoder_features(model, images, pooled),
-        *loaders,
-        device,
-        args.k,
-        args.temperature,
-        args,
-    )
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return encoder_features(model, images, pooled)
+
+    loaders = (eval_loader(dataset, args) for dataset in (train_set, val_set))
+    stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args)
     stats = {f"knn_{name}": value for name, value in stats.items()}
     closing = f"* k-NN Acc@1 {stats['knn_acc1']:.3f} Acc@5 {stats['knn_acc5']:.3f}"
     log(f"{closing} (k {args.k}, T {args.temperature})")

@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 
-from util.cli.flags import check_common_args
+from util.cli.flags import at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.cli.progress import progress_bar
 from util.compute.precision import resolve_amp_dtype, resolve_device
@@ -42,7 +42,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="image files, folders of images (to any depth), .txt lists of images")
     add_weights_args(parser)
     flag = parser.add_argument_group("classes").add_argument
-    flag("--top_k", "--topk", type=int, metavar="K", help="classes per image (default: 5, or all there are)")
+    flag("--top_k", "--topk", type=at_least(1), metavar="K",
+         help="classes per image (default: 5, or all there are)")
     flag("--csv", metavar="FILE", help="write them to FILE instead of printing a table")
     flag("--class_names", metavar="FILE",
          help="a text file of one name a line, for checkpoints that store none")
@@ -53,8 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="mean of the patch tokens (default), class token (cls), or all patch tokens (patches), after "
               "the final norm; a classifier with global pooling has no norm for the last two")
     flag = parser.add_argument_group("run").add_argument
-    flag("--batch_size", default=64, type=int, help="images per loader batch")
-    flag("--num_workers", default=default_workers(), type=int,
+    flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
+    flag("--num_workers", default=default_workers(), type=at_least(0),
          help="loader processes (default: one per core, at most 10)")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
@@ -67,9 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read."""
-    check_common_args(args)
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top_k {args.top_k}: must be at least 1")
+    check_flags(args, get_args_parser())
     if args.feature_kind and not args.features:
         raise UserError(f"--feature_kind {args.feature_kind}: needs --features FILE.npz")
     for flag in ("csv", "features"):

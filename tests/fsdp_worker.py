@@ -22,6 +22,7 @@ from util.compute.precision import NativeScalerWithGradNormCount
 from util.processes import collectives, fsdp, group
 from util.run import checkpoint
 from util.run.guard import RunGuard
+from util.run.resume import load_model
 
 SETTINGS = dict(batch_size=4, accum_iter=2, clip_grad=0.5, mask_ratio=0.75, lr=1e-2, min_lr=0.0, seed=0)
 SETTINGS |= dict(warmup_epochs=0, epochs=3, start_epoch=0, skip_nonfinite=1, amp_dtype="none")
@@ -49,7 +50,7 @@ class Run:
         fused = scaled or self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
         self.scaler = NativeScalerWithGradNormCount(enabled=scaled, device=self.device.type)
-        checkpoint.load_model(self.args, self.bare, self.optimizer, self.scaler)
+        load_model(self.args, self.bare, self.optimizer, self.scaler)
         folder.mkdir(exist_ok=True)
 
     def train(self, epochs: int):

@@ -7,8 +7,12 @@ import math
 import pytest
 from golden_utils import GOLDEN
 
+import main_finetune
+import main_knn
+import main_linprobe
 import main_pretrain
-from util.cli.flags import check_common_args
+from util.cli import flags
+from util.cli.flags import above, at_least, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError, UserError
 from util.sizes import default_workers, image_size
@@ -82,20 +86,39 @@ def test_help_keeps_the_lines_of_the_description():
         dict(clip_grad=-1.0),
         dict(num_workers=-1),
         dict(recount=0),
+        dict(patch_size=0),
+        dict(print_freq=0),
+        dict(max_steps=-1),
         *({name: math.nan} for name in ("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad")),
         *({name: math.inf} for name in ("mixup", "cutmix", "temperature", "color_jitter", "save_minutes")),
         *({name: -0.1} for name in ("lr", "weight_decay", "mixup", "cutmix", "color_jitter")),
-        *({name: 0.0} for name in ("layer_decay", "temperature", "clip_grad")),
-        dict(start_epoch=5),
+        *({name: 0.0} for name in ("layer_decay", "temperature", "clip_grad", "dist_timeout")),
+        *({name: math.nan} for name in ("smoothing", "mask_ratio")),
+        *({name: 1.5} for name in ("reprob", "drop_path", "mixup_prob", "mixup_switch_prob")),
+        dict(start_epoch=500),
     ],
 )
 def test_values_that_cannot_work(change):
-    fine = dict(accum_iter=1, batch_size=1, clip_grad=None, num_workers=0, lr=None, mixup=0, epochs=5)
-    check_common_args(argparse.Namespace(**fine))
-    args = argparse.Namespace(**{**fine, **change})
     flag, value = next(iter(change.items()))
-    with pytest.raises(UserError, match=f"--{flag} {value}: must be"):
-        check_common_args(args)
+    parsers = [script.get_args_parser() for script in (main_pretrain, main_finetune, main_linprobe, main_knn)]
+    parsers = [parser for parser in parsers if hasattr(parser.parse_args([]), flag)]
+    assert parsers
+    for parser in parsers:
+        flags.check_flags(parser.parse_args([]), parser)
+        given, forks = parser.parse_args([f"--{flag}={value}"]), parser.parse_args([])
+        setattr(forks, flag, value)  # in a Namespace that no parser has seen
+        for args in (given, forks):
+            with pytest.raises(UserError, match=f"--{flag} {value}: must ") as error:
+                flags.check_flags(args, parser)
+            finite = math.isfinite(value) or "lie between" in str(error.value)
+            assert str(error.value).endswith(" and finite") or finite or flag == "clip_grad"
+
+
+def test_types_with_bounds(capsys):
+    assert (at_least(1)("7"), at_least(0, float)("0.5"), above(0)("2"), fraction("1")) == (7, 0.5, 2.0, 1.0)
+    with pytest.raises(SystemExit):
+        main_pretrain.get_args_parser().parse_args(["--batch_size", "many"])
+    assert "--batch_size: invalid int value: 'many'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

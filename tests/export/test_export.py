@@ -20,8 +20,8 @@ import models_vit
 from util.evaluate.features import encoder_features
 from util.export import own
 from util.export import timm as export_timm
-from util.recipes.classifier import read_resume
-from util.run.checkpoint import load_model
+from util.recipes.classifier import resume_classifier
+from util.run.resume import load_model
 from util.weights.encoder import load_encoder
 from util.weights.export_load import load_any
 from util.weights.export_source import read_source
@@ -221,9 +221,10 @@ def test_imported_classifier_is_evaluated_by_main_finetune(tmp_path):
     vit = models_vit.vit_tiny_patch16(num_classes=4, img_size=32)
     torch.save(vit.state_dict(), tmp_path / "timm.pth")
     run_export("--from", "timm", "--resume", tmp_path / "timm.pth", "--output", tmp_path / "out")
-    parser = main_finetune.get_args_parser()
-    args = parser.parse_args(["--eval", "--resume", str(tmp_path / "out" / "model.pth")])
-    content = read_resume(args, "finetune", parser)
+    args = main_finetune.get_args_parser().parse_args(
+        ["--eval", "--resume", str(tmp_path / "out" / "model.pth")]
+    )
+    content = resume_classifier(args, "finetune", given={"eval", "resume"}).content
     assert args.model == "vit_tiny_patch16" and args.input_size == (32, 32) and args.nb_classes == 4
     assert torch.equal(content["model"]["head.weight"], vit.head.weight)
 

@@ -10,7 +10,7 @@ from golden_utils import GOLDEN, TINY_MAE
 
 import models_mae
 from util.errors import UserError
-from util.run import checkpoint
+from util.run import checkpoint, resume
 from util.weights import files
 from util.weights import state as state_module
 
@@ -53,7 +53,7 @@ def test_resume_auto_takes_the_newest_readable_one(tmp_path, capsys):
     (tmp_path / "checkpoint-10.pth").write_bytes((tmp_path / "checkpoint-10.pth").read_bytes()[:5000])
     (tmp_path / "checkpoint-11.pth").write_bytes(b"")
     args = make_args(tmp_path)
-    checkpoint.load_model(args, make_model(), None, None)
+    resume.load_model(args, make_model(), None, None)
     assert args.start_epoch == 10 and args.start_step == 0
     out = capsys.readouterr()
     assert "checkpoint-9.pth, going on at epoch 10" in out.out
@@ -62,7 +62,7 @@ def test_resume_auto_takes_the_newest_readable_one(tmp_path, capsys):
 
 def test_resume_auto_without_checkpoints_starts_afresh(tmp_path, capsys):
     args = make_args(tmp_path / "new", start_epoch=0)
-    assert checkpoint.load_model(args, make_model(), None, None) is None and args.start_epoch == 0
+    assert resume.load_model(args, make_model(), None, None) is None and args.start_epoch == 0
     assert "starting from scratch" in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_inside_an_epoch_is_newer_than_the_epoch_before_and_replace
     save(tmp_path, 1, step=7)
     assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1-step7.pth"]
     args = make_args(tmp_path)
-    checkpoint.load_model(args, make_model(), None, None)
+    resume.load_model(args, make_model(), None, None)
     assert (args.start_epoch, args.start_step) == (1, 7)
     save(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1.pth"]
@@ -137,7 +137,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch,
 def test_another_architecture_is_named(tmp_path):
     path = save(tmp_path, 0, model=make_model(decoder_embed_dim=32, decoder_depth=3))
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(make_args(tmp_path, resume=str(path)), make_model(), None, None)
+        resume.load_model(make_args(tmp_path, resume=str(path)), make_model(), None, None)
     text = str(error.value)
     assert "another architecture" in text and "decoder_pred.weight" not in text.split("unexpected")[1]
     assert (
@@ -151,9 +151,7 @@ def test_encoder_only_files_are_refused_with_their_kind(tmp_path):
     state = {k: v for k, v in make_model().state_dict().items() if "decoder" not in k and k != "mask_token"}
     torch.save({"model": state}, tmp_path / "encoder.pth")
     with pytest.raises(UserError, match=r"encoder\.pth: holds an encoder only; .*decoder is needed"):
-        checkpoint.load_model(
-            make_args(tmp_path, resume=str(tmp_path / "encoder.pth")), make_model(), None, None
-        )
+        resume.load_model(make_args(tmp_path, resume=str(tmp_path / "encoder.pth")), make_model(), None, None)
 
 
 def test_kinds_and_prefixes():
@@ -175,18 +173,18 @@ def test_the_references_checkpoint_loads_with_a_plain_dict_of_args():
 def test_what_a_killed_save_left_is_removed(tmp_path):
     save(tmp_path, 0)
     (tmp_path / ".checkpoint-1.pth.tmp-123").write_bytes(b"half")
-    checkpoint.check_output_dir(str(tmp_path), make_model())
+    checkpoint.prepare_output_dir(str(tmp_path), make_model())
     assert names(tmp_path) == ["checkpoint-0.pth"]
 
 
 def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*cannot be written"):
-        checkpoint.check_output_dir(str(tmp_path / "file" / "x"), make_model())
+        checkpoint.prepare_output_dir(str(tmp_path / "file" / "x"), make_model())
     usage = checkpoint.shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="0 MB are free, a checkpoint needs"):
-        checkpoint.check_output_dir(str(tmp_path / "out"), make_model())
+        checkpoint.prepare_output_dir(str(tmp_path / "out"), make_model())
 
 
 def optimizer_after_a_step(model):
@@ -227,12 +225,12 @@ def test_entries_that_no_run_has_written_are_refused(tmp_path, change):
     torch.save(content, path)
     args = make_args(tmp_path, resume=str(path))
     fresh = make_model()
-    checkpoint.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
+    resume.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
     mutate(content, change)
     torch.save(content, path)
     with pytest.raises(UserError, match=r"--resume .*checkpoint-3\.pth"):
         fresh = make_model()
-        checkpoint.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
+        resume.load_model(args, fresh, torch.optim.AdamW(fresh.parameters(), fused=True), None)
 
 
 def test_a_fresh_run_overwrites_neither_its_start_nor_another_scripts_checkpoints(tmp_path, capsys):
@@ -240,12 +238,12 @@ def test_a_fresh_run_overwrites_neither_its_start_nor_another_scripts_checkpoint
     for finetune in (str(path), "elsewhere.pth"):
         args = make_args(tmp_path, resume="", mixup=0.8, finetune=finetune)
         with pytest.raises(UserError, match="another folder"):
-            checkpoint.load_model(args, make_model(), None, None)
-    checkpoint.load_model(make_args(tmp_path, resume="", mask_ratio=0.5), make_model(), None, None)
+            resume.load_model(args, make_model(), None, None)
+    resume.load_model(make_args(tmp_path, resume="", mask_ratio=0.5), make_model(), None, None)
     assert "which this fresh one will overwrite" in capsys.readouterr().out
 
 
 def test_a_complete_run_says_so(tmp_path, capsys):
     save(tmp_path, 5)
-    checkpoint.load_model(make_args(tmp_path, epochs=3), make_model(), None, None)
+    resume.load_model(make_args(tmp_path, epochs=3), make_model(), None, None)
     assert "complete: nothing left to do at epoch 6" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from util.run.run_log import log_run, make_log_writer, run_text
 
 ARGS = Namespace(lr=1e-3, epochs=3, norm_pix_loss=True, model="mae|tiny", mean=(0.5, 0.25), clip_grad=None,
-                 start_epoch=0, given=["lr"], rank=0, gpu=0)  # fmt: skip
+                 start_epoch=0, rank=0, gpu=0)  # fmt: skip
 METRICS = ("train_loss", "val_loss")
 SETTINGS = {"lr": 1e-3, "epochs": 3.0, "norm_pix_loss": True, "model": "mae|tiny", "mean": "(0.5, 0.25)",
             "clip_grad": "None", "start_epoch": 0.0}  # fmt: skip

@@ -14,7 +14,7 @@ from engine_pretrain import train_one_epoch
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import TrainingError
 from util.lr_sched import adjust_learning_rate
-from util.run.checkpoint import load_model
+from util.run.resume import load_model
 from util.weights.files import load_checkpoint
 
 

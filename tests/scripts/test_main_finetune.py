@@ -27,6 +27,7 @@ from transfer_utils import (
 )
 
 import main_finetune
+import main_linprobe
 import models_vit
 from util.errors import UserError
 from util.processes import signals
@@ -175,6 +176,24 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
     assert len(ours) == len(theirs) == 2
     for a, b in zip(ours, theirs, strict=True):
         assert a == b
+
+
+@pytest.mark.parametrize("script", [main_finetune, main_linprobe])
+@pytest.mark.parametrize("resume", ["auto", "FILE", "--eval"])
+def test_a_checkpoint_is_read_once(pictures, tmp_path, monkeypatch, script, resume):
+    flags = "--batch_size 12 --epochs 2 --max_steps 2"
+    run(script, flags, data_path=pictures, output_dir=tmp_path)
+    reads, load = [], torch.load
+
+    def counting(path, *rest, **named):
+        reads.append(os.path.basename(path))
+        return load(path, *rest, **named)
+
+    monkeypatch.setattr(torch, "load", counting)
+    file = "auto" if resume == "auto" else tmp_path / "checkpoint-0.pth"
+    eval_flag = resume if resume == "--eval" else ""
+    run(script, "--batch_size 12 --epochs 2", eval_flag, resume=file, data_path=pictures, output_dir=tmp_path)
+    assert reads == ["checkpoint-0.pth"]
 
 
 def test_killed_before_the_best_checkpoint_was_written(pictures, trained, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from PIL import Image
 import main_pretrain
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
+from util.processes import signals
 from util.weights.files import load_checkpoint
 
 TINY = [
@@ -77,6 +79,9 @@ def test_a_run_prints_and_writes_what_it_should(images, tmp_path, capsys):
         assert picture.width > 600
     content = load_checkpoint(tmp_path / "out" / "checkpoint-1.pth")
     assert content["epoch"] == 1 and content["args"]["model"] == "mae_vit_tiny_patch16"
+    assert (
+        "given" not in content["args"] and "\ngiven: " not in out
+    )  # what was on the command line is no setting
 
 
 @pytest.mark.parametrize("flags", [(), ("--loader", "reference", "--accum_iter", "2")])
@@ -110,6 +115,34 @@ def test_interrupted_inside_an_epoch_and_resumed_is_uninterrupted_bit_for_bit(im
     assert sorted(os.listdir(tmp_path / "parts")) == ["checkpoint-0.pth", "checkpoint-1-step2.pth", "log.txt"]
     run(images, tmp_path / "parts", *flags, "--resume", "auto")
     assert_same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
+
+
+def test_a_signal_during_set_up_saves_after_the_first_step(images, tmp_path, monkeypatch):
+    build = main_pretrain.build_pretrain_dataset
+
+    def build_and_be_told_to_stop(args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(args)
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match="SIGTERM"):
+        patch.setattr(main_pretrain, "build_pretrain_dataset", build_and_be_told_to_stop)
+        run(images, tmp_path)
+    signals.clear()
+    assert os.listdir(tmp_path) == ["checkpoint-0-step1.pth"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "checkpoint-0.pth"])
+def test_a_checkpoint_is_read_once(images, tmp_path, monkeypatch, resume):
+    run(images, tmp_path, "--epochs", "1")
+    reads, load = [], torch.load
+
+    def counting(path, *rest, **named):
+        reads.append(os.path.basename(path))
+        return load(path, *rest, **named)
+
+    monkeypatch.setattr(torch, "load", counting)
+    run(images, tmp_path, "--resume", resume if resume == "auto" else str(tmp_path / resume))
+    assert reads == ["checkpoint-0.pth"]
 
 
 def test_repeated_augmentation(images, tmp_path, capsys):

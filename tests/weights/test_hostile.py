@@ -22,7 +22,7 @@ import models_mae
 from util.cli.parser import ArgumentParser, parse_args
 from util.data.read import BadImage, read_image
 from util.errors import TrainingError, UserError
-from util.run import checkpoint
+from util.run import resume, start
 from util.weights import files
 
 
@@ -57,7 +57,7 @@ def test_damaged_checkpoints(tmp_path):
             content = files.load_checkpoint(path)
             model = models_mae.mae_vit(TINY_MAE)
             args = type("Args", (), {"resume": str(path), "output_dir": "", "eval": False})()
-            checkpoint.load_model(args, model, torch.optim.AdamW(model.parameters()), None)
+            resume.load_model(args, model, torch.optim.AdamW(model.parameters()), None)
             assert isinstance(content, dict)
             read += 1  # the damage is in numbers or in padding
         except UserError as error:
@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_training_and_the_old_checkpoint(tmp_path, capsys, mon
         size = (output / "checkpoint-0.pth").stat().st_size
         filler = shutil.disk_usage(output).free - size // 2  # half a checkpoint fits
         (output / "filler").write_bytes(b"x" * filler)
-        monkeypatch.setattr(main_pretrain, "check_output_dir", lambda *_: None)  # as if it filled up later
+        monkeypatch.setattr(start, "prepare_output_dir", lambda *_: None)  # as if it filled up later
         with pytest.raises(TrainingError, match="the last checkpoint could not be written"):
             main_pretrain.main(parse_args(parser, [*command, "--resume", "auto"]))
         error = capsys.readouterr().err

@@ -1,10 +1,65 @@
-"""The flags that the main scripts share, and the values that they may have."""
+"""The flags that the main scripts share, and argparse types of numbers that have bounds."""
 
 import argparse
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from util.errors import UserError
 from util.sizes import default_workers
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """An argparse type of a number with bounds. It converts only: `check_flags` refuses what lies outside, so
+    that the words name flag and value, and a fork's Namespace is checked as well.
+
+    kind: int or float. allows: whether a number may be. rule: how it must be, in words. advice: what to do.
+    """
+
+    kind: type
+    allows: Callable[[float], bool]
+    rule: str
+    advice: str = ""
+
+    def __call__(self, text: str) -> float:
+        return self.kind(text)
+
+    @property
+    def __name__(self) -> str:  # argparse says it of a text that is no number
+        return self.kind.__name__
+
+
+def at_least(least: float, kind: type = int) -> Bounded:
+    return Bounded(kind, lambda value: least <= value < math.inf, f"be at least {least}")
+
+
+def above(limit: float, advice: str = "") -> Bounded:
+    return Bounded(float, lambda value: limit < value < math.inf, f"be above {limit}", advice)
+
+
+fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
+inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
+
+
+def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises UserError for values in `args` that the `Bounded` types of `parser` do not allow."""
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if isinstance(action.type, Bounded) and value is not None and not action.type.allows(value):
+            finite = "" if math.isfinite(value) or "lie" in action.type.rule else " and finite"
+            raise UserError(f"--{action.dest} {value}: must {action.type.rule}{finite}{action.type.advice}")
+    start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
+    if epochs is not None and start_epoch >= epochs:
+        raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
+
+
+def add_training_args(parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False) -> None:
+    """The flags of a training beside those of its recipe; `backward`, `fsdp`: see the groups below."""
+    add_data_args(parser)
+    add_run_args(parser)
+    add_speed_args(parser, backward)
+    add_distributed_args(parser, fsdp)
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +70,12 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     flag("--data_path", "--data", default=None, metavar="PATH",
          help="ImageFolder root with train/ (and val/), a folder of images, or a text file that lists "
               "images; default: a small demo set, made on first use")
-    flag("--in_chans", default=3, type=int, help="channels of the images")
+    flag("--in_chans", default=3, type=at_least(1), help="channels of the images")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or skip it (at most 1 %% of the set)")
-    flag("--num_workers", default=default_workers(), type=int,
+    flag("--num_workers", default=default_workers(), type=at_least(0),
          help="loader processes (default: one per core, at most 16; torchrun's processes share the cores)")
     flag("--pin_mem", action="store_true", help="pin batches in memory for faster copies to the GPU")
     flag("--no_pin_mem", action="store_false", dest="pin_mem")
@@ -40,15 +95,34 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     flag("--seed", default=0, type=int)
     flag("--resume", default="", metavar="auto|FILE|URL",
          help="go on from a checkpoint; auto: the newest good one in --output_dir, if any")
-    flag("--start_epoch", default=0, type=int, metavar="N")
-    flag("--max_steps", default=0, type=int, metavar="N",
+    flag("--start_epoch", default=0, type=at_least(0), metavar="N")
+    flag("--max_steps", default=0, type=at_least(0), metavar="N",
          help="save and stop after N optimizer steps in all (0: no limit)")
-    flag("--keep_checkpoints", default=0, type=int, metavar="N", help="keep the newest N only (0: all)")
-    flag("--save_minutes", default=0, type=float, metavar="N",
+    flag("--keep_checkpoints", default=0, type=at_least(0), metavar="N",
+         help="keep the newest N only (0: all)")
+    flag("--save_minutes", default=0, type=at_least(0, float), metavar="N",
          help="also save inside epochs, when N minutes have passed since the last save (0: no)")
-    flag("--skip_nonfinite", default=0, type=int, metavar="N",
+    flag("--skip_nonfinite", default=0, type=at_least(0), metavar="N",
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
-    flag("--print_freq", default=20, type=int, metavar="N", help="steps between log lines")
+    flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
+    # fmt: on
+
+
+def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Callable:
+    """Batch, epochs and learning rate, with a recipe's `defaults`; returns what adds flags to the group."""
+    flag = parser.add_argument_group("optimization").add_argument
+    # fmt: off
+    flag("--batch_size", type=at_least(1), help="images per process and micro-step")
+    flag("--accum_iter", default=1, type=at_least(1), help="micro-steps per optimizer step")
+    flag("--epochs", type=at_least(1))
+    flag("--warmup_epochs", type=at_least(0))
+    flag("--blr", type=at_least(0, float), help="base learning rate: lr = blr * effective batch / 256")
+    flag("--lr", type=at_least(0, float), help="absolute learning rate, instead of --blr")
+    flag("--min_lr", type=at_least(0, float), help="lower bound of the cosine")
+    flag("--weight_decay", type=at_least(0, float))
+    # fmt: on
+    parser.set_defaults(**defaults)
+    return flag
 
 
 def add_speed_args(parser: argparse.ArgumentParser, backward: bool = True) -> None:
@@ -78,45 +152,9 @@ def add_distributed_args(parser: argparse.ArgumentParser, fsdp: bool = False) ->
     group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="set by old launchers")
     group.add_argument("--dist_on_itp", action="store_true", help="started by OpenMPI")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
-    group.add_argument("--dist_timeout", default=30, type=float, metavar="MINUTES",
+    group.add_argument("--dist_timeout", default=30, type=above(0), metavar="MINUTES",
                        help="after which waiting for another process is an error")  # fmt: skip
     if fsdp:
         group.add_argument("--fsdp", action="store_true",
                            help="share weights, gradients and optimizer state among the processes, for "
                            "models that do not fit otherwise (FSDP2); results stay the same")  # fmt: skip
-
-
-# The smallest value of each flag that has one, whichever script has it; floats must be finite too
-_AT_LEAST = dict.fromkeys(["batch_size", "accum_iter", "epochs", "print_freq", "in_chans", "recount", "k"], 1)
-
-
-_AT_LEAST |= dict.fromkeys(["num_workers", "keep_checkpoints", "max_steps", "start_epoch", "save_minutes"], 0)
-
-
-_AT_LEAST |= dict.fromkeys(["skip_nonfinite", "warmup_epochs", "lr", "blr", "min_lr", "weight_decay"], 0)
-
-
-_AT_LEAST |= dict.fromkeys(["mixup", "cutmix", "color_jitter"], 0)
-
-
-_ABOVE_ZERO = {"layer_decay", "clip_grad", "temperature", "dist_timeout"}
-
-
-def check_common_args(args: argparse.Namespace) -> None:
-    """Raises UserError for values that cannot work of the flags that the scripts share, or most of them."""
-    for flag, least in _AT_LEAST.items():
-        value = getattr(args, flag, None)
-        if value is not None and (not math.isfinite(value) or value < least):
-            raise UserError(f"--{flag} {value}: must be at least {least}" + _finite_text(value))
-    for flag in sorted(_ABOVE_ZERO):
-        value = getattr(args, flag, None)
-        if value is not None and (not math.isfinite(value) or value <= 0):
-            advice = "; leave it out for no clipping" if flag == "clip_grad" else ""
-            raise UserError(f"--{flag} {value}: must be above 0{_finite_text(value)}{advice}")
-    start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
-    if epochs is not None and start_epoch >= epochs:
-        raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
-
-
-def _finite_text(value: float) -> str:
-    return "" if math.isfinite(value) else " and finite"

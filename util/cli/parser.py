@@ -32,6 +32,17 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     return args
 
 
+def take_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> set[str]:
+    """Names of the flags on the command line: `args.given`, which is gone then, so that all is settings.
+
+    In a Namespace that a fork made: of those that are not the default of `parser`.
+    """
+    given = vars(args).pop("given", None)
+    if given is None:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    return set(given)
+
+
 def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     """Calls `main(args)` with the command line; what ends it early becomes one line and an exit status.
 
@@ -73,5 +84,3 @@ def _fail(message: str | None, status: int) -> None:
         raise
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
-
-    # fmt: on

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from util.compute.precision import autocast, resolve_amp_dtype
+from util.data.labelled import LabelledImages
+from util.data.loader import build_loader
 from util.data.read import printable
-from util.data.sampler import GROUP
+from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
-from util.processes.collectives import get_world_size, warn
+from util.processes.collectives import get_rank, get_world_size, warn
 
 
 @dataclass
@@ -57,6 +60,18 @@ def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, t
             held, count = [tuple(part[GROUP:] for part in joined)], count - GROUP
     if count:
         yield tuple(torch.cat(parts).clone() for parts in zip(*held, strict=True))
+
+
+def eval_loader(
+    dataset: LabelledImages, args, pin_memory: bool = False, epoch: int | None = None
+) -> DataLoader:
+    """Loader of this process's share of `dataset`, each sample once; `epoch`: that of its augmentation.
+
+    Args:
+        args: batch_size, num_workers.
+    """
+    sampler = EvalSampler(len(dataset), get_world_size(), get_rank(), epoch)
+    return build_loader(dataset, sampler, args.batch_size, args.num_workers, pin_memory)
 
 
 @torch.no_grad()

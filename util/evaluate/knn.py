@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from util.data.labelled import check_classes, labelled_images
-from util.data.loader import build_loader
 from util.data.presets import eval_transform
-from util.data.sampler import EvalSampler
 from util.errors import UserError
+from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features, extract_features
-from util.processes.collectives import get_rank, get_world_size, log
+from util.processes.collectives import log
 
 
 def knn_accuracy(
@@ -87,12 +86,4 @@ def knn_loaders(args: Namespace) -> tuple | None:
     except UserError as error:
         log(f"no k-NN accuracy: {error}")
         return None
-    return tuple(
-        build_loader(
-            dataset,
-            EvalSampler(len(dataset), get_world_size(), get_rank()),
-            args.batch_size,
-            args.num_workers,
-        )
-        for dataset in datasets
-    )
+    return tuple(eval_loader(dataset, args) for dataset in datasets)

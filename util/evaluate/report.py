@@ -6,9 +6,52 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from util.evaluate.exact import Predictions
+from util.data.labelled import LabelledImages
+from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
+from util.processes.collectives import is_main_process, log, warn
 
 MAX_CLASSES = 100  # of the per-class table and of the confusion picture
+
+
+def evaluate_and_report(
+    loader, model, device, args, dataset: LabelledImages, report: bool
+) -> dict[str, float]:
+    """Evaluates and prints the closing line; with `report` also what is known per class and per image.
+
+    That is, in `args.output_dir`: for at most 100 classes a table (printed, and `per_class.txt`) and a
+    picture (`confusion.png`); with `args.save_predictions` a `predictions.csv`.
+    """
+    predictions = predict_samples(loader, model, device, args)
+    stats = summarize(predictions)
+    if report and is_main_process():
+        folder = Path(args.output_dir) if args.output_dir else None
+        _write_reports(predictions, folder, args, dataset)
+    log(closing_line(stats))
+    return stats
+
+
+def _write_reports(predictions, folder, args, dataset) -> None:
+    names = list(dataset.classes)
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        if len(names) <= MAX_CLASSES:  # however many outputs the head has
+            if predictions.top[:, 0].max() >= len(names):
+                names.append("(other classes)")
+            matrix = confusion_matrix(predictions, len(names))
+            table = per_class_table(matrix, names)
+            log(table)
+            if folder is not None:
+                (folder / "per_class.txt").write_text(
+                    table + "\n", encoding="utf-8", errors="backslashreplace"
+                )
+                draw_confusion(matrix, names).save(folder / "confusion.png")
+        if args.save_predictions:
+            names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
+            write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
+            log(f"predictions: {folder / 'predictions.csv'}")
+    except OSError as error:
+        warn(f"{folder}: reports were not written: {error.strerror or error}")
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:

@@ -6,9 +6,10 @@ import time
 import torch
 
 from util.data.sampler import EvalSampler
+from util.evaluate.exact import eval_loader
 from util.evaluate.features import FeatureLoader, extract_features
 from util.processes.collectives import get_rank, get_world_size, log
-from util.recipes.classifier import eval_loader, train_loader
+from util.run.start import train_loader
 
 
 def encoder_digest(model: torch.nn.Module) -> str:
@@ -20,17 +21,19 @@ def encoder_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cache_features(model, train_set, val_set, args, device, pin_mem) -> tuple[FeatureLoader, FeatureLoader]:
+def cache_features(
+    model, train_set, val_set, args, device, pin_memory
+) -> tuple[FeatureLoader, FeatureLoader]:
     """Runs the frozen encoder over both sets; loaders of features for training and evaluation."""
     start = time.time()
     model.eval()
     train_features = torch.empty(args.cache_views, len(train_set), model.embed_dim)
     for view in range(args.cache_views):
-        images = eval_loader(train_set, args, pin_mem, epoch=view)
+        images = eval_loader(train_set, args, pin_memory, epoch=view)
         train_features[view], train_labels = extract_features(
             model.forward_features, images, device, args, keep_all=True
         )
-    images = eval_loader(val_set, args, pin_mem)
+    images = eval_loader(val_set, args, pin_memory)
     val_features, val_labels = extract_features(model.forward_features, images, device, args, keep_all=True)
     train_set.report_bad_images()
     size = (train_features.numel() + val_features.numel()) * 4 / 2**20
@@ -39,7 +42,7 @@ def cache_features(model, train_set, val_set, args, device, pin_mem) -> tuple[Fe
         f"{size:.0f} MB, in {time.time() - start:.1f} s"
     )
     val_sampler = EvalSampler(len(val_labels), get_world_size(), get_rank())
-    _, sampler = train_loader(train_set, args, pin_mem)
+    _, sampler = train_loader(train_set, args, pin_memory)
     return (
         FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True),
         FeatureLoader(val_features[None], val_labels, val_sampler, args.batch_size, dataset=val_set),

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a kill loses nothing, and a run's way back to one.
+"""Checkpoints, written so that a kill loses nothing; the way back to one is `util.run.resume`.
 
 `checkpoint-{epoch}.pth` is written when an epoch is complete: a dict of 'model', 'optimizer', 'epoch',
 'scaler' and 'args' (a plain dict), as the reference's. A run that stops inside an epoch writes
@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 
 from util.errors import TrainingError, UserError
-from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
-from util.processes.fsdp import is_sharded, load_state, split_optimizer_state
+from util.processes.collectives import get_world_size, is_main_process, warn
+from util.processes.fsdp import is_sharded
 from util.run.writer import BackgroundWriter, save_checkpoint, snapshot
-from util.weights.files import find_newest, is_inside_epoch, list_checkpoints, load_checkpoint
-from util.weights.state import check_entries, check_optimizer, check_state, model_state
+from util.weights.files import is_inside_epoch, list_checkpoints
 
 _writer = BackgroundWriter()
 
 
-def check_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
+def prepare_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
     """Makes the folder, tidies it; UserError unless a checkpoint of `model` and AdamW's state fits in."""
     _writer.failed = False  # of an earlier run in this process
     if not output_dir or not is_main_process():
@@ -71,7 +70,7 @@ def save_model(
         "optimizer": optimizer.state_dict(),
         "epoch": epoch - 1 if step else epoch,
         "scaler": loss_scaler.state_dict() if loss_scaler is not None else {},
-        "args": {name: value for name, value in vars(args).items() if name != "given"},
+        "args": dict(vars(args)),
         **{name: value for name, value in extra.items() if value is not None},
     }
     if not is_main_process():
@@ -132,119 +131,3 @@ def _remove_old(newest: Path, keep: int) -> None:
         if path != newest and (inside_epoch or (keep and complete > keep)):
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
-    """Restores a run from `args.resume` (auto, file or URL); sets `args.start_epoch` and `args.start_step`.
-
-    Returns the loaded content, or None when there was nothing to resume.
-
-    Raises:
-        UserError: unreadable, of another architecture, or without what resuming needs.
-    """
-    args.start_step = 0
-    if not args.resume:
-        if args.output_dir and list_checkpoints(args.output_dir):
-            if is_main_process():
-                _check_owner(args)
-            text = f"{args.output_dir} holds checkpoints of an earlier run"
-            log(f"note: {text}, which this fresh one will overwrite; --resume auto goes on from them")
-        return None
-    if args.resume == "auto":
-        newest = find_newest(args.output_dir) if args.output_dir else None
-        if newest is None:
-            log(f"resume: no checkpoint in {args.output_dir}, starting from scratch")
-            return None
-        source, content = newest
-    else:
-        source, content = args.resume, load_checkpoint(args.resume, "--resume")
-    check_entries(content, f"--resume {source}")
-    state = model_state(content, f"--resume {source}")
-    check_state(model_without_ddp, state, f"--resume {source}")
-    load_state(model_without_ddp, state)
-    if "optimizer" not in content or "epoch" not in content:
-        log(f"resume: {source} holds weights only; optimizer and epoch start anew")
-        return content
-    if not getattr(args, "eval", False):
-        if optimizer is not None:
-            _load_optimizer(optimizer, content["optimizer"], source)
-        if loss_scaler is not None:
-            loss_scaler.load_state_dict(content.get("scaler") or {})
-    args.start_epoch, args.start_step = content["epoch"] + 1, content.get("step", 0)
-    if args.start_step:
-        args.start_step = _position(args, content, source)
-    check_agreement(args)  # all processes go on from the same place
-    _warn_of_changes(args, content)
-    where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
-    complete = args.start_epoch >= getattr(args, "epochs", args.start_epoch + 1)
-    log(f"resume: {source}, {'complete: nothing left to do' if complete else 'going on'} at {where}")
-    return content
-
-
-def _check_owner(args) -> None:
-    """Raises UserError where a fresh run would overwrite another script's checkpoints or its own start."""
-    newest, given = list_checkpoints(args.output_dir)[0], getattr(args, "finetune", "")
-    if given and "://" not in given and Path(given).resolve().parent == Path(args.output_dir).resolve():
-        raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
-                        "overwrite it; pass another folder")  # fmt: skip
-    try:
-        stored = load_checkpoint(newest).get("args")
-    except UserError:
-        return
-    marks = {
-        "mask_ratio": "main_pretrain.py",
-        "mixup": "main_finetune.py",
-        "cache_features": "main_linprobe.py",
-    }
-    writer = next((script for flag, script in marks.items() if flag in (stored or {})), None)
-    own = next((script for flag, script in marks.items() if hasattr(args, flag)), None)
-    if writer and own and writer != own:
-        raise UserError(f"--output_dir {args.output_dir}: holds checkpoints of {writer}, and this run would "
-                        "overwrite them; pass another folder")  # fmt: skip
-
-
-def _warn_of_changes(args, content: dict) -> None:
-    """Says which settings of the recipe are no longer those of the checkpoint."""
-    names = "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter"
-    saved, own = content.get("args") or {}, vars(args)
-    changed = [
-        f"{name} {saved[name]} -> {own[name]}"
-        for name in (*names.split(), "mean", "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
-        if name in saved and name in own and str(saved[name]) != str(own[name])
-    ]
-    if changed and is_main_process():
-        warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
-
-
-def _position(args, content: dict, source) -> int:
-    """Micro-steps done of the epoch under way, counted with this run's batch size and processes."""
-    if "samples" not in content:
-        return content["step"]
-    effective_batch = args.batch_size * args.accum_iter * get_world_size()
-    if effective_batch != content["effective_batch"]:
-        raise UserError(
-            f"--resume {source}: was saved inside an epoch with an effective batch of "
-            f"{content['effective_batch']}, now it is {effective_batch}; keep batch size x processes x "
-            "--accum_iter, or resume from a whole epoch"
-        )
-    saved, own = ((a or {}).get("repeated_aug", 1) for a in (content.get("args"), vars(args)))
-    if saved != own:
-        raise UserError(
-            f"--resume {source}: was saved inside an epoch with --repeated_aug {saved}, now it is {own}; "
-            "keep it, or resume from a whole epoch"
-        )
-    return content["samples"] // (args.batch_size * get_world_size())
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
-    # How a step is computed belongs to this machine, not to the checkpoint; torch places the state by it
-    groups = [
-        {**saved, "fused": own.get("fused")}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
-    ]
-    try:
-        check_optimizer(optimizer, state)
-        entries = split_optimizer_state(optimizer, state["state"])
-        optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
-    except (ValueError, KeyError) as error:
-        raise UserError(f"--resume {source}: its optimizer state does not fit: {error}") from None

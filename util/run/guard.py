@@ -10,7 +10,7 @@ import signal
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ class RunGuard:
     step.
 
     Args:
-        args: if present accum_iter, max_steps, save_minutes, skip_nonfinite, output_dir, seed.
+        args: if present accum_iter, max_steps, save_minutes, skip_nonfinite, output_dir, seed; for `epochs`
+            also epochs, start_epoch, start_step.
         save: save(epoch, step, meters) writes a checkpoint inside an epoch, `step` micro-steps into it.
         dataset: has `path(index)`, to name the files of a bad batch; or None.
         steps: micro-steps of an epoch.
@@ -45,19 +46,30 @@ class RunGuard:
         steps: int = 0,
         meters: list[dict] | None = None,
     ):
-        self.save, self.dataset, self.steps, self.meters = save, dataset, steps, meters
+        self.args, self.save, self.dataset, self.steps, self.meters = args, save, dataset, steps, meters
         self.accum_iter, self.max_steps = getattr(args, "accum_iter", 1), getattr(args, "max_steps", 0)
         self.seed = getattr(args, "seed", None)
         self.output_dir = getattr(args, "output_dir", "")
         self.save_seconds = 60 * (getattr(args, "save_minutes", 0) or 0)
         self.allowed = getattr(args, "skip_nonfinite", 0) or 0
-        self.last_save = time.monotonic()
+        self.start = self.last_save = time.monotonic()
         self.signum, self.stopped, self.inside_epoch, self.reached_max_steps = 0, False, False, False
         self.device = torch.device("cpu")
         self.bad_steps = self.bad_in_a_row = 0
-        self.window: list[dict] = []  # micro-steps since the last optimizer step
+        self.micro_steps: list[dict] = []  # since the last optimizer step
         self.pending: deque = deque()  # optimizer steps whose flags have not been read
         self.norms: deque = deque(maxlen=20)
+
+    def epochs(self, sampler) -> Iterator[int]:
+        """Yields the epochs from `args.start_epoch` to `args.epochs` while the run shall go on, each with
+        `sampler` set to where it begins: the first one at micro-step `args.start_step`.
+        """
+        for epoch in range(self.args.start_epoch, self.args.epochs):
+            start_step = self.args.start_step if epoch == self.args.start_epoch else 0
+            if self.stopped or self.check_max_steps(epoch, start_step):
+                return
+            sampler.set_epoch(epoch, start_step)
+            yield epoch
 
     def take_meters(self) -> dict:
         """This process's meters to go on with, once; none if there were other processes then."""
@@ -69,7 +81,7 @@ class RunGuard:
         now.
         """
         indices = batch[2] if len(batch) > 2 else None
-        self.window.append(
+        self.micro_steps.append(
             {"images": batch[0], "indices": indices, "loss": loss, "epoch": epoch, "step": step}
         )
 
@@ -80,7 +92,7 @@ class RunGuard:
         Raises:
             TrainingError: more losses in a row were not finite than `skip_nonfinite` allows.
         """
-        losses = torch.stack([entry["loss"] for entry in self.window])
+        losses = torch.stack([entry["loss"] for entry in self.micro_steps])
         self.device = losses.device
         late = bool(self.save_seconds) and time.monotonic() - self.last_save > self.save_seconds
         bad = (~torch.isfinite(losses).all()).float()
@@ -88,8 +100,8 @@ class RunGuard:
         own = [torch.full_like(bad, number) for number in (signals.requested() or 0, late)]
         flags = torch.stack([bad, *own])
         self.norms.append(grad_norm)
-        self.pending.append((self._to_host(all_reduce_max(flags)), self.window))
-        self.window = []
+        self.pending.append((self._to_host(all_reduce_max(flags)), self.micro_steps))
+        self.micro_steps = []
         save = False
         while len(self.pending) > (DELAY if losses.is_cuda else 0):
             save = self._read_oldest() or save
@@ -133,7 +145,7 @@ class RunGuard:
 
     def _read_oldest(self) -> bool:
         """Acts on the oldest flags that have not been read; returns whether it is time to save."""
-        (flags, event), window = self.pending.popleft()
+        (flags, event), micro_steps = self.pending.popleft()
         if event is not None:
             event.synchronize()
         bad, signum, save = flags.tolist()
@@ -143,13 +155,13 @@ class RunGuard:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         if bad:
             self.bad_steps += 1
-            self._report(window)
+            self._report(micro_steps)
         return save > 0
 
-    def _report(self, window: list[dict]) -> None:
+    def _report(self, micro_steps: list[dict]) -> None:
         """Writes what led to a loss that is not finite, and names the files; stops at too many."""
-        bad = [entry for entry in window if not torch.isfinite(entry["loss"])]
-        entry = (bad or window)[0]
+        bad = [entry for entry in micro_steps if not torch.isfinite(entry["loss"])]
+        entry = (bad or micro_steps)[0]
         where = f"epoch {entry['epoch']}, step {entry['step']}"
         files = []
         if entry["indices"] is not None and hasattr(self.dataset, "path"):

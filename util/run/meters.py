@@ -10,12 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from util.cli.progress import progress_bar
 from util.processes.collectives import all_reduce_sum, get_world_size, is_main_process, log
-
-try:
-    from tqdm import tqdm
-except ImportError:  # an optional extra; log lines serve as well
-    tqdm = None
 
 
 class SmoothedValue:
@@ -27,7 +23,7 @@ class SmoothedValue:
     """
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
-        self.window: deque = deque(maxlen=window_size)
+        self.recent: deque = deque(maxlen=window_size)
         self.pending: list = []  # tensors not read yet, with their counts
         self.total, self.count, self.fmt = 0.0, 0, fmt
 
@@ -43,13 +39,13 @@ class SmoothedValue:
             value = next(numbers) if isinstance(value, torch.Tensor) else float(value)
             if not math.isfinite(value):  # handled, and counted, elsewhere; here it would hide all others
                 continue
-            self.window.append(value)
+            self.recent.append(value)
             self.total += value * n
             self.count += n
         self.pending.clear()
 
     def synchronize_between_processes(self) -> None:
-        """Makes the average that of all processes; the window stays this process's own."""
+        """Makes the average that of all processes; the recent values stay this process's own."""
         self.flush()
         if get_world_size() == 1:
             return
@@ -62,15 +58,15 @@ class SmoothedValue:
     def median(self) -> float:
         self.flush()
         return (
-            torch.tensor(list(self.window), dtype=torch.float64).median().item()
-            if self.window
+            torch.tensor(list(self.recent), dtype=torch.float64).median().item()
+            if self.recent
             else float("nan")
         )
 
     @property
     def avg(self) -> float:
         self.flush()
-        return sum(self.window) / len(self.window) if self.window else float("nan")
+        return sum(self.recent) / len(self.recent) if self.recent else float("nan")
 
     @property
     def global_avg(self) -> float:
@@ -80,12 +76,12 @@ class SmoothedValue:
     @property
     def max(self) -> float:
         self.flush()
-        return max(self.window, default=float("nan"))
+        return max(self.recent, default=float("nan"))
 
     @property
     def value(self) -> float:
         self.flush()
-        return self.window[-1] if self.window else float("nan")
+        return self.recent[-1] if self.recent else float("nan")
 
     def __str__(self) -> str:
         return self.fmt.format(
@@ -113,16 +109,16 @@ class MetricLogger:
                 self.meters[name].update(value)
 
     def state_dict(self) -> dict[str, list]:
-        """{name: [total, count, values of the window]}, to go on inside an epoch."""
+        """{name: [total, count, recent values]}, to go on inside an epoch."""
         for meter in self.meters.values():
             meter.flush()
-        return {name: [m.total, m.count, list(m.window)] for name, m in self.meters.items()}
+        return {name: [m.total, m.count, list(m.recent)] for name, m in self.meters.items()}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        for name, (total, count, window) in state.items():
+        for name, (total, count, recent) in state.items():
             meter = self.meters[name]
             meter.total, meter.count = total, count
-            meter.window.extend(window)
+            meter.recent.extend(recent)
 
     def __getattr__(self, name: str) -> SmoothedValue:
         meters = self.__dict__.get("meters", {})
@@ -138,7 +134,8 @@ class MetricLogger:
             self.meters[name].synchronize_between_processes()
 
     def averages(self) -> dict[str, float]:
-        """{name: average over the epoch}."""
+        """{name: average over the epoch}, of all processes, which must all call this."""
+        self.synchronize_between_processes()
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
     def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
@@ -150,10 +147,8 @@ class MetricLogger:
         """
         length = len(iterable)
         bar = None
-        if tqdm is not None and is_main_process() and sys.stdout.isatty():
-            bar = tqdm(
-                total=length, initial=start, desc=header, file=sys.stdout, dynamic_ncols=True, mininterval=0.5
-            )
+        if is_main_process() and sys.stdout.isatty():
+            bar = progress_bar(length, "it", sys.stdout, initial=start, desc=header, mininterval=0.5)
         clock = _Clock()
         iterator = iter(iterable)
         try:

@@ -15,7 +15,7 @@ from util.errors import UserError
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
-_NO_SETTING = {"given", "rank", "gpu", "local_rank", "distributed", "start_step"}
+_NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
 
 
 class StepCurves:
@@ -91,7 +91,7 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
 
 def log_arguments(args) -> None:
     """Prints all settings, one a line, in alphabetical order."""
-    log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items()) if name != "given"))
+    log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items())))
 
 
 def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:

@@ -1,0 +1,188 @@
+"""What all training scripts do before their first epoch and after their last one."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from util.cli.parser import take_given
+from util.compute.precision import prepare_device, resolve_amp_dtype, resolve_device
+from util.data.loader import build_loader
+from util.data.sampler import EpochSampler
+from util.errors import UserError
+from util.processes import signals
+from util.processes.collectives import get_rank, get_world_size, log
+from util.processes.group import init_distributed_mode, shut_down
+from util.run.checkpoint import finish_saving, prepare_output_dir, save_model
+from util.run.guard import RunGuard
+from util.run.resume import Checkpoint, restore_run
+from util.run.run_log import log_run, trim_log
+
+
+@dataclass
+class Run:
+    """device: that computes. amp_dtype: autocast's, None for full precision. precision: that in words.
+
+    given: names of the flags on the command line. pin_memory: whether loaders pin their batches.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    precision: str
+    given: set[str]
+    pin_memory: bool
+
+
+def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.ArgumentParser) -> Run:
+    """Joins the other processes, checks the flags, and takes the device that they name.
+
+    Args:
+        args: of the script; gets distributed, rank, world_size, gpu, and loses `given`.
+        check_args: the script's, which raises UserError for flags that cannot work.
+        parser: the script's.
+    """
+    given = take_given(args, parser)
+    # From the first second: a scheduler may want its nodes back while images are listed or a model is
+    # compiled; the run then saves after its first step. An evaluation has nothing to save
+    if not getattr(args, "eval", False):
+        signals.install()
+    init_distributed_mode(args)
+    check_args(args)
+    device = resolve_device(args.device, args.gpu)
+    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
+    pin_memory = args.pin_mem and device.type == "cuda"
+    return Run(device, amp_dtype, prepare_device(device, amp_dtype), given, pin_memory)
+
+
+def train_loader(
+    dataset: Dataset, args: argparse.Namespace, pin_memory: bool, kind: str = "training images"
+) -> tuple[DataLoader, EpochSampler]:
+    """Loader of shuffled full batches and its sampler; raises UserError when no batch would be full.
+
+    Args:
+        args: batch_size, seed, num_workers; if present repeated_aug.
+        kind: what the samples are, for that error.
+    """
+    world_size, batch_size = get_world_size(), args.batch_size
+    repeats = getattr(args, "repeated_aug", 1)
+    sampler = EpochSampler(
+        len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats
+    )
+    loader = build_loader(dataset, sampler, batch_size, args.num_workers, pin_memory, drop_last=True)
+    if len(loader) == 0:
+        times = f" x {repeats} crops" if repeats > 1 else ""
+        raise UserError(
+            f"--batch_size {batch_size}: {world_size} x {batch_size} is more than the {len(dataset)} "
+            f"{kind}{times}, so that no batch would be full"
+        )
+    return loader, sampler
+
+
+class RunState:
+    """What a checkpoint holds: model, optimizer, loss scaler, and what else a run must know to go on.
+
+    Args:
+        model: bare, not its wrapper.
+        model_info: of a classifier: see `util.weights.model_info`.
+        best_acc1: of a classifier: top-1 accuracy in percent, of the best epoch so far; -1: none.
+
+    After `restore` it also has `resumed`: whether the run goes on from an epoch; `meters`: states of the
+    meters of the epoch under way, one of each process; `stats`: averages of the epoch before; `evaluated`:
+    whether that was evaluated.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler,
+        model_info: dict | None = None,
+        best_acc1: float | None = None,
+    ):
+        self.args, self.model, self.optimizer, self.loss_scaler = args, model, optimizer, loss_scaler
+        self.model_info, self.best_acc1 = model_info, best_acc1
+        self.resumed, self.evaluated, self.meters, self.stats = False, False, None, None
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
+
+        Sets `args.start_epoch` and `args.start_step`; UserErrors are those of `prepare_output_dir` and
+        `restore_run`.
+        """
+        prepare_output_dir(self.args.output_dir, self.model)
+        restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler)
+        if checkpoint is None:
+            return
+        content = checkpoint.content
+        self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
+        self.meters, self.stats = content.get("meters"), content.get("stats")
+        if self.best_acc1 is not None:
+            self.best_acc1 = content.get("best_acc1", self.best_acc1)
+        content.clear()
+
+    def save(
+        self, epoch: int, step: int = 0, meters: list | None = None, best: bool = False, **extra
+    ) -> Path | None:
+        """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_model`."""
+        return save_model(
+            self.args, epoch, None, self.model, self.optimizer, self.loss_scaler, step, best,
+            meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
+        )  # fmt: skip
+
+    @property
+    def purge_step(self) -> int | None:
+        """x from which a resumed run draws its curves again; None: there are none yet."""
+        return int(1000 * self.args.start_epoch) if self.resumed else None
+
+    def unfinished_epoch(self, evaluates: bool = False) -> dict[str, float] | None:
+        """Drops from log.txt what will come again; returns the averages of the epoch before where the run
+        ended before that was logged or, if the script `evaluates` each epoch, evaluated.
+        """
+        if not self.resumed:
+            return None
+        unfinished = evaluates and self.stats is not None and not self.evaluated
+        logged = trim_log(self.args.output_dir, self.args.start_epoch - unfinished)
+        return self.stats if unfinished or not logged else None
+
+
+def announce(
+    run: Run,
+    args: argparse.Namespace,
+    log_writer,
+    data: str,
+    model: str,
+    step: str,
+    steps_per_epoch: int,
+    metrics: Sequence[str],
+) -> None:
+    """Prints what the run is, and tells TensorBoard, which compares runs by the curves `metrics`.
+
+    data, model, step: what there is to say of each beside the settings.
+    """
+    world_size = get_world_size()
+    effective_batch = args.batch_size * args.accum_iter * world_size
+    log_run(
+        log_writer, args,
+        f"data: {data}",
+        f"model: {args.model}, {model}",
+        f"device: {run.device}, precision: {run.precision}{step}",
+        f"effective batch: {args.batch_size} x {world_size} processes x {args.accum_iter} accumulated "
+        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        metrics=metrics,
+    )  # fmt: skip
+
+
+def close_run(log_writer, guard: RunGuard) -> None:
+    """Ends a run when all is on disk and all processes are here; `Interrupted` if a signal ended it."""
+    log(f"Training time {timedelta(seconds=int(time.monotonic() - guard.start))}")
+    if log_writer is not None:
+        log_writer.close()
+    finish_saving()
+    shut_down()
+    guard.leave()
