@@ -20,29 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import (
-    BenchmarkParser,
-    finish,
-    median_of,
-    paired_ratio,
-    print_table,
-    run_benchmark,
-    say,
-    take_turns,
-)
+from harness import Parser, finish, median_of, paired_ratio, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from workload import Repeated, draw_pictures, noise_batch, pretrain_args
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
+from util.compute import precision
 from util.compute.compile import compile_model
-from util.compute.precision import (
-    NativeScalerWithGradNormCount,
-    has_fused_adamw,
-    prepare_device,
-    resolve_amp_dtype,
-    resolve_device,
-)
 from util.data.dataset import build_pretrain_dataset
 from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
@@ -105,9 +90,11 @@ class Model:
         self.model = main_pretrain.build_model(args).to(device)
         compile_model(self.model, "loss_of_removed", args, device)
         groups = param_groups_weight_decay(self.model, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=has_fused_adamw(device))
-        amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-        self.scaler = NativeScalerWithGradNormCount(amp_dtype == torch.float16, device=device.type)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=1e-4, betas=(0.9, 0.95), fused=precision.has_fused_adamw(device)
+        )
+        amp_dtype = precision.resolve_amp_dtype(args.amp_dtype, device)
+        self.scaler = precision.NativeScalerWithGradNormCount(amp_dtype == torch.float16, device=device.type)
 
     def run(self, batches: Iterator, warm: int, steps: int) -> dict[str, float]:
         segment = Segment(batches, warm, steps, self.args.batch_size, self.device)
@@ -156,7 +143,7 @@ def report(name: str, rounds: dict[str, list]) -> float:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = BenchmarkParser(
+    parser = Parser(
         __doc__, input_size=224, batch_size=(None, "default: 256, on CPU 16"), device="auto",
         workers=(None, "default: main_pretrain.py's"), rounds=(None, "default: 5, on CPU 3"),
         steps=(None, "timed steps of a segment (default: 60, on CPU 8)"), images=(512, "how many are drawn"),
@@ -170,7 +157,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> int:
-    on_gpu = resolve_device(options.device, 0).type == "cuda"
+    on_gpu = precision.resolve_device(options.device, 0).type == "cuda"
     options.models = options.models or ["mae_vit_base_patch16", "mae_vit_large_patch16"][: 1 + on_gpu]
     for name, gpu, cpu in (("batch_size", 256, 16), ("steps", 60, 8), ("rounds", 5, 3)):
         setattr(options, name, getattr(options, name) or (gpu if on_gpu else cpu))
@@ -179,10 +166,8 @@ def main(options: argparse.Namespace) -> int:
     flags += [] if options.workers is None else ["--num_workers", str(options.workers)]
     args = pretrain_args(options, *flags, names=["input_size", "batch_size", "device"])
     device, args.data_path = torch.device(args.device), options.data_path
-    precision = prepare_device(device, resolve_amp_dtype(args.amp_dtype, device))
-    say(
-        f"{device}, {precision}, {args.num_workers} workers, {options.rounds} rounds of {options.steps} steps"
-    )
+    computed_in = precision.prepare_device(device, precision.resolve_amp_dtype(args.amp_dtype, device))
+    say(f"{computed_in}; {args.num_workers} workers; {options.rounds} rounds of {options.steps} steps")
     with tempfile.TemporaryDirectory() as folder:
         if args.data_path is None:
             args.data_path = folder

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from harness import BenchmarkParser, finish, median_of, number, paired_ratio, run_benchmark, say, take_turns
+from harness import Parser, finish, from_zero, median_of, paired_ratio, run_benchmark, say, take_turns
 
 import models_vit
 from util.compute.precision import autocast, resolve_amp_dtype, resolve_device
@@ -36,13 +37,13 @@ TARGET = 1.05
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = BenchmarkParser(
+    parser = Parser(
         __doc__, images=1000, input_size=224, batch_size=64, rounds=3, threads=None, device="auto"
     )
     flag = parser.add_argument
     flag("--data_path", default=None, help="folder of images; default: the demo set")
     flag("--size", default="base", choices=["tiny", "small", "base", "large"])
-    flag("--num_workers", default=default_workers(), type=number(zero=True))
+    flag("--num_workers", default=default_workers(), type=from_zero())
     flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
     return parser
 
@@ -72,12 +73,13 @@ def with_predict(model, files, weights, args, device: torch.device, path: str) -
     return result.features
 
 
-def timed(function) -> dict:
+def timed(name: str, function: Callable) -> dict:
     """{"features": its result, "seconds", "cpu_seconds": processor time of this process}."""
     start, cpu = time.perf_counter(), time.process_time()
     features = function()
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
-            "features": features}  # fmt: skip
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    say(f"{name}: {spent['seconds']:.2f} s")
+    return {**spent, "features": features}
 
 
 def measure(args) -> dict[str, list[dict]]:
@@ -99,8 +101,10 @@ def measure(args) -> dict[str, list[dict]]:
         warm = Namespace(**{**vars(args), "num_workers": 0})
         with_predict(model, few, weights, warm, device, path)  # the first pass pays for set-up
         ways = {
-            "bare": lambda: timed(lambda: bare_loop(model, dataset, args, device)),
-            "predict": lambda: timed(lambda: with_predict(model, files, weights, args, device, path)),
+            "bare": lambda: timed("bare", lambda: bare_loop(model, dataset, args, device)),
+            "predict": lambda: timed(
+                "predict", lambda: with_predict(model, files, weights, args, device, path)
+            ),
         }
         rounds = take_turns(args.rounds, ways)
     rounds["difference"] = []
@@ -116,8 +120,6 @@ def measure(args) -> dict[str, list[dict]]:
 def main(args: argparse.Namespace) -> int:
     rounds = measure(args)
     bare, done = rounds["bare"], rounds["predict"]
-    for number, (one, two) in enumerate(zip(bare, done, strict=True), 1):
-        say(f"round {number}: bare {one['seconds']:.2f} s, predict {two['seconds']:.2f} s")
     figures = {"rounds": rounds, "images_per_s": args.images / median_of(done, "seconds")}
     for key, name in [("seconds", "time"), ("cpu_seconds", "processor time of the main process")]:
         ratios = [two[key] / one[key] for one, two in zip(bare, done, strict=True)]

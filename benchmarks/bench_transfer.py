@@ -11,7 +11,6 @@ pre-trains one encoder per seed first; fewer checkpoints than seeds are used in 
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import subprocess
@@ -20,14 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from harness import run_benchmark
+from harness import ROOT, Parser, above_zero, finish, from_zero, print_table, run_benchmark, say
 
 from models_mae import MODELS as MAE_MODELS
-from util.cli.parser import ArgumentParser
 from util.demo_set.files import ensure_demo_data
 from util.rng import seed_all
 from util.sizes import image_size
@@ -38,25 +32,24 @@ PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decod
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
     flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
     flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
     flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
-    flag("--patch_size", default=8, type=int)
-    flag("--in_chans", default=3, type=int)
-    flag("--seeds", nargs="+", default=[0, 1, 2], type=int)
+    flag("--patch_size", default=8, type=above_zero())
+    flag("--in_chans", default=3, type=above_zero())
+    flag("--seeds", nargs="+", default=[0, 1, 2], type=from_zero())
     flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
-    flag("--pretrain_epochs", default=50, type=int)
+    flag("--pretrain_epochs", default=50, type=above_zero())
     flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
     flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
     flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
-    flag("--few", default=1, type=int, metavar="N", help="fine-tune on one in N training images")
-    flag("--num_workers", default=2, type=int)
+    flag("--few", default=1, type=above_zero(), metavar="N", help="fine-tune on one in N training images")
+    flag("--num_workers", default=2, type=from_zero())
     flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
-    flag("--json", default=None, metavar="FILE", help="also write all figures there")
     # fmt: on
     return parser
 
@@ -70,7 +63,7 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.txt").unlink(missing_ok=True)
         with open(output / "stdout.txt", "w") as out:
-            result = subprocess.run([sys.executable, *words], cwd=REPO, stdout=out, stderr=subprocess.STDOUT)
+            result = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         if result.returncode:
             sys.exit(f"{script} failed, see {output / 'stdout.txt'}")
         for weights in output.glob("checkpoint-*.pth"):
@@ -144,29 +137,28 @@ def one_in(few: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def print_table(figures: dict) -> None:
+def report(figures: dict) -> None:
     """Mean and spread per task and encoder, and the smallest gap between the two."""
-    print(f"\n{'top-1 accuracy (%)':20s}{'pre-trained':>20s}{'random encoder':>20s}{'gap, worst seeds':>20s}")
+    rows = []
     for task, kinds in figures.items():
         cells = []
         for values in kinds.values():
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
-        gap = min(kinds["pre-trained"]) - max(kinds["random"])
-        print(f"{task:20s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{gap:>+20.2f}")
+        rows.append((task, *cells, f"{min(kinds['pre-trained']) - max(kinds['random']):+.2f}"))
+    say()
+    heads = ["top-1 accuracy (%)", "pre-trained", "random encoder", "gap, worst seeds"]
+    print_table(heads, rows, name=20, width=20)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     work = Path(args.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     start = time.time()
     result = measure(args, work)
-    print_table(result["figures"])
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    print(f"\nseeds {args.seeds}; {machine}; {time.time() - start:.0f} s")
-    if args.json:
-        result |= {"seeds": args.seeds, "machine": machine, "seconds": round(time.time() - start)}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    report(result["figures"])
+    say(f"\nseeds {args.seeds}; {time.time() - start:.0f} s")
+    return finish(args, {**result, "seconds": round(time.time() - start)})
 
 
 if __name__ == "__main__":

@@ -32,17 +32,22 @@ from util.cli.parser import ArgumentParser, errors_in_one_line
 PACKAGES = ("torchvision", "timm", "numpy", "pillow", "simplejpeg", "transformers")
 
 
-def number(kind: type = int, zero: bool = False) -> Callable[[str], int | float]:
-    """An argparse type: a finite number above 0, or with `zero` at least 0."""
+def above_zero(kind: type = int, or_zero: bool = False) -> Callable[[str], int | float]:
+    """An argparse type: a finite number above 0."""
 
     def read(text: str) -> int | float:
         value = kind(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"{text}: must be {'at least' if zero else 'above'} 0")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+            raise argparse.ArgumentTypeError(f"{text}: must be {'at least' if or_zero else 'above'} 0")
         return value
 
     read.__name__ = kind.__name__  # in argparse's words on what is no number at all
     return read
+
+
+def from_zero(kind: type = int) -> Callable[[str], int | float]:
+    """An argparse type: a finite number of at least 0."""
+    return above_zero(kind, or_zero=True)
 
 
 def new_file(text: str) -> str:
@@ -53,19 +58,19 @@ def new_file(text: str) -> str:
 
 
 COMMON = {
-    "--input_size": {"type": number(), "help": "pixels"},
-    "--batch_size": {"type": number(), "help": "images per process"},
-    "--steps": {"type": number(), "help": "per round"},
-    "--images": {"type": number(), "help": "how many are used"},
-    "--rounds": {"type": number(), "help": "figures are medians over them"},
-    "--workers": {"type": number(zero=True), "help": "loader processes"},
+    "--input_size": {"type": above_zero(), "help": "pixels"},
+    "--batch_size": {"type": above_zero(), "help": "images per process"},
+    "--steps": {"type": above_zero(), "help": "per round"},
+    "--images": {"type": above_zero(), "help": "how many are used"},
+    "--rounds": {"type": above_zero(), "help": "figures are medians over them"},
+    "--workers": {"type": from_zero(), "help": "loader processes"},
     "--device": {"help": "auto (cuda, else mps, else cpu) or a torch device"},
-    "--threads": {"type": number(), "help": "torch's threads (default: torch's own choice)"},
+    "--threads": {"type": above_zero(), "help": "torch's threads (default: torch's own choice)"},
     "--json": {"type": new_file, "metavar": "FILE", "help": "write the figures to this file too"},
 }
 
 
-class BenchmarkParser(ArgumentParser):
+class Parser(ArgumentParser):
     """Has --json and those of the COMMON flags that get a default, or (default, help), by name."""
 
     def __init__(self, doc: str, **defaults):
