@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from harness import Parser, finish, from_zero, median_of, paired_ratio, run_benchmark, say, take_turns
+from harness import Parser, finish, median_of, paired_ratio, positive, run_benchmark, say, take_turns
 
 import models_vit
 from util.compute.precision import autocast, resolve_amp_dtype, resolve_device
@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--data_path", default=None, help="folder of images; default: the demo set")
     flag("--size", default="base", choices=["tiny", "small", "base", "large"])
-    flag("--num_workers", default=default_workers(), type=from_zero())
+    flag("--num_workers", default=default_workers(), type=positive(or_zero=True))
     flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
     return parser
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import Parser, above_zero, run_benchmark
+from harness import Parser, positive, run_benchmark
 
 from util.errors import UserError
 
@@ -141,8 +141,8 @@ def report(results: dict[str, dict]) -> bool:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__, workers=2, batch_size=256)
-    parser.add_argument("--files", default=1_000_000, type=above_zero())
-    parser.add_argument("--folders", default=1000, type=above_zero(), help="class folders that they lie in")
+    parser.add_argument("--files", default=1_000_000, type=positive())
+    parser.add_argument("--folders", default=1000, type=positive(), help="class folders that they lie in")
     parser.add_argument("--place", help="where to make them (default: the folder for temporary files)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

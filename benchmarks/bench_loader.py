@@ -22,17 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from harness import (
-    Parser,
-    above_zero,
-    finish,
-    from_zero,
-    paired_ratio,
-    print_table,
-    run_benchmark,
-    say,
-    take_turns,
-)
+from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from PIL import Image
 from workload import Repeated, draw_pictures
 
@@ -178,11 +168,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     # fmt: off
     flag("--data_path", help="your own images (default: drawn ones)")
-    flag("--samples", default=600, type=above_zero(), help="that each worker reads in a round")
-    flag("--workers", default=powers, type=from_zero(), nargs="*",
+    flag("--samples", default=600, type=positive(), help="that each worker reads in a round")
+    flag("--workers", default=powers, type=positive(or_zero=True), nargs="*",
          help=f"numbers of workers; none: skip (default: {' '.join(map(str, powers))})")
-    flag("--short", default=[400, 320], type=above_zero(), nargs="*", help="shorter sides of copies")
-    flag("--prefetch", default=[1, 4], type=above_zero(), nargs="*", help="batches ahead to compare")
+    flag("--short", default=[400, 320], type=positive(), nargs="*", help="shorter sides of copies")
+    flag("--prefetch", default=[1, 4], type=positive(), nargs="*", help="batches ahead to compare")
     # fmt: on
     return parser
 

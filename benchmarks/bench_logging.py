@@ -23,7 +23,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from harness import Parser, above_zero, finish, print_table, run_benchmark, say, take_turns
+from harness import Parser, finish, positive, print_table, run_benchmark, say, take_turns
 from workload import Batches, clocked, noise_batch, pretrain_args
 
 import engine_pretrain
@@ -41,6 +41,14 @@ PARTS = {
     "epoch": "averages, log.txt, flush at the end of an epoch",
     "norm": "gradient norm (logged, and checked to be finite)",
 }
+CLOCKED = [
+    (meters.MetricLogger, "update", "update"),
+    (meters.MetricLogger, "synchronize_between_processes", "epoch"),
+    (meters.MetricLogger, "averages", "epoch"),
+    (engine_pretrain.StepCurves, "add", "curves"),
+    (engine_pretrain.StepCurves, "write", "curves"),
+    (precision, "total_norm", "norm"),
+]
 
 
 class Nothing:
@@ -97,27 +105,6 @@ class Clocked:
             yield item
 
 
-def with_clocks(spent: dict[str, float]) -> tuple[type, type]:
-    """MetricLogger and StepCurves that add their seconds to `spent`."""
-
-    class Metrics(meters.MetricLogger):
-        def log_every(self, batches, *args):
-            # Between two items it keeps its books; fetching a batch and normalising it is not part of that
-            yield from Clocked(super().log_every(Clocked(batches, spent, -1), *args), spent)
-
-    class Curves(engine_pretrain.StepCurves):
-        pass
-
-    for owner, part, names in [
-        (Metrics, "update", ["update"]),
-        (Metrics, "epoch", ["synchronize_between_processes", "averages"]),
-        (Curves, "curves", ["add", "write"]),
-    ]:
-        for name in names:
-            setattr(owner, name, clocked(getattr(owner, name), spent, part))
-    return Metrics, Curves
-
-
 def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging: bool, spent=None):
     """One epoch with or without logging; returns seconds on the clock and of processor time.
 
@@ -126,7 +113,6 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
     """
     model, optimizer, scaler = parts
     device = torch.device(args.device)
-    total_norm = precision.total_norm
     busy = time.process_time if device.type == "cpu" else time.perf_counter
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))  # noqa: E731
@@ -135,10 +121,13 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
             patch(engine_pretrain, "StepCurves", Nothing)
             patch(precision, "total_norm", lambda *args, **kwargs: torch.ones((), device=device))
         elif spent is not None:
-            logger, curves = with_clocks(spent)
-            patch(meters, "MetricLogger", logger)
-            patch(engine_pretrain, "StepCurves", curves)
-            patch(precision, "total_norm", clocked(total_norm, spent, "norm"))
+            for owner, name, part in CLOCKED:
+                patch(owner, name, clocked(getattr(owner, name), spent, part))
+            log_every = meters.MetricLogger.log_every
+            # Between two items it keeps its books; fetching a batch and normalising it is not part of that
+            patch(meters.MetricLogger, "log_every", lambda self, batches, *how: Clocked(
+                log_every(self, Clocked(batches, spent, -1), *how), spent
+            ))  # fmt: skip
         start, busy_start = time.perf_counter(), busy()
         stats = engine_pretrain.train_one_epoch(
             model, batches, optimizer, device, 0, scaler, writer if logging else None, args
@@ -242,10 +231,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     demo = parser.add_argument_group("training, by default as `make demo` has it").add_argument
     demo("--model", default="mae_vit_tiny_patch16")
     demo("--input_size", default="64", help="pixels: 64, or 32x128")
-    demo("--patch_size", default=8, type=above_zero())
-    demo("--decoder_depth", default=2, type=above_zero())
-    demo("--print_freq", default=10, type=above_zero(), help="steps between log lines")
-    demo("--bare_rounds", default=200, type=above_zero(), help="as --rounds, of steps that compute nothing")
+    demo("--patch_size", default=8, type=positive())
+    demo("--decoder_depth", default=2, type=positive())
+    demo("--print_freq", default=10, type=positive(), help="steps between log lines")
+    demo("--bare_rounds", default=200, type=positive(), help="as --rounds, of steps that compute nothing")
     return parser
 
 

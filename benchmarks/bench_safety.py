@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness import Parser, above_zero, finish, print_table, run_benchmark, say
+from harness import Parser, finish, positive, print_table, run_benchmark, say
 from workload import Batches, clocked, noise_batch, pretrain_args
 
 import engine_pretrain
@@ -132,7 +132,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         __doc__, input_size=224, batch_size=16, steps=(8, "clocked steps"), device="cpu", threads=None
     )
     parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--saves", default=3, type=above_zero())
+    parser.add_argument("--saves", default=3, type=positive())
     return parser
 
 

@@ -30,17 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from harness import (
-    Parser,
-    above_zero,
-    finish,
-    from_zero,
-    paired_ratio,
-    print_table,
-    run_benchmark,
-    say,
-    take_turns,
-)
+from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from workload import noise_batch, pretrain_args
@@ -204,16 +194,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     # fmt: off
     flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
-    flag("--processes", default=[1, 2], type=above_zero(), nargs="+")
-    flag("--step_ms", type=above_zero(float), help="of a step to compute the table with (default: as measured)")
-    flag("--gpus_per_node", default=8, type=above_zero())
-    flag("--node_gbps", default=450.0, type=above_zero(float), help="GB/s one way (default: NVLink of an H100)")
-    flag("--network_gbps", default=50.0, type=above_zero(float),
-         help="GB/s per GPU (default: a port of 400 Gbit/s each)")
-    flag("--bandwidth_share", default=0.7, type=above_zero(float), help="of these that an all-reduce reaches")
-    flag("--hop_us", default=10.0, type=from_zero(float), help="latency of a hop of the ring")
-    flag("--overlap", default=0.9, type=from_zero(float),
-         help="share of the backward pass that can hide the exchange")
+    flag("--processes", default=[1, 2], type=positive(), nargs="+")
+    flag("--step_ms", type=positive(float), help="of a step, for the table (default: as measured)")
+    flag("--gpus_per_node", default=8, type=positive())
+    flag("--node_gbps", default=450.0, type=positive(float), help="GB/s one way (NVLink of an H100)")
+    flag("--network_gbps", default=50.0, type=positive(float), help="GB/s per GPU (a 400 Gbit/s port each)")
+    flag("--bandwidth_share", default=0.7, type=positive(float), help="of these that an all-reduce reaches")
+    flag("--hop_us", default=10.0, type=positive(float, or_zero=True), help="latency of a hop of the ring")
+    flag("--overlap", default=0.9, type=positive(float, or_zero=True), help="share of backward that hides it")
     # fmt: on
     return parser
 

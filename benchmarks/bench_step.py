@@ -32,7 +32,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import Parser, above_zero, finish, paired_ratio, print_table, run_benchmark, say, take_turns
+from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from step_variants import OURS, make_model, make_variant, settings_of
 from workload import CLASSES
 
@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--task", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"])
     flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
          help="default: eager plain hf, on CUDA also compiled")  # fmt: skip
-    flag("--mask_ratio", default=0.75, type=above_zero(float))
+    flag("--mask_ratio", default=0.75, type=positive(float))
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
     flag("--grad_checkpointing", action="store_true", help="of ours")
     flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import ROOT, Parser, above_zero, finish, from_zero, print_table, run_benchmark, say
+from harness import ROOT, Parser, finish, positive, print_table, run_benchmark, say
 
 from models_mae import MODELS as MAE_MODELS
 from util.demo_set.files import ensure_demo_data
@@ -39,16 +39,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
     flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
     flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
-    flag("--patch_size", default=8, type=above_zero())
-    flag("--in_chans", default=3, type=above_zero())
-    flag("--seeds", nargs="+", default=[0, 1, 2], type=from_zero())
+    flag("--patch_size", default=8, type=positive())
+    flag("--in_chans", default=3, type=positive())
+    flag("--seeds", nargs="+", default=[0, 1, 2], type=positive(or_zero=True))
     flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
-    flag("--pretrain_epochs", default=50, type=above_zero())
+    flag("--pretrain_epochs", default=50, type=positive())
     flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
     flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
     flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
-    flag("--few", default=1, type=above_zero(), metavar="N", help="fine-tune on one in N training images")
-    flag("--num_workers", default=2, type=from_zero())
+    flag("--few", default=1, type=positive(), metavar="N", help="fine-tune on one in N training images")
+    flag("--num_workers", default=2, type=positive(or_zero=True))
     flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
     # fmt: on
     return parser
@@ -74,8 +74,8 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
 
 
 def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[str, list[Path]]:
-    """{"pre-trained": one file per seed, "random": likewise}; makes what is not there."""
-    found = {"pre-trained": [], "random": []}
+    """{"pre-trained": one file per seed, "random encoder": likewise}; makes what is not there."""
+    found = {"pre-trained": [], "random encoder": []}
     for i, seed in enumerate(args.seeds):
         if args.checkpoint:
             found["pre-trained"].append(Path(args.checkpoint[i % len(args.checkpoint)]).resolve())
@@ -91,7 +91,7 @@ def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[st
             img_size=image_size(args.input_size), patch_size=args.patch_size, in_chans=args.in_chans
         )
         torch.save({"model": model.state_dict(), "args": {"input_size": image_size(args.input_size)}}, path)
-        found["random"].append(path)
+        found["random encoder"].append(path)
     return found
 
 
@@ -117,8 +117,10 @@ def measure(args, work: Path) -> dict:
                         data = Path(args.data_path) if args.data_path else ensure_demo_data()
                         flags += ["--data_path", str(one_in(args.few, data.resolve(), work))]
                     flags += [*shlex.split(own), "--log_dir", "", "--keep_checkpoints", "1"]
-                records = run(script, flags, work / f"{task}-{kind}-{seed}", commands)
+                records = run(script, flags, work / f"{task}-{kind.split()[0]}-{seed}", commands)
                 figures[task][kind].append(records[-1][key])
+        done = [row_of(task, figures[task]) for task in figures if figures[task]["random encoder"]]
+        print_table(["top-1 accuracy (%)", *files, "gap, worst seeds"], done, name=20, width=20)
     return {"figures": figures, "commands": commands}
 
 
@@ -137,18 +139,13 @@ def one_in(few: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def report(figures: dict) -> None:
-    """Mean and spread per task and encoder, and the smallest gap between the two."""
-    rows = []
-    for task, kinds in figures.items():
-        cells = []
-        for values in kinds.values():
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
-        rows.append((task, *cells, f"{min(kinds['pre-trained']) - max(kinds['random']):+.2f}"))
-    say()
-    heads = ["top-1 accuracy (%)", "pre-trained", "random encoder", "gap, worst seeds"]
-    print_table(heads, rows, name=20, width=20)
+def row_of(task: str, kinds: dict[str, list[float]]) -> tuple[str, ...]:
+    """Mean and spread per encoder, and the smallest gap between the two."""
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in kinds.values()]
+    means = [statistics.mean(values) for values in kinds.values()]
+    gap = min(kinds["pre-trained"]) - max(kinds["random encoder"])
+    cells = (f"{mean:.2f} ± {spread:.2f}" for mean, spread in zip(means, spreads, strict=True))
+    return task, *cells, f"{gap:+.2f}"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -156,8 +153,7 @@ def main(args: argparse.Namespace) -> int:
     work.mkdir(parents=True, exist_ok=True)
     start = time.time()
     result = measure(args, work)
-    report(result["figures"])
-    say(f"\nseeds {args.seeds}; {time.time() - start:.0f} s")
+    say(f"seeds {args.seeds}; {time.time() - start:.0f} s")
     return finish(args, {**result, "seconds": round(time.time() - start)})
 
 

@@ -32,8 +32,8 @@ from util.cli.parser import ArgumentParser, errors_in_one_line
 PACKAGES = ("torchvision", "timm", "numpy", "pillow", "simplejpeg", "transformers")
 
 
-def above_zero(kind: type = int, or_zero: bool = False) -> Callable[[str], int | float]:
-    """An argparse type: a finite number above 0."""
+def positive(kind: type = int, or_zero: bool = False) -> Callable[[str], int | float]:
+    """An argparse type: a finite number above 0, or with `or_zero` at least 0."""
 
     def read(text: str) -> int | float:
         value = kind(text)
@@ -45,11 +45,6 @@ def above_zero(kind: type = int, or_zero: bool = False) -> Callable[[str], int |
     return read
 
 
-def from_zero(kind: type = int) -> Callable[[str], int | float]:
-    """An argparse type: a finite number of at least 0."""
-    return above_zero(kind, or_zero=True)
-
-
 def new_file(text: str) -> str:
     """An argparse type: a path in a folder that is there."""
     if not os.path.isdir(os.path.dirname(text) or "."):
@@ -58,14 +53,14 @@ def new_file(text: str) -> str:
 
 
 COMMON = {
-    "--input_size": {"type": above_zero(), "help": "pixels"},
-    "--batch_size": {"type": above_zero(), "help": "images per process"},
-    "--steps": {"type": above_zero(), "help": "per round"},
-    "--images": {"type": above_zero(), "help": "how many are used"},
-    "--rounds": {"type": above_zero(), "help": "figures are medians over them"},
-    "--workers": {"type": from_zero(), "help": "loader processes"},
+    "--input_size": {"type": positive(), "help": "pixels"},
+    "--batch_size": {"type": positive(), "help": "images per process"},
+    "--steps": {"type": positive(), "help": "per round"},
+    "--images": {"type": positive(), "help": "how many are used"},
+    "--rounds": {"type": positive(), "help": "figures are medians over them"},
+    "--workers": {"type": positive(or_zero=True), "help": "loader processes"},
     "--device": {"help": "auto (cuda, else mps, else cpu) or a torch device"},
-    "--threads": {"type": above_zero(), "help": "torch's threads (default: torch's own choice)"},
+    "--threads": {"type": positive(), "help": "torch's threads (default: torch's own choice)"},
     "--json": {"type": new_file, "metavar": "FILE", "help": "write the figures to this file too"},
 }
 

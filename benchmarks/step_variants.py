@@ -16,15 +16,9 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
+from util.compute import precision
 from util.compute.compile import compile_model
 from util.compute.memory import give_back_freed_memory
-from util.compute.precision import (
-    NativeScalerWithGradNormCount,
-    autocast,
-    has_fused_adamw,
-    prepare_device,
-    resolve_amp_dtype,
-)
 from util.rng import seed_all
 
 PATCH = {"huge": 14}
@@ -69,9 +63,9 @@ def make_ours(variant: str, task: str, name: str, args):
         compile_mode="reduce-overhead" if variant == "graphs" else "default",
     )  # fmt: skip
     compile_model(model, "loss_of_removed" if task == "pretrain" else "forward", run, args.where)
-    optimizer = make_optimizer(model, fused=has_fused_adamw(args.where))
-    amp = resolve_amp_dtype(args.amp_dtype, args.where)
-    scaler = NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)
+    optimizer = make_optimizer(model, fused=precision.has_fused_adamw(args.where))
+    amp = precision.resolve_amp_dtype(args.amp_dtype, args.where)
+    scaler = precision.NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)
     loader = make_loader(args)
     mixup, criterion = make_mixup(), SoftTargetCrossEntropy()
 
@@ -100,7 +94,7 @@ def make_loop(task: str, args, optimizer, amp, scaler, loss_of, waits: bool):
             if task == "finetune":  # Mixup writes into its batch, which is the loader's on CPU
                 labels = labels.to(device, non_blocking=True)
                 images, targets = mixup(images if cuda else images.clone(), labels)
-            with autocast(device, amp):
+            with precision.autocast(device, amp):
                 loss = loss_of(images, targets)
             if waits:
                 loss.item()
@@ -155,10 +149,10 @@ def make_hugging_face(variant: str, task: str, name: str, args):
     else:
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=CLASSES))
     model = model.to(args.where).train()
-    fused = args.hf_adamw == "fused" and has_fused_adamw(args.where)
+    fused = args.hf_adamw == "fused" and precision.has_fused_adamw(args.where)
     optimizer = make_optimizer(model, fused=fused or None)
     called = torch.compile(model) if variant == "hf_compiled" else model
-    amp, criterion = resolve_amp_dtype(args.amp_dtype, args.where), SoftTargetCrossEntropy()
+    amp, criterion = precision.resolve_amp_dtype(args.amp_dtype, args.where), SoftTargetCrossEntropy()
     scaler = torch.amp.GradScaler(args.where.type, enabled=amp == torch.float16)
 
     def loss_of(images, targets):
@@ -181,4 +175,4 @@ def settings_of(variant: str, device: torch.device) -> None:
     give_back_freed_memory()
     torch.set_float32_matmul_precision("highest")
     if variant in OURS or (variant != "plain" and device.type == "cuda"):
-        prepare_device(device, None)
+        precision.prepare_device(device, None)
