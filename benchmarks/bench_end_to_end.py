@@ -15,14 +15,14 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from harness import Parser, finish, median_of, paired_ratio, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
-from workload import Repeated, draw_pictures, noise_batch, pretrain_args
+from workload import Repeated, draw_pictures, noise_batch, pretrain_args, synchronize
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
@@ -36,9 +36,7 @@ TARGETS = {"mae_vit_large_patch16": 98, "mae_vit_base_patch16": 90}  # per cent,
 
 
 class Segment:
-    """A loader of `warm` + `steps` batches out of an endless iterator; the clock runs after the first
-    `warm`.
-    """
+    """A loader of `warm` + `steps` batches of an endless iterator; the clock runs after the first `warm`."""
 
     def __init__(self, batches: Iterator, warm: int, steps: int, batch_size: int, device: torch.device):
         self.batches, self.warm, self.steps, self.batch_size = batches, warm, steps, batch_size
@@ -50,27 +48,21 @@ class Segment:
     def __iter__(self) -> Iterator:
         for number in range(len(self)):
             if number == self.warm:
-                self.synchronize()
+                synchronize(self.device)
                 self.start = time.perf_counter()
             before = time.perf_counter()
             batch = next(self.batches)
             self.waited += time.perf_counter() - before if number >= self.warm else 0
             yield batch
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def figures(self) -> dict[str, float]:
         """Of the timed part, which ends now: images/s, and per cent of time spent waiting for batches."""
-        self.synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - self.start
         # On CUDA a batch is fetched one step ahead: when the clock starts, step warm - 1 has yet to come
         steps = self.steps + (self.device.type == "cuda")
-        return {
-            "images_per_s": steps * self.batch_size / seconds,
-            "data_wait_percent": 100 * self.waited / seconds,
-        }
+        rate = steps * self.batch_size / seconds
+        return {"images_per_s": rate, "data_wait_percent": 100 * self.waited / seconds}
 
 
 def endless(loader) -> Iterator:
@@ -82,24 +74,22 @@ def endless(loader) -> Iterator:
         epoch += 1
 
 
-class Model:
-    """What trains, with main_pretrain.py's settings."""
+def make_run(args: argparse.Namespace, device: torch.device) -> Callable:
+    """`run(batches, warm, steps)` trains `args.model` as main_pretrain.py does; returns a segment's figures."""
+    model = main_pretrain.build_model(args).to(device)
+    compile_model(model, "loss_of_removed", args, device)
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    fused = precision.has_fused_adamw(device)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=fused)
+    fp16 = precision.resolve_amp_dtype(args.amp_dtype, device) == torch.float16
+    scaler = precision.NativeScalerWithGradNormCount(fp16, device=device.type)
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.model = main_pretrain.build_model(args).to(device)
-        compile_model(self.model, "loss_of_removed", args, device)
-        groups = param_groups_weight_decay(self.model, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=1e-4, betas=(0.9, 0.95), fused=precision.has_fused_adamw(device)
-        )
-        amp_dtype = precision.resolve_amp_dtype(args.amp_dtype, device)
-        self.scaler = precision.NativeScalerWithGradNormCount(amp_dtype == torch.float16, device=device.type)
-
-    def run(self, batches: Iterator, warm: int, steps: int) -> dict[str, float]:
-        segment = Segment(batches, warm, steps, self.args.batch_size, self.device)
-        train_one_epoch(self.model, segment, self.optimizer, self.device, 0, self.scaler, None, self.args)
+    def run(batches: Iterator, warm: int, steps: int) -> dict[str, float]:
+        segment = Segment(batches, warm, steps, args.batch_size, device)
+        train_one_epoch(model, segment, optimizer, device, 0, scaler, None, args)
         return segment.figures()
+
+    return run
 
 
 def measure(options: argparse.Namespace, args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
@@ -115,12 +105,10 @@ def measure(options: argparse.Namespace, args: argparse.Namespace, device: torch
     files, results = endless(loader), {}
     next(files)
     for name in options.models:
-        model = Model(argparse.Namespace(**{**vars(args), "model": name}), device)
-        model.run(in_memory, 2, 2)  # compiles
-        ways = {
-            "JPEG files": partial(model.run, files, 2 + ahead, options.steps),
-            "in memory": partial(model.run, in_memory, 2, options.steps),
-        }
+        run = make_run(argparse.Namespace(**{**vars(args), "model": name}), device)
+        run(in_memory, 2, 2)  # compiles
+        sources = {"JPEG files": (files, 2 + ahead), "in memory": (in_memory, 2)}
+        ways = {source: partial(run, *of, options.steps) for source, of in sources.items()}
         results[name] = {"rounds": take_turns(options.rounds, ways)}
         results[name]["percent_of_in_memory"] = report(name, results[name]["rounds"])
     return results
@@ -140,20 +128,6 @@ def report(name: str, rounds: dict[str, list]) -> float:
     if name in TARGETS:
         say(f"{name}: {shares['JPEG files']:.1f} %; target on an H100 with 16 cores: {TARGETS[name]} %")
     return shares["JPEG files"]
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        __doc__, input_size=224, batch_size=(None, "default: 256, on CPU 16"), device="auto",
-        workers=(None, "default: main_pretrain.py's"), rounds=(None, "default: 5, on CPU 3"),
-        steps=(None, "timed steps of a segment (default: 60, on CPU 8)"), images=(512, "how many are drawn"),
-    )  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=main_pretrain.models_mae.MODELS, metavar="MODEL",
-                        help="default: ViT-B and ViT-L; on CPU ViT-B")  # fmt: skip
-    parser.add_argument("--data_path", help="your own images (default: drawn ones)")
-    parser.add_argument("--no_compile", action="store_true")
-    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
-    return parser
 
 
 def main(options: argparse.Namespace) -> int:
@@ -177,4 +151,14 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, input_size=224, batch_size=(None, "default: 256, on CPU 16"), device="auto",
+        workers=(None, "default: main_pretrain.py's"), rounds=(None, "default: 5, on CPU 3"),
+        steps=(None, "timed steps of a segment (default: 60, on CPU 8)"), images=(512, "how many are drawn"),
+    )  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=main_pretrain.models_mae.MODELS, metavar="MODEL",
+                        help="default: ViT-B and ViT-L; on CPU ViT-B")  # fmt: skip
+    parser.add_argument("--data_path", help="your own images (default: drawn ones)")
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
+    run_benchmark(main, parser)

@@ -36,18 +36,6 @@ from util.weights.predict_weights import Weights
 TARGET = 1.05
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        __doc__, images=1000, input_size=224, batch_size=64, rounds=3, threads=None, device="auto"
-    )
-    flag = parser.add_argument
-    flag("--data_path", default=None, help="folder of images; default: the demo set")
-    flag("--size", default="base", choices=["tiny", "small", "base", "large"])
-    flag("--num_workers", default=default_workers(), type=positive(or_zero=True))
-    flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
-    return parser
-
-
 def take_files(args) -> ImageFiles:
     """The first `args.images` images; the list starts again where there are fewer."""
     found = find_images(args.data_path or ensure_demo_data(log=print), "train").paths
@@ -134,4 +122,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, images=1000, input_size=224, batch_size=64, rounds=3, threads=None, device="auto"
+    )
+    flag = parser.add_argument
+    flag("--data_path", default=None, help="folder of images; default: the demo set")
+    flag("--size", default="base", choices=["tiny", "small", "base", "large"])
+    flag("--num_workers", default=default_workers(), type=positive(or_zero=True))
+    flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
+    run_benchmark(main, parser)

@@ -161,22 +161,6 @@ def report(rounds: dict[str, list[float]], baseline: Callable[[str], str]) -> di
     return figures
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__, images=200, input_size=224, rounds=7, batch_size=64)
-    cores = default_workers()
-    powers = sorted({*(2**n for n in range(10) if 2**n < cores), cores})
-    flag = parser.add_argument
-    # fmt: off
-    flag("--data_path", help="your own images (default: drawn ones)")
-    flag("--samples", default=600, type=positive(), help="that each worker reads in a round")
-    flag("--workers", default=powers, type=positive(or_zero=True), nargs="*",
-         help=f"numbers of workers; none: skip (default: {' '.join(map(str, powers))})")
-    flag("--short", default=[400, 320], type=positive(), nargs="*", help="shorter sides of copies")
-    flag("--prefetch", default=[1, 4], type=positive(), nargs="*", help="batches ahead to compare")
-    # fmt: on
-    return parser
-
-
 def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as copies_folder:
@@ -206,4 +190,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__, images=200, input_size=224, rounds=7, batch_size=64)
+    cores = default_workers()
+    powers = sorted({*(2**n for n in range(10) if 2**n < cores), cores})
+    flag = parser.add_argument
+    # fmt: off
+    flag("--data_path", help="your own images (default: drawn ones)")
+    flag("--samples", default=600, type=positive(), help="that each worker reads in a round")
+    flag("--workers", default=powers, type=positive(or_zero=True), nargs="*",
+         help=f"numbers of workers; none: skip (default: {' '.join(map(str, powers))})")
+    flag("--short", default=[400, 320], type=positive(), nargs="*", help="shorter sides of copies")
+    flag("--prefetch", default=[1, 4], type=positive(), nargs="*", help="batches ahead to compare")
+    # fmt: on
+    run_benchmark(main, parser)

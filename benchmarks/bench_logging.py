@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 from harness import Parser, finish, positive, print_table, run_benchmark, say, take_turns
-from workload import Batches, clocked, noise_batch, pretrain_args
+from workload import Batches, clocked, noise_batch, pretrain_args, synchronize
 
 import engine_pretrain
 import main_pretrain
@@ -138,8 +138,7 @@ def run_epoch(parts: tuple, batches: Batches, args, writer, folder: str, logging
             write_log(folder, {"epoch": 0, **stats})
             if spent is not None:
                 spent["epoch"] += time.perf_counter() - end
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start, busy() - busy_start
 
 
@@ -223,21 +222,6 @@ def report(result: dict) -> bool:
     return percent < TARGET_PERCENT
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        __doc__, batch_size=64, steps=(10 * TRAIN // 64, "per epoch"), threads=None, device="cpu",
-        rounds=(8, "real epochs with, and as many without logging"),
-    )  # fmt: skip
-    demo = parser.add_argument_group("training, by default as `make demo` has it").add_argument
-    demo("--model", default="mae_vit_tiny_patch16")
-    demo("--input_size", default="64", help="pixels: 64, or 32x128")
-    demo("--patch_size", default=8, type=positive())
-    demo("--decoder_depth", default=2, type=positive())
-    demo("--print_freq", default=10, type=positive(), help="steps between log lines")
-    demo("--bare_rounds", default=200, type=positive(), help="as --rounds, of steps that compute nothing")
-    return parser
-
-
 def main(options: argparse.Namespace) -> int:
     names = ["model", "input_size", "patch_size", "decoder_depth", "batch_size", "print_freq", "device"]
     args = pretrain_args(options, names=names)
@@ -250,4 +234,15 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, batch_size=64, steps=(10 * TRAIN // 64, "per epoch"), threads=None, device="cpu",
+        rounds=(8, "real epochs with, and as many without logging"),
+    )  # fmt: skip
+    demo = parser.add_argument_group("training, by default as `make demo` has it").add_argument
+    demo("--model", default="mae_vit_tiny_patch16")
+    demo("--input_size", default="64", help="pixels: 64, or 32x128")
+    demo("--patch_size", default=8, type=positive())
+    demo("--decoder_depth", default=2, type=positive())
+    demo("--print_freq", default=10, type=positive(), help="steps between log lines")
+    demo("--bare_rounds", default=200, type=positive(), help="as --rounds, of steps that compute nothing")
+    run_benchmark(main, parser)

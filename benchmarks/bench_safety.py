@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from harness import Parser, finish, positive, print_table, run_benchmark, say
-from workload import Batches, clocked, noise_batch, pretrain_args
+from workload import Batches, clocked, noise_batch, pretrain_args, synchronize
 
 import engine_pretrain
 import main_pretrain
@@ -61,11 +61,9 @@ def train(parts: tuple, batches: Batches, args, spent: dict[str, float]) -> None
         ]:
             value = clocked(getattr(owner, name), spent, part)
             stack.enter_context(mock.patch.object(owner, name, value))
-        engine_pretrain.train_one_epoch(
-            model, batches, optimizer, torch.device(args.device), 0, scaler, None, args, guard
-        )
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
+        device = torch.device(args.device)
+        engine_pretrain.train_one_epoch(model, batches, optimizer, device, 0, scaler, None, args, guard)
+    synchronize(device)
 
 
 def measure(options: argparse.Namespace, args: argparse.Namespace, folder: str) -> dict:
@@ -127,15 +125,6 @@ def report(result: dict) -> bool:
     return met
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        __doc__, input_size=224, batch_size=16, steps=(8, "clocked steps"), device="cpu", threads=None
-    )
-    parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--saves", default=3, type=positive())
-    return parser
-
-
 def main(options: argparse.Namespace) -> int:
     args = pretrain_args(options, names=["model", "input_size", "batch_size", "device"])
     say(f"{get_world_size()} processes")
@@ -147,4 +136,9 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, input_size=224, batch_size=16, steps=(8, "clocked steps"), device="cpu", threads=None
+    )
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--saves", default=3, type=positive())
+    run_benchmark(main, parser)

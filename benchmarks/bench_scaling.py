@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -33,7 +32,7 @@ import torch.multiprocessing
 from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from workload import noise_batch, pretrain_args
+from workload import noise_batch, pretrain_args, synchronize
 
 import main_pretrain
 from util.compute import precision
@@ -89,8 +88,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return (time.perf_counter() - start) / count
 
     steps(2, True)
@@ -100,7 +98,6 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
         "bucket_bytes": list(buckets.values()), "device": str(device),
         "precision": str(amp_dtype or torch.float32),
         "parameters": sum(p.numel() for p in bare.parameters() if p.requires_grad),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
     }  # fmt: skip
     if rank == 0:
         path.write_text(json.dumps(result))
@@ -145,29 +142,22 @@ def predict(options: argparse.Namespace, step: float, gradient_bytes: int, last_
     return rows
 
 
-def report_measured(options: argparse.Namespace, results: dict[int, dict]) -> dict[int, float]:
-    """Prints what was measured; {processes: median seconds of a step}."""
-    rows, medians = [], {}
-    for n, result in results.items():
-        seconds = result["step_seconds"]
-        medians[n], alone = (statistics.median(seconds[kind]) for kind in ("with", "without"))
-        costs = f"{100 * (paired_ratio(seconds['with'], seconds['without']) - 1):.1f} %" if n > 1 else ""
-        speed = f"{n * options.batch_size / medians[n]:.1f}"
-        rows.append((f"{n:10d}", f"{1e3 * medians[n]:.1f} ms", f"{1e3 * alone:.1f} ms", costs, speed))
-    say()
-    heads = [" processes", "a step", "without exchange", "exchange costs", "images/s"]
-    print_table(heads, rows, name=10, width=18)
-    return medians
+def report_step(n: int, seconds: dict[str, list[float]], batch_size: int) -> None:
+    """Prints the row of what `n` processes measured."""
+    both, alone = (statistics.median(seconds[kind]) for kind in ("with", "without"))
+    costs = f"{100 * (paired_ratio(seconds['with'], seconds['without']) - 1):.1f} %" if n > 1 else ""
+    cells = f"{1e3 * both:.1f} ms", f"{1e3 * alone:.1f} ms", costs, f"{n * batch_size / both:.1f}"
+    print_table([f"{n:10d}", *cells], [], name=10, width=18)
 
 
 def report(options: argparse.Namespace, results: dict[int, dict]) -> list[dict]:
-    """Prints what was measured and the table; returns its rows."""
-    medians, several = report_measured(options, results), results[max(results)]
+    """Prints what was counted, what is assumed and the computed table; returns its rows."""
+    alone, several = results[min(results)], results[max(results)]
     sizes, counted = several["bucket_bytes"], "counted"
     if not sizes:  # one process exchanges nothing
         left, counted = 4 * several["parameters"], "not counted, as DistributedDataParallel would make them"
         sizes = [BUCKET] * (left // BUCKET) + [left % BUCKET]
-    step = options.step_ms / 1e3 if options.step_ms else medians[min(medians)]
+    step = options.step_ms / 1e3 if options.step_ms else statistics.median(alone["step_seconds"]["with"])
     source = "given by --step_ms" if options.step_ms else f"measured on {several['device']}"
     say(f"""
 gradients: {several["parameters"] / 1e6:.1f} M, {sum(sizes) / 1e6:.1f} MB a step in {len(sizes)} buckets \
@@ -189,7 +179,23 @@ assumed: {options.node_gbps:g} GB/s between the {options.gpus_per_node} GPUs of 
     return rows
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def main(options: argparse.Namespace) -> int:
+    gpus = torch.cuda.device_count()
+    if options.device in ("auto", "cuda") and 0 < gpus < max(options.processes):
+        options.processes = [n for n in options.processes if n <= gpus]
+        say(f"{gpus} GPU here: measuring {options.processes} processes only")
+        if not options.processes:
+            sys.exit("pass other --processes, or --device cpu")
+    heads = [" processes", "a step", "without exchange", "exchange costs", "images/s"]
+    print_table(heads, [], name=10, width=18)
+    results = {}
+    for n in options.processes:
+        results[n] = start(options, n)
+        report_step(n, results[n]["step_seconds"], options.batch_size)
+    return finish(options, {"measured": results, "computed": report(options, results)})
+
+
+if __name__ == "__main__":
     parser = Parser(__doc__, input_size=224, batch_size=8, steps=(3, "of a segment"), rounds=5, device="auto")
     flag = parser.add_argument
     # fmt: off
@@ -203,19 +209,4 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--hop_us", default=10.0, type=positive(float, or_zero=True), help="latency of a hop of the ring")
     flag("--overlap", default=0.9, type=positive(float, or_zero=True), help="share of backward that hides it")
     # fmt: on
-    return parser
-
-
-def main(options: argparse.Namespace) -> int:
-    gpus = torch.cuda.device_count()
-    if options.device in ("auto", "cuda") and 0 < gpus < max(options.processes):
-        options.processes = [n for n in options.processes if n <= gpus]
-        say(f"{gpus} GPU here: measuring {options.processes} processes only")
-        if not options.processes:
-            sys.exit("pass other --processes, or --device cpu")
-    results = {n: start(options, n) for n in options.processes}
-    return finish(options, {"measured": results, "computed": report(options, results)})
-
-
-if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    run_benchmark(main, parser)

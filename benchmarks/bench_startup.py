@@ -74,26 +74,6 @@ def import_costs() -> tuple[Counter, list[tuple[str, float]]]:
     return own, whole
 
 
-def report_imports(own: Counter, whole: list[tuple[str, float]]) -> None:
-    total = sum(own.values())
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"util"}
-    mine = sum(seconds for name, seconds in own.items() if name in ours)
-    for heading, costs in [
-        (f"\nimport main_pretrain, {total:.2f} s under -X importtime; in a package's own modules:",
-         [*own.most_common(8), ("this repository", mine)]),
-        ("the largest imports, each with what it imports first:", whole[:15]),
-    ]:  # fmt: skip
-        rows = [(f"    {name}", f"{cost:.2f} s", f"{100 * cost / total:.1f} %") for name, cost in costs]
-        print_table([heading], rows, width=10)
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__, batch_size=4, device="cpu", rounds=3)
-    parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
-    return parser
-
-
 def main(options: argparse.Namespace) -> int:
     ways = {statement: partial(time_import, statement) for statement in IMPORTS}
     turns = take_turns(options.rounds + 1, {**ways, "script": partial(time_script, options)})
@@ -108,10 +88,21 @@ def main(options: argparse.Namespace) -> int:
     rows = [(moment, f"{median_of(scripts, moment):.2f} s") for moment in MOMENTS]
     print_table(["\nmain_pretrain.py, seconds after its start, by the clock"], rows)
     own, whole = import_costs()
-    report_imports(own, whole)
+    total, ours = sum(own.values()), {path.stem for path in ROOT.glob("*.py")} | {"util"}
+    mine = sum(seconds for name, seconds in own.items() if name in ours)
+    for heading, costs in [
+        (f"\nimport main_pretrain, {total:.2f} s under -X importtime; in a package's own modules:",
+         [*own.most_common(8), ("this repository", mine)]),
+        ("the largest imports, each with what it imports first:", whole[:15]),
+    ]:  # fmt: skip
+        rows = [(f"    {name}", f"{cost:.2f} s", f"{100 * cost / total:.1f} %") for name, cost in costs]
+        print_table([heading], rows, width=10)
     costs = {"seconds_in_own_modules": dict(own.most_common()), "largest_imports": whole[:50]}
     return finish(options, {"imports": rounds, "script": scripts, **costs})
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__, batch_size=4, device="cpu", rounds=3)
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
+    run_benchmark(main, parser)

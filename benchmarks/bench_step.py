@@ -34,27 +34,9 @@ from functools import partial
 import torch
 from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from step_variants import OURS, make_model, make_variant, settings_of
-from workload import CLASSES
+from workload import CLASSES, synchronize
 
 from util.compute.precision import resolve_amp_dtype, resolve_device
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        __doc__, input_size=224, batch_size=(None, "default: 256 on CUDA (64 to fine-tune), 8 on CPU"),
-        steps=(None, "per round; default: 20 on CUDA, 2 on CPU"), device="auto", threads=None,
-        rounds=(None, "default: 7 on CUDA, 5 on CPU"),
-    )  # fmt: skip
-    flag = parser.add_argument
-    flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])
-    flag("--task", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"])
-    flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
-         help="default: eager plain hf, on CUDA also compiled")  # fmt: skip
-    flag("--mask_ratio", default=0.75, type=positive(float))
-    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
-    flag("--grad_checkpointing", action="store_true", help="of ours")
-    flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")
-    return parser
 
 
 def block_flop(width: int, tokens: int, mlp_ratio: int = 4) -> int:
@@ -83,11 +65,6 @@ def finetune_flop(model) -> int:
     return 3 * (2 * length * pixels * width + blocks + 2 * width * CLASSES)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def allocated(device: torch.device, peak: bool = False) -> int:
     if device.type != "cuda":
         return 0
@@ -101,22 +78,17 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class Peak:
-    """Times a large square matrix product; `measure()` returns FLOP/s."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        cuda = device.type == "cuda"
-        self.device, self.size, self.times = device, 8192 if cuda else 2048, 20 if cuda else 1
-        self.a, self.b = (torch.randn(self.size, self.size, device=device, dtype=dtype) for _ in range(2))
-
-    def measure(self) -> float:
-        _ = self.a @ self.b
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(self.times):
-            _ = self.a @ self.b
-        synchronize(self.device)
-        return 2 * self.size**3 * self.times / (time.perf_counter() - start)
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product."""
+    size, times = (8192, 20) if device.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    _ = a @ b
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    synchronize(device)
+    return 2 * size**3 * times / (time.perf_counter() - start)
 
 
 def make_ready(variant: str, task: str, name: str, args: argparse.Namespace) -> Callable | str:
@@ -152,8 +124,8 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict:
     flop = pretrain_flop(model, args.mask_ratio) if task == "pretrain" else finetune_flop(model)
     del model
     amp = resolve_amp_dtype(args.amp_dtype, device) or torch.float32
-    peak = Peak(device, torch.bfloat16 if device.type == "cuda" else amp)
-    ways, own, results = {"": peak.measure}, {}, {}
+    peak = partial(matrix_peak, device, torch.bfloat16 if device.type == "cuda" else amp)
+    ways, own, results = {"": peak}, {}, {}
     for variant in args.variants:
         before = allocated(device)
         ready = make_ready(variant, task, name, args)
@@ -212,4 +184,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, input_size=224, batch_size=(None, "default: 256 on CUDA (64 to fine-tune), 8 on CPU"),
+        steps=(None, "per round; default: 20 on CUDA, 2 on CPU"), device="auto", threads=None,
+        rounds=(None, "default: 7 on CUDA, 5 on CPU"),
+    )  # fmt: skip
+    flag = parser.add_argument
+    flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])
+    flag("--task", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"])
+    flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
+         help="default: eager plain hf, on CUDA also compiled")  # fmt: skip
+    flag("--mask_ratio", default=0.75, type=positive(float))
+    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
+    flag("--grad_checkpointing", action="store_true", help="of ours")
+    flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")
+    run_benchmark(main, parser)

@@ -31,29 +31,6 @@ FINETUNE = "--batch_size 64 --epochs 30 --warmup_epochs 5 --blr 2e-3 --layer_dec
 PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decoder_depth 2 --vis_freq 0"
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
-    flag = parser.add_argument
-    # fmt: off
-    flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
-    flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
-    flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
-    flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
-    flag("--patch_size", default=8, type=positive())
-    flag("--in_chans", default=3, type=positive())
-    flag("--seeds", nargs="+", default=[0, 1, 2], type=positive(or_zero=True))
-    flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
-    flag("--pretrain_epochs", default=50, type=positive())
-    flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
-    flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
-    flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
-    flag("--few", default=1, type=positive(), metavar="N", help="fine-tune on one in N training images")
-    flag("--num_workers", default=2, type=positive(or_zero=True))
-    flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
-    # fmt: on
-    return parser
-
-
 def run(script: str, flags: list[str], output: Path, commands: list[str]) -> list[dict]:
     """Runs a script unless its finished log is there; returns the lines of that log."""
     words = [script, *flags, "--output_dir", str(output)]
@@ -158,4 +135,23 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    # fmt: off
+    flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
+    flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
+    flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
+    flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
+    flag("--patch_size", default=8, type=positive())
+    flag("--in_chans", default=3, type=positive())
+    flag("--seeds", nargs="+", default=[0, 1, 2], type=positive(or_zero=True))
+    flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
+    flag("--pretrain_epochs", default=50, type=positive())
+    flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
+    flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
+    flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
+    flag("--few", default=1, type=positive(), metavar="N", help="fine-tune on one in N training images")
+    flag("--num_workers", default=2, type=positive(or_zero=True))
+    flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
+    # fmt: on
+    run_benchmark(main, parser)

@@ -83,6 +83,12 @@ class Batches:
         return [end - start for start, end in itertools.pairwise(self.marks)]
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def clocked(function, spent: dict[str, float], part: str):
     """`function`, adding its seconds to `spent[part]`."""
 
