@@ -75,7 +75,7 @@ def endless(loader) -> Iterator:
 
 
 def make_run(args: argparse.Namespace, device: torch.device) -> Callable:
-    """`run(batches, warm, steps)` trains `args.model` as main_pretrain.py does; returns a segment's figures."""
+    """`run(batches, warm, steps)` trains `args.model` as main_pretrain.py does; a segment's figures."""
     model = main_pretrain.build_model(args).to(device)
     compile_model(model, "loss_of_removed", args, device)
     groups = param_groups_weight_decay(model, args.weight_decay)

@@ -215,7 +215,7 @@ def report(result: dict) -> bool:
     print_table(["part", "us per step", "% of a step", "95 % interval"], (
         (name, f"{share * step * 1e6:.1f}", f"{share * 100:.3f}", f"{100 * low:.3f} to {100 * high:.3f}")
         for name, (share, low, high) in rows
-    ), name=48, width=18)  # fmt: skip
+    ), name=48, width=20)  # fmt: skip
     percent = 100 * result["in_place"][0]
     verdict = "met" if percent < TARGET_PERCENT else "MISSED"
     say(f"\nlogging: {percent:.3f} % of a step; target below {TARGET_PERCENT:g} %: {verdict}")

@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -116,6 +118,28 @@ def test_benchmarks_refuse_in_one_line(name, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert stop.value.code == 2 and " ".join(wrong) + ": " in captured.err and not captured.out
         assert captured.err.count("\n") == 1
+
+
+def test_benchmarks_write_figures_in_one_form(tmp_path, monkeypatch, capsys):
+    """With what figures are worth nothing without: when, where, by which command and versions."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    harness, path, calls = importlib.import_module("harness"), tmp_path / "x.json", []
+    words = [str(REPO / "benchmarks/bench_x.py"), "--rounds", "2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+
+    def main(args) -> int:
+        rounds = harness.take_turns(args.rounds, {n: lambda n=n: calls.append(n) or len(calls) for n in "ab"})
+        return harness.finish(args, rounds, met=False)
+
+    with pytest.raises(SystemExit) as stop:
+        harness.run_benchmark(main, harness.Parser("", rounds=7))
+    record = json.loads(path.read_text())
+    assert stop.value.code == 1 and calls == ["a", "b", "b", "a"]
+    assert record.keys() == {"date", "machine", "command", "versions", "settings", "figures"}
+    assert record["settings"]["rounds"] == 2 and record["figures"] == {"a": [1, 4], "b": [2, 3]}
+    assert record["command"] == f"python benchmarks/bench_x.py --rounds 2 --json {path}"
+    assert record["date"][:10] in capsys.readouterr().out and "torch" in record["versions"]
+    assert harness.paired_ratio([4, 9, 8], [2, 3, 2]) == 3
 
 
 @pytest.mark.parametrize("page", PAGES)
