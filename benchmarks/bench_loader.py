@@ -1,7 +1,7 @@
 """Images per second of the loaders: one thread in this process, then DataLoader workers end to end.
 
 Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself, and copies of
-them as `python -m tools.resize_dataset --short S` writes them. All variants are interleaved, so that
+them as `python -m tools.resize_dataset --short S` writes them. The variants of a table take turns, so that
 a busy moment of the machine hits all of them; medians over rounds, ratios within a round. One thread is timed
 by the processor time it used. Workers are timed by the clock: both loaders at each number of workers, and at
 the largest the other variants of the default one, among them other numbers of batches worked ahead.
@@ -129,9 +129,8 @@ def make_loaders(args: argparse.Namespace, folder: Path) -> dict[str, torch.util
                 copies = dataset(path=str(folder / f"short{short}"))
                 loaders[f"default, copies by --short {short}{ending}"] = make_loader(args, copies, workers)
             for ahead in args.prefetch if workers else ():
-                loaders[f"default, {ahead} batches ahead{ending}"] = make_loader(
-                    args, dataset(), workers, ahead
-                )
+                name = f"default, {ahead} batches ahead{ending}"
+                loaders[name] = make_loader(args, dataset(), workers, ahead)
     return loaders
 
 

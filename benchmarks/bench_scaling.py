@@ -35,6 +35,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from workload import noise_batch, pretrain_args, synchronize
 
 import main_pretrain
+from util.cli.parser import errors_in_one_line
 from util.compute import precision
 from util.compute.compile import compile_model, loss_alone
 from util.data.transforms import normalize_batch
@@ -46,6 +47,7 @@ BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 
+@errors_in_one_line("bench_scaling.py")
 def worker(rank: int, options: argparse.Namespace, processes: int, port: int, path: Path) -> None:
     """Process `rank` of several, or the only one. The first writes {"step_seconds": those of each segment,
     with and without exchange, "bucket_bytes": those that DDP sends, ...} to `path`.
@@ -116,7 +118,10 @@ def start(options: argparse.Namespace, processes: int) -> dict:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        torch.multiprocessing.spawn(worker, (options, processes, port, path), processes)
+        try:
+            torch.multiprocessing.spawn(worker, (options, processes, port, path), processes)
+        except torch.multiprocessing.ProcessException as error:
+            sys.exit(f"a process failed: {error}")
         return json.loads(path.read_text())
 
 
