@@ -2,14 +2,18 @@
 
 import argparse
 import ast
+import importlib
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -116,6 +120,56 @@ def test_benchmarks_refuse_in_one_line(name, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert stop.value.code == 2 and " ".join(wrong) + ": " in captured.err and not captured.out
         assert captured.err.count("\n") == 1
+
+
+def test_benchmarks_write_figures_in_one_form(tmp_path, monkeypatch, capsys):
+    """With what figures are worth nothing without: when, where, by which command and versions."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    harness, path, calls = importlib.import_module("harness"), tmp_path / "x.json", []
+    words = [str(REPO / "benchmarks/bench_x.py"), "--rounds", "2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+
+    def main(args) -> int:
+        rounds = harness.take_turns(args.rounds, {n: lambda n=n: calls.append(n) or len(calls) for n in "ab"})
+        return harness.finish(args, rounds, met=False)
+
+    with pytest.raises(SystemExit) as stop:
+        harness.run_benchmark(main, harness.Parser("", rounds=7))
+    record = json.loads(path.read_text())
+    assert stop.value.code == 1 and calls == ["a", "b", "b", "a"]
+    assert record.keys() == {"date", "machine", "command", "versions", "settings", "figures"}
+    assert record["settings"]["rounds"] == 2 and record["figures"] == {"a": [1, 4], "b": [2, 3]}
+    assert record["command"] == f"python benchmarks/bench_x.py --rounds 2 --json {path}"
+    assert record["date"][:10] in capsys.readouterr().out and "torch" in record["versions"]
+    assert harness.paired_ratio([4, 9, 8], [2, 3, 2]) == 3
+
+
+def test_a_variant_out_of_memory_is_freed_for_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    bench_step, models, freed = importlib.import_module("bench_step"), {}, []
+
+    def make_variant(variant, task, name, args):
+        model = torch.nn.Linear(1, 1)
+        model.circle = model  # as models have them: only the garbage collector frees it
+        models[variant] = weakref.ref(model)
+
+        def step_round() -> None:
+            if variant == "plain" and model is not None:
+                raise torch.OutOfMemoryError
+            freed.append("plain" in models and models["plain"]() is None)
+
+        return step_round
+
+    monkeypatch.setattr(bench_step, "make_variant", make_variant)
+    monkeypatch.setattr(bench_step, "matrix_peak", lambda *args: 1.0)
+    args = argparse.Namespace(
+        where=torch.device("cpu"), variants=["eager", "plain"], rounds=2, steps=1, batch=1,
+        amp_dtype="none", mask_ratio=0.75, input_size=32,
+    )  # fmt: skip
+    result = bench_step.measure("pretrain", "tiny", args)
+    assert freed == [False, False, True, True]
+    assert result["variants"]["plain"] == {"failed": "out of memory"}
+    assert len(result["variants"]["eager"]["seconds"]) == 2
 
 
 @pytest.mark.parametrize("page", PAGES)
