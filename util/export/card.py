@@ -58,25 +58,23 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     args, epoch = source.content.get("args"), source.content.get("epoch")
     args = args if isinstance(args, dict) else {}
     metrics = read_metrics(source.path, epoch if isinstance(epoch, int) else None)
-    return (
-        render(
-            "card.md",
-            source,
-            title=title,
-            library=library,
-            usage=usage,
-            part=_PARTS[source.part],
-            parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
-            data=(args["data_path"] or "") if "data_path" in args else None,
-            arguments=_arguments(args),
-            epoch=metrics.pop("epoch", None),
-            metrics={name: f"{v:.6g}" if isinstance(v, float) else v for name, v in metrics.items()},
-            differences={what: f"{value:.1e}" for what, value in differences.items()},
-            torch=torch.__version__,
-            timm=timm.__version__,
-        )
-        + "\n"
+    card = render(
+        "card.md",
+        source,
+        title=title,
+        library=library,
+        usage=usage,
+        part=_PARTS[source.part],
+        parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
+        data=(args["data_path"] or "") if "data_path" in args else None,
+        arguments=_arguments(args),
+        epoch=metrics.pop("epoch", None),
+        metrics={name: f"{v:.6g}" if isinstance(v, float) else v for name, v in metrics.items()},
+        differences={what: f"{value:.1e}" for what, value in differences.items()},
+        torch=torch.__version__,
+        timm=timm.__version__,
     )
+    return card + "\n"
 
 
 def _arguments(args: dict) -> dict:
