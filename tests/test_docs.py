@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = [
-    page for page in ("README.md", "PRETRAIN.md", "FINETUNE.md", "PERFORMANCE.md") if (REPO / page).exists()
-]
+PAGES = sorted(path.name for path in REPO.glob("*.md"))
 RUNNABLE = "<!-- runnable -->"  # on the line before a block: a test runs it from top to bottom
 
 
@@ -135,6 +133,28 @@ def test_everything_that_a_page_names_is_there(page):
         assert (REPO / file).exists(), file
     for _, body in blocks(page, "python"):
         ast.parse(body)
+
+
+def test_the_tree_has_every_file_and_room():
+    """README's tree against the disk: top-level files, modules and rooms of util/, the other folders."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## What is where\n\n```\n")[1].split("```")[0]
+    named = []
+    for path in (line.split()[0].rstrip("/") for line in tree.splitlines()):
+        head, brace, rest = path.partition("{")
+        inner, _, tail = rest.partition("}")
+        named += [head + part + tail for part in inner.split(",")] if brace else [path]
+    there = {path for place in ("*.py", "util/*.py") for path in REPO.glob(place)}
+    there |= {path.parent for place in ("[!.]*/*.py", "util/*/*.py") for path in REPO.glob(place)}
+    there -= {REPO / "util", REPO / "util" / "__init__.py"}
+    assert sorted(named) == sorted(str(path.relative_to(REPO)) for path in there)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short(page):
+    lines = (REPO / page).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 100]
+    assert page != "README.md" or len(lines) <= 150
 
 
 def test_flags_that_the_text_names_exist():
