@@ -173,6 +173,7 @@ def test_flags_that_the_text_names_exist():
         "--logdir",
         "--nnodes",
         "--rdzv_endpoint",
+        "--max_restarts",
     }  # argparse's and launchers'
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", (REPO / page).read_text(encoding="utf-8"), flags=re.M | re.S)
