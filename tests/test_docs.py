@@ -16,9 +16,7 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = [
-    page for page in ("README.md", "PRETRAIN.md", "FINETUNE.md", "PERFORMANCE.md") if (REPO / page).exists()
-]
+PAGES = sorted(path.name for path in REPO.glob("*.md"))
 RUNNABLE = "<!-- runnable -->"  # on the line before a block: a test runs it from top to bottom
 
 
@@ -191,6 +189,47 @@ def test_everything_that_a_page_names_is_there(page):
         ast.parse(body)
 
 
+def names_in(words: str) -> list[str]:
+    """The paths in `words`, with a/{b,c} taken apart."""
+    found = []
+    for path in re.findall(r"[\w./*]+(?:{[^}]*}[\w.*]*)?", words):
+        head, _, rest = path.partition("{")
+        inner, _, tail = rest.partition("}")
+        found += [head.rstrip("/") if not rest else head + part + tail for part in inner.split(",")]
+    return found
+
+
+def test_the_tree_has_every_file_and_room():
+    """README's tree against the disk: top-level files, modules and rooms of util/, the other folders."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## What is where\n\n```\n")[1].split("```")[0]
+    named = [path for line in tree.splitlines() for path in names_in(line.split()[0])]
+    there = {path for place in ("*.py", "util/*.py") for path in REPO.glob(place)}
+    there |= {path.parent for place in ("[!.]*/*.py", "util/*/*.py") for path in REPO.glob(place)}
+    there -= {REPO / "util", REPO / "util" / "__init__.py"}
+    assert sorted(named) == sorted(str(path.relative_to(REPO)) for path in there)
+
+
+def test_the_layers_are_those_of_the_test():
+    from test_layers import LAYERS
+
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = [names_in(line.split(maxsplit=1)[1]) for line in text.split("```\n")[1].splitlines()]
+    places = [path for layer in told for path in layer]
+    for layer, rooms in zip(told, LAYERS, strict=True):
+        rooms = {room.replace(".", "/") for room in rooms.split()}
+        assert {room for room in rooms if not any(Path(room).match(path) for path in layer)} == set(), layer
+        assert all(any(Path(room).match(path) for room in rooms) for path in layer), layer
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short(page):
+    lines = (REPO / page).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 100]
+    assert page != "README.md" or len(lines) <= 150
+
+
 def test_flags_that_the_text_names_exist():
     known = set()
     for script in [
@@ -207,6 +246,7 @@ def test_flags_that_the_text_names_exist():
         "--logdir",
         "--nnodes",
         "--rdzv_endpoint",
+        "--max_restarts",
     }  # argparse's and launchers'
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", (REPO / page).read_text(encoding="utf-8"), flags=re.M | re.S)
