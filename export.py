@@ -15,12 +15,15 @@ a difference of 1e-4 nothing is left and the exit code is 1.
 """
 
 import argparse
-from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError, UserError
-from util.export import graph, hf, own, timm
+from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
 from util.sizes import image_size
@@ -30,30 +33,29 @@ TOLERANCE = 1e-4
 
 
 class Target(NamedTuple):
-    """write(source, folder); check(source, folder) -> {what: largest difference}; usage(source, folder)."""
+    """What can be written: a module of util/export, and a line in the table below.
 
+    The module has `write(source, folder)`; `check(source, path)`, which loads what lies at `path` with its
+    library and returns {what: (the library's output, the checkpoint's own)}; `usage(source, folder)`, the
+    code that loads it (a text in templates/); and for --from, `read(path, args)` -> Source.
+
+    title: in words. library: as model hubs call it. packages: needed beyond requirements.txt. decoder: a full
+    MAE keeps its decoder.
+    """
+
+    module: ModuleType
     title: str
-    write: Callable
-    check: Callable
-    usage: Callable
+    library: str = "pytorch"
+    packages: tuple[str, ...] = ()
+    decoder: bool = False
 
 
 TARGETS = {
-    "timm": Target("timm", timm.write_timm, timm.check_timm, timm.timm_usage),
-    "hf": Target("Hugging Face transformers", hf.write_hf, hf.check_hf, hf.hf_usage),
-    "torch_export": Target(
-        "torch.export",
-        graph.write_torch_export,
-        graph.check_torch_export,
-        graph.torch_export_usage,
-    ),
-    "onnx": Target("ONNX", graph.write_onnx, graph.check_onnx, graph.onnx_usage),
-    "safetensors": Target(
-        "this code, as safetensors",
-        own.write_own_safetensors,
-        own.check_own_safetensors,
-        own.own_usage,
-    ),
+    "timm": Target(timm, "timm", "timm"),
+    "hf": Target(hf, "Hugging Face transformers", "transformers", ("transformers",), decoder=True),
+    "torch_export": Target(torch_export, "torch.export"),
+    "onnx": Target(onnx, "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "safetensors": Target(safetensors, "this code, as safetensors", decoder=True),
 }
 
 
@@ -66,7 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
               "Face or timm model")
     flag("--to", choices=TARGETS, help="what to write")
-    flag("--from", choices=["hf", "timm"], dest="from_",
+    flag("--from", choices=[name for name, target in TARGETS.items() if hasattr(target.module, "read")],
+         dest="from_",
          help="what --resume is of: writes model.pth for --resume and --finetune of the main scripts")
     flag("--output", required=True, metavar="DIR", help="a folder that is made; must be new or empty")
     flag("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
@@ -96,19 +99,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
 
 
-def check_kind(args: argparse.Namespace, source: Source) -> None:
-    """Raises UserError where `--from` names another library than the file's."""
-    file = f"--from {args.from_} --resume {args.resume}"
-    theirs = source.kind.startswith("Hugging Face")
-    if args.from_ == "hf" and not theirs:
-        raise UserError(f"{file}: has no tensors of Hugging Face's names, it is {source.kind}; timm's files "
-                        "go with --from timm, this code's need no change")  # fmt: skip
-    if args.from_ == "timm" and (theirs or source.part == "full" or "head.1.weight" in source.state):
-        advice = "pass --from hf" if theirs else "the main scripts take it as it is"
-        raise UserError(f"{file}: is no file of timm's but {source.kind}; {advice}")
-
-
-def report(source: Source, differences: dict[str, float]) -> None:
+def require_agreement(source: Source, differences: dict[str, float]) -> None:
     """Prints the differences; raises TrainingError (exit code 1) where one is too large, or not a number."""
     for what, value in differences.items():
         print(f"  {what}: {value:.1e}")
@@ -124,30 +115,34 @@ def report(source: Source, differences: dict[str, float]) -> None:
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     output = check_output(args.output, args.overwrite)
-    require(args.to or args.from_)
-    source = read_source(args.resume, args, decoder=args.to in (None, "hf", "safetensors"))
-    check_kind(args, source)
+    target = TARGETS[args.to or args.from_]
+    require(args.to or args.from_, target.packages)
+    if args.to:
+        source = read_source(args.resume, args, decoder=target.decoder)
+    else:
+        source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
     print(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
     for note in source.notes:
         print(f"note: {note}")
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
-    with output_folder(output, size) as folder:
-        if args.from_:
-            own.write_checkpoint(source, folder)
-            differences = own.check_checkpoint(source, folder, args.from_)
-            report(source, differences)
-        else:
-            target = TARGETS[args.to]
-            target.write(source, folder)
-            differences = target.check(source, folder)
-            report(source, differences)
-            card = make_card(source, target.title, target.usage(source, output.name), differences)
+    with output_folder(output, size) as folder, torch.no_grad():
+        if args.to:
+            target.module.write(source, folder)
+            outputs = target.module.check(source, folder)
+        else:  # what was written against what it was read from
+            checkpoint.write(source, folder)
+            outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), Path(source.path))
+        differences = {what: (theirs - ours).abs().max().item() for what, (theirs, ours) in outputs.items()}
+        require_agreement(source, differences)
+        if args.to:
+            code = target.module.usage(source, output.name)
+            card = make_card(source, target.title, target.library, code, differences)
             (folder / "README.md").write_text(card, encoding="utf-8")
-    if args.from_:
-        print(f"written: {args.output}/model.pth; {own.checkpoint_advice(source)}")
+    if args.to:
+        print(f"written: {args.output}; load it with\n\n{target.module.usage(source, args.output)}")
     else:
-        print(f"written: {args.output}; load it with\n\n{target.usage(source, args.output)}")
+        print(f"written: {args.output}/model.pth; {checkpoint.advice(source)}")
 
 
 _PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}

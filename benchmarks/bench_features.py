@@ -12,24 +12,18 @@ exit code is 1 when the target is missed.
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import run_benchmark
+from harness import Parser, finish, median_of, paired_ratio, positive, run_benchmark, say, take_turns
 
 import models_vit
-from util.cli.parser import ArgumentParser
 from util.compute.precision import autocast, resolve_amp_dtype, resolve_device
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -40,25 +34,6 @@ from util.sizes import default_workers
 from util.weights.predict_weights import Weights
 
 TARGET = 1.05
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    flag = parser.add_argument
-    # fmt: off
-    flag("--data_path", default=None, help="folder of images; default: the demo set")
-    flag("--images", default=1000, type=int)
-    flag("--size", default="base", choices=["tiny", "small", "base", "large"])
-    flag("--input_size", default=224, type=int)
-    flag("--batch_size", default=64, type=int)
-    flag("--rounds", default=3, type=int)
-    flag("--num_workers", default=default_workers(), type=int)
-    flag("--threads", default=None, type=int, help="of torch; default: its own choice")
-    flag("--device", default="auto")
-    flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
-    flag("--json", default=None, metavar="FILE", help="also write all figures there")
-    # fmt: on
-    return parser
 
 
 def take_files(args) -> ImageFiles:
@@ -86,17 +61,18 @@ def with_predict(model, files, weights, args, device: torch.device, path: str) -
     return result.features
 
 
-def timed(function) -> tuple[np.ndarray, float, float]:
-    """(its result, seconds, seconds of processor time of this process)."""
+def timed(name: str, function: Callable) -> dict:
+    """{"features": its result, "seconds", "cpu_seconds": processor time of this process}."""
     start, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    return result, time.perf_counter() - start, time.process_time() - cpu
+    features = function()
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    say(f"{name}: {spent['seconds']:.2f} s")
+    return {**spent, "features": features}
 
 
-def measure(args) -> dict:
+def measure(args) -> dict[str, list[dict]]:
+    """{"bare", "predict": the seconds of each round}, and the largest "difference" of features of each."""
     device = resolve_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = models_vit.MODELS[f"vit_{args.size}_patch16"](
         img_size=args.input_size, num_classes=0, global_pool=True
@@ -107,54 +83,51 @@ def measure(args) -> dict:
     args.bad_images = "error"
     files = take_files(args)
     dataset = prediction_loader(files, weights, args).dataset
-    rounds = []
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "features.npz")
         few = ImageFiles("", "", files.paths.take(range(min(len(files.paths), args.batch_size))))
         warm = Namespace(**{**vars(args), "num_workers": 0})
         with_predict(model, few, weights, warm, device, path)  # the first pass pays for set-up
-        for number in range(args.rounds):
-            ways = {
-                "bare": lambda: bare_loop(model, dataset, args, device),
-                "predict": lambda: with_predict(model, files, weights, args, device, path),
-            }
-            order = list(ways) if number % 2 == 0 else list(ways)[::-1]
-            done = {name: timed(ways[name]) for name in order}
-            one, two = done["bare"][0], done["predict"][0]
-            worst = float(np.abs(one - two).max() / np.abs(one).max())
-            if worst > 1e-5 and args.amp_dtype == "none":
-                sys.exit(f"the features differ by {worst:.1e} of their largest value")
-            rounds.append({name: {"seconds": s, "cpu_seconds": c} for name, (_, s, c) in done.items()})
-            rounds[-1]["difference"] = worst
-            print(
-                f"round {number + 1}: " + ", ".join(f"{n} {r[1]:.2f} s" for n, r in sorted(done.items())),
-                flush=True,
-            )
-    return {"rounds": rounds, "device": str(device), "threads": torch.get_num_threads()}
+        ways = {
+            "bare": lambda: timed("bare", lambda: bare_loop(model, dataset, args, device)),
+            "predict": lambda: timed(
+                "predict", lambda: with_predict(model, files, weights, args, device, path)
+            ),
+        }
+        rounds = take_turns(args.rounds, ways)
+    rounds["difference"] = []
+    for bare, done in zip(rounds["bare"], rounds["predict"], strict=True):
+        one, two = bare.pop("features"), done.pop("features")
+        worst = float(np.abs(one - two).max() / np.abs(one).max())
+        if worst > 1e-5 and args.amp_dtype == "none":
+            sys.exit(f"the features differ by {worst:.1e} of their largest value")
+        rounds["difference"].append(worst)
+    return rounds
 
 
-def main(args: argparse.Namespace) -> None:
-    result = measure(args)
-    for key in ("seconds", "cpu_seconds"):
-        ratios = [r["predict"][key] / r["bare"][key] for r in result["rounds"]]
-        result[f"ratio_{key}"] = statistics.median(ratios)
+def main(args: argparse.Namespace) -> int:
+    rounds = measure(args)
+    bare, done = rounds["bare"], rounds["predict"]
+    figures = {"rounds": rounds, "images_per_s": args.images / median_of(done, "seconds")}
+    for key, name in [("seconds", "time"), ("cpu_seconds", "processor time of the main process")]:
+        ratios = [two[key] / one[key] for one, two in zip(bare, done, strict=True)]
+        figures[f"ratio_{key}"] = paired_ratio((r[key] for r in done), (r[key] for r in bare))
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        name = "time" if key == "seconds" else "processor time of the main process"
-        print(f"predict / bare, {name}: {result[f'ratio_{key}']:.3f} (rounds: {spread})")
-    seconds = statistics.median(r["predict"]["seconds"] for r in result["rounds"])
-    worst = max(r["difference"] for r in result["rounds"])
-    print(f"{args.images / seconds:.1f} images/s; features agree to {worst:.1e} of the largest")
-    result |= {
-        name: getattr(args, name) for name in ("images", "size", "input_size", "batch_size", "num_workers")
-    }
-    result["machine"] = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    print(f"{result['machine']}, {result['device']}, {result['threads']} threads; vit_{args.size}_patch16")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
-    missed = result["ratio_seconds"] > TARGET
-    print(f"target at most {TARGET}: {'MISSED' if missed else 'met'}")
-    sys.exit(1 if missed else 0)
+        say(f"predict / bare, {name}: {figures[f'ratio_{key}']:.3f} (rounds: {spread})")
+    say(f"{figures['images_per_s']:.1f} images/s; features agree to {max(rounds['difference']):.1e} of the "
+        f"largest; vit_{args.size}_patch16")  # fmt: skip
+    met = figures["ratio_seconds"] <= TARGET
+    say(f"target at most {TARGET}: {'met' if met else 'MISSED'}")
+    return finish(args, figures, met)
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, images=1000, input_size=224, batch_size=64, rounds=3, threads=None, device="auto"
+    )
+    flag = parser.add_argument
+    flag("--data_path", default=None, help="folder of images; default: the demo set")
+    flag("--size", default="base", choices=["tiny", "small", "base", "large"])
+    flag("--num_workers", default=default_workers(), type=positive(or_zero=True))
+    flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"])
+    run_benchmark(main, parser)

@@ -22,11 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import Parser, positive, run_benchmark
 
-from harness import run_benchmark
-
-from util.cli.parser import ArgumentParser
 from util.errors import UserError
 
 TARGET_MB = 400
@@ -143,13 +140,10 @@ def report(results: dict[str, dict]) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--files", default=1_000_000, type=int)
-    parser.add_argument("--folders", default=1000, type=int, help="class folders that they lie in")
+    parser = Parser(__doc__, workers=2, batch_size=256)
+    parser.add_argument("--files", default=1_000_000, type=positive())
+    parser.add_argument("--folders", default=1000, type=positive(), help="class folders that they lie in")
     parser.add_argument("--place", help="where to make them (default: the folder for temporary files)")
-    parser.add_argument("--workers", default=2, type=int)
-    parser.add_argument("--batch_size", default=256, type=int)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser

@@ -14,11 +14,7 @@ The exit code is 1 when a target is missed.
 
 import argparse
 import contextlib
-import itertools
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -26,29 +22,19 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench_logging import Batches, clocked
-from harness import run_benchmark
+from harness import Parser, finish, positive, print_table, run_benchmark, say
+from workload import Batches, clocked, noise_batch, pretrain_args, synchronize
 
 import engine_pretrain
 import main_pretrain
-from util.cli.parser import ArgumentParser
-from util.compute.precision import NativeScalerWithGradNormCount, resolve_device
-from util.data.transforms import channel_stats
-from util.processes.collectives import all_reduce_max, get_world_size, is_main_process
-from util.processes.collectives import log as say
+from util.compute.precision import NativeScalerWithGradNormCount
+from util.processes.collectives import all_reduce_max, get_world_size
 from util.processes.fsdp import wrap_model
-from util.processes.group import init_distributed_mode, shut_down
+from util.processes.group import shut_down
 from util.run import checkpoint
 from util.run.guard import RunGuard
 
 TARGET_PERCENT = 1.0
-
-
-def steps_of(batches: Batches) -> list[float]:
-    """Seconds of each step so far."""
-    return [b - a for a, b in itertools.pairwise(batches.marks)]
 
 
 def train(parts: tuple, batches: Batches, args, spent: dict[str, float]) -> None:
@@ -75,42 +61,40 @@ def train(parts: tuple, batches: Batches, args, spent: dict[str, float]) -> None
         ]:
             value = clocked(getattr(owner, name), spent, part)
             stack.enter_context(mock.patch.object(owner, name, value))
-        engine_pretrain.train_one_epoch(
-            model, batches, optimizer, torch.device(args.device), 0, scaler, None, args, guard
-        )
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
+        device = torch.device(args.device)
+        engine_pretrain.train_one_epoch(model, batches, optimizer, device, 0, scaler, None, args, guard)
+    synchronize(device)
 
 
 def measure(options: argparse.Namespace, args: argparse.Namespace, folder: str) -> dict:
     """Seconds of a step, of each part of it, of the stalls of saves, and of steps beside a write."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
+    batch = noise_batch((args.batch_size, 3, args.input_size, args.input_size))
     bare = model = main_pretrain.build_model(args).to(device)
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
     if args.distributed:
         model = wrap_model(model, device)
     scaler = NativeScalerWithGradNormCount(enabled=False, device=device.type)
     parts = (model, optimizer, scaler)
-    train(parts, Batches(images, 2), args, defaultdict(float))  # warm-up, and the optimizer's state
+    train(parts, Batches([batch], 2), args, defaultdict(float))  # warm-up, and the optimizer's state
 
     spent = defaultdict(float)
-    quiet = Batches(images, options.steps)
+    quiet = Batches([batch], options.steps)
     train(parts, quiet, args, spent)
     args.output_dir, stalls, beside, durations = folder, [], [], []
-    for number in range(options.saves):
+    for epoch in range(options.saves):
         start = time.perf_counter()
-        checkpoint.save_model(args, number, model, bare, optimizer, scaler)
+        checkpoint.save_model(args, epoch, model, bare, optimizer, scaler)
         stalls.append(time.perf_counter() - start)
-        writing = Batches(images, 2)
+        writing = Batches([batch], 2)
         train(parts, writing, args, defaultdict(float))
-        beside += steps_of(writing)
+        beside += writing.step_seconds()
         checkpoint.finish_saving()
         durations.append(time.perf_counter() - start)
     size = max((path.stat().st_size for path in Path(folder).glob("*.pth")), default=0)
     return {
-        "step_seconds": steps_of(quiet),
+        "step_seconds": quiet.step_seconds(),
         "parts_seconds_per_step": {part: value / options.steps for part, value in spent.items()},
         "stall_seconds": stalls,
         "step_seconds_after_a_save": beside,
@@ -123,12 +107,13 @@ def report(result: dict) -> bool:
     """Prints the table; returns whether both targets are met."""
     step = statistics.median(result["step_seconds"])
     parts = result["parts_seconds_per_step"]
-    say(f"\n{'part':44s} {'us per step':>12s} {'% of a step':>12s}")
-    for name, seconds in [*parts.items(), ("all of it", sum(parts.values()))]:
-        say(f"{name:44s} {seconds * 1e6:12.1f} {100 * seconds / step:12.4f}")
-    stall, after = (
-        statistics.median(result[name]) for name in ("stall_seconds", "step_seconds_after_a_save")
-    )
+    say()
+    print_table(["part", "us per step", "% of a step"], (
+        (name, f"{seconds * 1e6:.1f}", f"{100 * seconds / step:.4f}")
+        for name, seconds in [*parts.items(), ("all of it", sum(parts.values()))]
+    ))  # fmt: skip
+    stall = statistics.median(result["stall_seconds"])
+    after = statistics.median(result["step_seconds_after_a_save"])
     say(f"\na step: {step:.3f} s; the two after a save: {after:.3f} s each (medians)")
     say(f"a save of {result['checkpoint_bytes'] / 2**20:.0f} MB stalls the training for {stall:.3f} s "
         f"(median of {len(result['stall_seconds'])}; worst {max(result['stall_seconds']):.3f} s), "
@@ -140,39 +125,20 @@ def report(result: dict) -> bool:
     return met
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--input_size", default=224, type=int)
-    parser.add_argument("--batch_size", default=16, type=int)
-    parser.add_argument("--steps", default=8, type=int, help="clocked steps")
-    parser.add_argument("--saves", default=3, type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--json", metavar="FILE", help="writes settings and figures, in seconds")
-    return parser
-
-
 def main(options: argparse.Namespace) -> int:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    flags = ["--model", options.model, "--input_size", str(options.input_size)]
-    flags += ["--batch_size", str(options.batch_size), "--device", options.device]
-    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(flags)
-    init_distributed_mode(args)
-    args.device, args.lr = str(resolve_device(options.device, args.gpu)), 1e-4
-    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
-    settings = {**vars(options), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    settings |= {"python": platform.python_version(), "processes": get_world_size()}
-    say(", ".join(f"{name} {value}" for name, value in settings.items() if name != "json"))
+    args = pretrain_args(options, names=["model", "input_size", "batch_size", "device"])
+    say(f"{get_world_size()} processes")
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, args, folder)
+        result = {"processes": get_world_size(), **measure(options, args, folder)}
     met = report(result)
-    if options.json and is_main_process():
-        Path(options.json).write_text(json.dumps({"settings": settings, **result}, indent=1) + "\n")
     shut_down()
-    return 0 if met else 1
+    return finish(options, result, met)
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, input_size=224, batch_size=16, steps=(8, "clocked steps"), device="cpu", threads=None
+    )
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--saves", default=3, type=positive())
+    run_benchmark(main, parser)

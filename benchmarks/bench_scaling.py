@@ -18,55 +18,49 @@ import contextlib
 import json
 import math
 import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from harness import run_benchmark
+import torch.multiprocessing
+from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from workload import noise_batch, pretrain_args, synchronize
 
 import main_pretrain
-from util.cli.parser import ArgumentParser
+from util.cli.parser import errors_in_one_line
+from util.compute import precision
 from util.compute.compile import compile_model, loss_alone
-from util.compute.precision import (
-    autocast,
-    has_fused_adamw,
-    prepare_device,
-    resolve_amp_dtype,
-    resolve_device,
-)
 from util.data.transforms import normalize_batch
 from util.processes import watch
 from util.processes.collectives import get_world_size
 from util.processes.fsdp import without_gradient_traffic, wrap_model
-from util.processes.group import init_distributed_mode
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 
 
-def worker(options: argparse.Namespace) -> dict:
-    """One process: seconds of each segment's steps, with and without exchange, and the bytes of buckets."""
-    flags = ["--model", options.model, "--input_size", str(options.input_size), "--device", options.device]
-    args = ArgumentParser(parents=[main_pretrain.get_args_parser()]).parse_args(
-        [*flags, "--batch_size", str(options.batch_size)]
-    )
-    init_distributed_mode(args)
-    device = resolve_device(options.device, args.gpu)
+@errors_in_one_line("bench_scaling.py")
+def worker(rank: int, options: argparse.Namespace, processes: int, port: int, path: Path) -> None:
+    """Process `rank` of several, or the only one. The first writes {"step_seconds": those of each segment,
+    with and without exchange, "bucket_bytes": those that DDP sends, ...} to `path`.
+    """
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    args = pretrain_args(options, names=["model", "input_size", "batch_size", "device"])
+    device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    prepare_device(device, amp_dtype)
+    amp_dtype = precision.resolve_amp_dtype(args.amp_dtype, device)
+    precision.prepare_device(device, amp_dtype)
     torch.manual_seed(0)
     model = bare = main_pretrain.build_model(args).to(device)
     compile_model(model, "loss_of_removed", args, device)
@@ -82,64 +76,53 @@ def worker(options: argparse.Namespace) -> dict:
         model = wrap_model(model, device)
         model.register_comm_hook(None, count)
     loss_of = loss_alone(model)
-    optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(bare, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=has_fused_adamw(device)
-    )
-    images = torch.randint(0, 256, (options.batch_size, 3, options.input_size, options.input_size))
-    images = images.to(torch.uint8).to(device)
+    groups, fused = param_groups_weight_decay(bare, 0.05), precision.has_fused_adamw(device)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=fused)
+    images = noise_batch((options.batch_size, 3, options.input_size, options.input_size))[0].to(device)
 
     def steps(count: int, exchange: bool) -> float:
         if args.distributed:
             dist.barrier()
         start = time.perf_counter()
         for _ in range(count):
-            with without_gradient_traffic(model, not exchange), autocast(device, amp_dtype):
+            with without_gradient_traffic(model, not exchange), precision.autocast(device, amp_dtype):
                 loss = loss_of(normalize_batch(images, device), mask_ratio=0.75)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return (time.perf_counter() - start) / count
 
     steps(2, True)
-    seconds = {"with": [], "without": []}
-    for _ in range(options.rounds):
-        seconds["without"].append(steps(options.steps, False))
-        seconds["with"].append(steps(options.steps, True))
+    ways = {"without": partial(steps, options.steps, False), "with": partial(steps, options.steps, True)}
     result = {
-        "processes": get_world_size(), "step_seconds": seconds, "bucket_bytes": list(buckets.values()),
-        "parameters": sum(p.numel() for p in bare.parameters() if p.requires_grad), "device": str(device),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "processes": get_world_size(), "step_seconds": take_turns(options.rounds, ways),
+        "bucket_bytes": list(buckets.values()), "device": str(device),
         "precision": str(amp_dtype or torch.float32),
+        "parameters": sum(p.numel() for p in bare.parameters() if p.requires_grad),
     }  # fmt: skip
+    if rank == 0:
+        path.write_text(json.dumps(result))
     if args.distributed:
         dist.barrier()
         with contextlib.suppress(Exception):
             watch.stop()
         dist.destroy_process_group()
-    return result
 
 
-def start(options: argparse.Namespace, processes: int, folder: str) -> dict:
-    """Runs `worker` in one or several processes; the first one's result."""
-    path = Path(folder) / f"{processes}.json"
+def start(options: argparse.Namespace, processes: int) -> dict:
+    """Runs `worker` in one or several new processes; the first one's result."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    runs = []
-    for rank in range(processes):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, __file__, "--worker", str(path)]
-        for name in ("model", "input_size", "batch_size", "steps", "rounds", "device"):
-            command += [f"--{name}", str(getattr(options, name))]
-        runs.append(subprocess.Popen(command, env=environment))
-    if any([run.wait() for run in runs]):
-        sys.exit("a process failed")
-    return json.loads(path.read_text())
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        try:
+            torch.multiprocessing.spawn(worker, (options, processes, port, path), processes)
+        except torch.multiprocessing.ProcessException as error:
+            sys.exit(f"a process failed: {error}")
+        return json.loads(path.read_text())
 
 
 def predict(options: argparse.Namespace, step: float, gradient_bytes: int, last_bucket: int) -> list[dict]:
@@ -164,94 +147,71 @@ def predict(options: argparse.Namespace, step: float, gradient_bytes: int, last_
     return rows
 
 
+def report_step(n: int, seconds: dict[str, list[float]], batch_size: int) -> None:
+    """Prints the row of what `n` processes measured."""
+    both, alone = (statistics.median(seconds[kind]) for kind in ("with", "without"))
+    costs = f"{100 * (paired_ratio(seconds['with'], seconds['without']) - 1):.1f} %" if n > 1 else ""
+    cells = f"{1e3 * both:.1f} ms", f"{1e3 * alone:.1f} ms", costs, f"{n * batch_size / both:.1f}"
+    print_table([f"{n:10d}", *cells], [], name=10, width=18)
+
+
 def report(options: argparse.Namespace, results: dict[int, dict]) -> list[dict]:
-    """Prints what was measured and the table; returns its rows."""
-    print(
-        f"\n{'processes':>10s}{'step':>12s}{'without exchange':>18s}{'exchange costs':>16s}{'images/s':>12s}"
-    )
-    medians = {}
-    for n, result in results.items():
-        both, alone = (statistics.median(result["step_seconds"][k]) for k in ("with", "without"))
-        pairs = zip(result["step_seconds"]["with"], result["step_seconds"]["without"], strict=True)
-        costs = statistics.median(100 * (a / b - 1) for a, b in pairs)
-        medians[n] = both
-        costs = f"{costs:.1f} %" if n > 1 else ""
-        speed = n * options.batch_size / both
-        print(f"{n:10d}{1e3 * both:9.1f} ms{1e3 * alone:15.1f} ms{costs:>16s}{speed:12.1f}")
-    several = results[max(results)]
+    """Prints what was counted, what is assumed and the computed table; returns its rows."""
+    alone, several = results[min(results)], results[max(results)]
     sizes, counted = several["bucket_bytes"], "counted"
     if not sizes:  # one process exchanges nothing
         left, counted = 4 * several["parameters"], "not counted, as DistributedDataParallel would make them"
         sizes = [BUCKET] * (left // BUCKET) + [left % BUCKET]
-    print(
-        f"\ngradients: {several['parameters'] / 1e6:.1f} M, {sum(sizes) / 1e6:.1f} MB a step in {len(sizes)} "
-        f"buckets ({counted}),\nthe last of {sizes[-1] / 1e6:.1f} MB; "
-        "sent by each of n GPUs: 2 (n - 1) / n of it"
-    )
-    step = options.step_ms / 1e3 if options.step_ms else medians[1]
+    step = options.step_ms / 1e3 if options.step_ms else statistics.median(alone["step_seconds"]["with"])
     source = "given by --step_ms" if options.step_ms else f"measured on {several['device']}"
-    print(
-        f"""
+    say(f"""
+gradients: {several["parameters"] / 1e6:.1f} M, {sum(sizes) / 1e6:.1f} MB a step in {len(sizes)} buckets \
+({counted}),
+the last of {sizes[-1] / 1e6:.1f} MB; sent by each of n GPUs: 2 (n - 1) / n of it
+
 computed, for a step of {1e3 * step:.1f} ms ({source}) on {options.batch_size} images a GPU, one micro-step
 assumed: {options.node_gbps:g} GB/s between the {options.gpus_per_node} GPUs of a machine, \
 {options.network_gbps:g} GB/s for each GPU between machines,
 {options.bandwidth_share:.0%} of either reached; {options.hop_us:g} us a hop; the exchange hides behind \
 {options.overlap:.0%} of the backward pass
-(two thirds of the step), but not its last bucket; no waiting for slow processes or for data"""
-    )
+(two thirds of the step), but not its last bucket; no waiting for slow processes or for data
+""")
     rows = predict(options, step, sum(sizes), sizes[-1])
-    print(f"\n{'GPUs':>6s}{'exchange':>12s}{'step':>12s}{'efficiency':>12s}{'images/s':>12s}")
-    for row in rows:
-        print(
-            f"{row['gpus']:6d}{1e3 * row['exchange_seconds']:9.2f} ms{1e3 * row['step_seconds']:9.1f} ms"
-            f"{100 * row['efficiency']:10.1f} %{row['images_per_s']:12,.0f}"
-        )
+    print_table(["  GPUs", "exchange", "step", "efficiency", "images/s"], (
+        (f"{r['gpus']:6d}", f"{1e3 * r['exchange_seconds']:.2f} ms", f"{1e3 * r['step_seconds']:.1f} ms",
+         f"{100 * r['efficiency']:.1f} %", f"{r['images_per_s']:,.0f}") for r in rows
+    ), name=6)  # fmt: skip
     return rows
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    flag = parser.add_argument
-    flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
-    flag("--input_size", default=224, type=int)
-    flag("--batch_size", default=8, type=int, help="images per process")
-    flag("--steps", default=3, type=int, help="of a segment")
-    flag("--rounds", default=5, type=int)
-    flag("--processes", default=[1, 2], type=int, nargs="+")
-    flag("--device", default="auto")
-    flag("--step_ms", type=float, help="time of a step to compute the table with (default: the measured one)")
-    flag("--gpus_per_node", default=8, type=int)
-    flag("--node_gbps", default=450.0, type=float, help="GB/s in one direction (default: NVLink of an H100)")
-    flag("--network_gbps", default=50.0, type=float, help="GB/s per GPU (default: a port of 400 Gbit/s each)")
-    flag("--bandwidth_share", default=0.7, type=float, help="of these that an all-reduce reaches")
-    flag("--hop_us", default=10.0, type=float, help="latency of a hop of the ring")
-    flag("--overlap", default=0.9, type=float, help="share of the backward pass that can hide the exchange")
-    flag("--json", metavar="FILE", help="write the figures to this file too")
-    flag("--worker", metavar="FILE", help=argparse.SUPPRESS)
-    return parser
-
-
-def main(options: argparse.Namespace) -> None:
-    if options.worker:
-        result = worker(options)
-        if os.environ.get("RANK", "0") == "0":
-            Path(options.worker).write_text(json.dumps(result))
-        return
+def main(options: argparse.Namespace) -> int:
     gpus = torch.cuda.device_count()
     if options.device in ("auto", "cuda") and 0 < gpus < max(options.processes):
         options.processes = [n for n in options.processes if n <= gpus]
-        print(f"{gpus} GPU here: measuring {options.processes} processes only")
+        say(f"{gpus} GPU here: measuring {options.processes} processes only")
         if not options.processes:
             sys.exit("pass other --processes, or --device cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        results = {n: start(options, n, folder) for n in options.processes}
-    rows = report(options, results)
-    if options.json:
-        settings = {**vars(options), "torch": torch.__version__, "cores": os.cpu_count()}
-        Path(options.json).write_text(
-            json.dumps({"settings": settings, "measured": results, "computed": rows}, indent=1) + "\n"
-        )
+    heads = [" processes", "a step", "without exchange", "exchange costs", "images/s"]
+    print_table(heads, [], name=10, width=18)
+    results = {}
+    for n in options.processes:
+        results[n] = start(options, n)
+        report_step(n, results[n]["step_seconds"], options.batch_size)
+    return finish(options, {"measured": results, "computed": report(options, results)})
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__, input_size=224, batch_size=8, steps=(3, "of a segment"), rounds=5, device="auto")
+    flag = parser.add_argument
+    # fmt: off
+    flag("--model", default="mae_vit_base_patch16", choices=main_pretrain.models_mae.MODELS, metavar="MODEL")
+    flag("--processes", default=[1, 2], type=positive(), nargs="+")
+    flag("--step_ms", type=positive(float), help="of a step, for the table (default: as measured)")
+    flag("--gpus_per_node", default=8, type=positive())
+    flag("--node_gbps", default=450.0, type=positive(float), help="GB/s one way (NVLink of an H100)")
+    flag("--network_gbps", default=50.0, type=positive(float), help="GB/s per GPU (a 400 Gbit/s port each)")
+    flag("--bandwidth_share", default=0.7, type=positive(float), help="of these that an all-reduce reaches")
+    flag("--hop_us", default=10.0, type=positive(float, or_zero=True), help="latency of a hop of the ring")
+    flag("--overlap", default=0.9, type=positive(float, or_zero=True), help="share of backward that hides it")
+    # fmt: on
+    run_benchmark(main, parser)

@@ -11,25 +11,16 @@ in a package's own modules, and the largest imports with all that they import in
 """
 
 import argparse
-import json
-import os
-import platform
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
+from functools import partial
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from harness import run_benchmark
-
-from util.cli.parser import ArgumentParser
+from harness import ROOT, Parser, finish, median_of, print_table, run_benchmark, say, take_turns
 
 IMPORTS = ("pass", "import torch", "import timm.optim", "import main_pretrain")
 MOMENTS = {  # by the line of output that tells of them
@@ -83,56 +74,35 @@ def import_costs() -> tuple[Counter, list[tuple[str, float]]]:
     return own, whole
 
 
-def report(imports: dict[str, list], scripts: list[dict], own: Counter, whole: list) -> dict:
-    """Prints the tables; returns the medians."""
-    medians = {"imports": {}, "script": {}}
-    print(f"\n{'':44s}{'clock':>10s}{'processor':>12s}")
-    for name, rounds in imports.items():
-        clock, used = (statistics.median(r[kind] for r in rounds) for kind in ("clock", "processor"))
-        medians["imports"][name] = {"clock": clock, "processor": used}
-        print(f"{name if name != 'pass' else 'Python itself':44s}{clock:8.2f} s{used:10.2f} s")
-    print("\nmain_pretrain.py, seconds after its start, by the clock")
-    for moment in scripts[0]:
-        medians["script"][moment] = statistics.median(r[moment] for r in scripts)
-        print(f"{moment:44s}{medians['script'][moment]:8.2f} s")
-    total = sum(own.values())
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"util"}
-    mine = sum(seconds for name, seconds in own.items() if name in ours)
-    print(f"\nimport main_pretrain, {total:.2f} s under -X importtime; in a package's own modules:")
-    for name, seconds in [*own.most_common(8), ("this repository", mine)]:
-        print(f"    {name:40s}{seconds:8.2f} s{100 * seconds / total:8.1f} %")
-    print("the largest imports, each with what it imports first:")
-    for name, seconds in whole[:15]:
-        print(f"    {name:40s}{seconds:8.2f} s{100 * seconds / total:8.1f} %")
-    return medians
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--batch_size", default=4, type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
-    parser.add_argument("--rounds", default=3, type=int)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-    return parser
-
-
-def main(options: argparse.Namespace) -> None:
-    imports, scripts = {statement: [] for statement in IMPORTS}, []
-    for _ in range(options.rounds + 1):
-        for statement, rounds in imports.items():
-            rounds.append(time_import(statement))
-        scripts.append(time_script(options))
-    imports = {statement: rounds[1:] for statement, rounds in imports.items()}
+def main(options: argparse.Namespace) -> int:
+    ways = {statement: partial(time_import, statement) for statement in IMPORTS}
+    turns = take_turns(options.rounds + 1, {**ways, "script": partial(time_script, options)})
+    rounds = {name: figures[1:] for name, figures in turns.items()}
+    scripts = rounds.pop("script")
+    say()
+    print_table(["", "clock", "processor"], (
+        (name if name != "pass" else "Python itself",
+         *(f"{median_of(figures, kind):.2f} s" for kind in ("clock", "processor")))
+        for name, figures in rounds.items()
+    ))  # fmt: skip
+    rows = [(moment, f"{median_of(scripts, moment):.2f} s") for moment in MOMENTS]
+    print_table(["\nmain_pretrain.py, seconds after its start, by the clock"], rows)
     own, whole = import_costs()
-    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
-    medians = report(imports, scripts[1:], own, whole)
-    if options.json:
-        result = {"settings": vars(options), "medians": medians, "imports": imports, "script": scripts[1:]}
-        result |= {"seconds_in_own_modules": dict(own.most_common()), "largest_imports": whole[:50]}
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    total, ours = sum(own.values()), {path.stem for path in ROOT.glob("*.py")} | {"util"}
+    mine = sum(seconds for name, seconds in own.items() if name in ours)
+    for heading, costs in [
+        (f"\nimport main_pretrain, {total:.2f} s under -X importtime; in a package's own modules:",
+         [*own.most_common(8), ("this repository", mine)]),
+        ("the largest imports, each with what it imports first:", whole[:15]),
+    ]:  # fmt: skip
+        rows = [(f"    {name}", f"{cost:.2f} s", f"{100 * cost / total:.1f} %") for name, cost in costs]
+        print_table([heading], rows, width=10)
+    costs = {"seconds_in_own_modules": dict(own.most_common()), "largest_imports": whole[:50]}
+    return finish(options, {"imports": rounds, "script": scripts, **costs})
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__, batch_size=4, device="cpu", rounds=3)
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--flags", default="", help="further flags of main_pretrain.py, in one string")
+    run_benchmark(main, parser)

@@ -13,7 +13,8 @@ Variants, all on the same synthetic images, built once and timed in turn, round 
                   batches, AdamW without fusion, .item() and a synchronisation in every step
     hf, hf_compiled   ViTMAEForPreTraining or ViTForImageClassification of Hugging Face transformers (pip
                   install transformers), same sizes and precision as ours, no synchronisation; AdamW as torch
-                  makes it by default (--hf_adamw fused: as ours)
+                  makes it by default (--hf_adamw fused: as ours); on an H100 hf_compiled compiles for over a
+                  minute at base size, so it runs where it is asked for only
 
 FLOP count matrix products only, 2 per multiplication and addition, for the work the method needs: kept
 patches embedded, encoder over K + 1 tokens, decoder over L + 1 (its last MLP over those removed), removed
@@ -23,47 +24,19 @@ precision of ours on CPU.
 """
 
 import argparse
-import json
-import platform
-import shlex
+import gc
+import itertools
 import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
+from step_variants import OURS, make_model, make_variant, settings_of
+from workload import CLASSES, synchronize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness import run_benchmark
-from step_variants import CLASSES, OURS, make_model, make_variant, settings_of
-
-from util.cli.parser import ArgumentParser
 from util.compute.precision import resolve_amp_dtype, resolve_device
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    flag = parser.add_argument
-    # fmt: off
-    flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])
-    flag("--task", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"])
-    flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
-         help="default: eager plain hf, on CUDA also compiled and hf_compiled")
-    flag("--batch_size", default=None, type=int, help="default: 256 on CUDA (64 to fine-tune), 8 on CPU")
-    flag("--input_size", default=224, type=int)
-    flag("--mask_ratio", default=0.75, type=float)
-    flag("--steps", default=None, type=int, help="steps per round; default: 20 on CUDA, 2 on CPU")
-    flag("--rounds", default=None, type=int, help="default: 7 on CUDA, 5 on CPU")
-    flag("--device", default="auto")
-    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
-    flag("--grad_checkpointing", action="store_true", help="of ours")
-    flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")
-    flag("--threads", default=None, type=int, help="CPU threads; default: torch's choice")
-    flag("--json", default=None, metavar="FILE", help="also write all figures there")
-    # fmt: on
-    return parser
 
 
 def block_flop(width: int, tokens: int, mlp_ratio: int = 4) -> int:
@@ -75,11 +48,8 @@ def block_flop(width: int, tokens: int, mlp_ratio: int = 4) -> int:
 
 def pretrain_flop(model, mask_ratio: float) -> int:
     """Matrix products of one image's training step (forward times 3)."""
-    length, width, narrow = (
-        model.patch_embed.num_patches,
-        model.cls_token.shape[-1],
-        model.mask_token.shape[-1],
-    )
+    length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
+    narrow = model.mask_token.shape[-1]
     keep, pixels = int(length * (1 - mask_ratio)), model.patch_size**2 * model.in_chans
     encoder = 2 * keep * pixels * width + len(model.blocks) * block_flop(width, keep + 1)
     decoder = 2 * (keep + 1) * width * narrow + len(model.decoder_blocks) * block_flop(narrow, length + 1)
@@ -95,139 +65,137 @@ def finetune_flop(model) -> int:
     return 3 * (2 * length * pixels * width + blocks + 2 * width * CLASSES)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def allocated(device: torch.device, peak: bool = False) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
 
 
-class Peak:
-    """Times a large square matrix product; `measure()` returns FLOP/s."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        cuda = device.type == "cuda"
-        self.device, self.size, self.times = device, 8192 if cuda else 2048, 20 if cuda else 1
-        self.a, self.b = (torch.randn(self.size, self.size, device=device, dtype=dtype) for _ in range(2))
-
-    def measure(self) -> float:
-        _ = self.a @ self.b
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(self.times):
-            _ = self.a @ self.b
-        synchronize(self.device)
-        return 2 * self.size**3 * self.times / (time.perf_counter() - start)
+def free_memory(device: torch.device) -> None:
+    """Gives back what nothing refers to any more, circles of objects among it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def measure(task: str, name: str, args) -> dict:
-    """{"gflop_per_image", "peak_tflops", "variants": {variant: figures, or {"failed": reason}}}."""
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product."""
+    size, times = (8192, 20) if device.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    _ = a @ b
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    synchronize(device)
+    return 2 * size**3 * times / (time.perf_counter() - start)
+
+
+def make_ready(variant: str, task: str, name: str, args: argparse.Namespace) -> Callable | str:
+    """A function that runs a round of warmed-up steps, or why there is none; a failed one leaves no trace."""
+    try:
+        step_round = make_variant(variant, task, name, args)
+        for _ in range(2):  # compiles, warms up, makes the optimizer's state
+            settings_of(variant, args.where)
+            step_round()
+        return step_round
+    except ImportError:
+        return "transformers is not installed"
+    except torch.OutOfMemoryError:
+        return "out of memory"
+
+
+def time_round(variant: str, step_round: Callable, device: torch.device) -> tuple[float, int]:
+    """(seconds, bytes by which memory grew at most) of a round."""
+    settings_of(variant, device)
+    resting = allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    synchronize(device)
+    start = time.perf_counter()
+    step_round()
+    synchronize(device)
+    return time.perf_counter() - start, allocated(device, peak=True) - resting
+
+
+def measure(task: str, name: str, args: argparse.Namespace) -> dict:
+    """{"batch", "gflop_per_image", "peak_tflops", "variants": {variant: figures, or {"failed": reason}}}."""
     device, model = args.where, make_model(task, name, args)
     flop = pretrain_flop(model, args.mask_ratio) if task == "pretrain" else finetune_flop(model)
     del model
     amp = resolve_amp_dtype(args.amp_dtype, device) or torch.float32
-    rounds, own, results = {}, {}, {}
-    peak = Peak(device, torch.bfloat16 if device.type == "cuda" else amp)
+    peak = partial(matrix_peak, device, torch.bfloat16 if device.type == "cuda" else amp)
+    ways, own, results = {"": peak}, {}, {}
     for variant in args.variants:
         before = allocated(device)
-        try:
-            step_round = make_variant(variant, task, name, args)
-            for _ in range(2):  # compiles, warms up, makes the optimizer's state
-                settings_of(variant, device)
-                step_round()
-            rounds[variant], own[variant] = step_round, allocated(device) - before
-            results[variant] = {"seconds": [], "peak_memory_mb": 0.0}
-        except (ImportError, torch.OutOfMemoryError) as error:
-            reason = "transformers is not installed" if isinstance(error, ImportError) else "out of memory"
-            results[variant] = {"failed": reason}
-        print(f"{task} {name}: {variant} ready", flush=True)
-    peaks = []
-    for _ in range(args.rounds):
-        peaks.append(peak.measure())
-        for variant, step_round in rounds.items():
-            settings_of(variant, device)
-            resting = allocated(device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            synchronize(device)
-            start = time.perf_counter()
-            step_round()
-            synchronize(device)
-            figures = results[variant]
-            figures["seconds"].append(time.perf_counter() - start)
-            grown = allocated(device, peak=True) - resting + own[variant]  # others' weights do not count
-            if variant != "graphs":  # replayed, it asks for no memory that could be counted
-                figures["peak_memory_mb"] = max(figures["peak_memory_mb"], grown / 2**20)
-    top = statistics.median(peaks)
-    for variant in rounds:
-        figures, images = results[variant], args.batch * args.steps
-        rate = images / statistics.median(figures["seconds"])
-        figures |= {"images_per_s": rate, "tflops": rate * flop / 1e12, "mfu": rate * flop / top}
-    return {
-        "gflop_per_image": flop / 1e9,
-        "peak_tflops": top / 1e12,
-        "batch": args.batch,
-        "variants": results,
-    }
+        ready = make_ready(variant, task, name, args)
+        free_memory(device)
+        results[variant] = {"failed": ready} if isinstance(ready, str) else {}
+        if not isinstance(ready, str):
+            ways[variant] = partial(time_round, variant, ready, device)
+            own[variant] = allocated(device) - before
+        say(f"{task} {name}: {variant} {results[variant].get('failed', 'ready')}")
+    rounds = take_turns(args.rounds, ways)
+    top = statistics.median(rounds.pop(""))
+    for variant, pairs in rounds.items():
+        seconds, grown = map(list, zip(*pairs, strict=True))
+        rate = args.batch * args.steps / statistics.median(seconds)
+        results[variant] = {"images_per_s": rate, "tflops": rate * flop / 1e12, "mfu": rate * flop / top}
+        # Others' weights do not count; a graph that is replayed asks for no memory that could be counted
+        memory = 0 if variant == "graphs" else max(grown) + own[variant]
+        results[variant] |= {"peak_memory_mb": memory / 2**20, "seconds": seconds}
+    counts = {"batch": args.batch, "gflop_per_image": flop / 1e9, "peak_tflops": top / 1e12}
+    return {**counts, "variants": results}
 
 
-def ratio(figures: dict, over: str, result: dict) -> str:
-    """Median over the rounds of how many times as fast as `over`, both in the same round."""
-    other = result["variants"].get(over, {})
-    if "seconds" not in other:
-        return "-"
-    pairs = zip(other["seconds"], figures["seconds"], strict=True)
-    return f"{statistics.median(a / b for a, b in pairs):.2f}"
+def report(key: str, result: dict) -> None:
+    """Prints the table of a task and model; ratios are to the variant's seconds in the same round."""
+    say(f"\n{key}: batch {result['batch']}, {result['gflop_per_image']:.1f} GFLOP an image, matrix peak "
+        f"{result['peak_tflops']:.3g} TFLOP/s")  # fmt: skip
+    rows, variants = [], result["variants"]
+    for variant, figures in variants.items():
+        if "failed" in figures:
+            rows.append((variant, f"  left out: {figures['failed']}"))
+            continue
+        memory = figures["peak_memory_mb"]
+        rows.append((
+            variant, f"{figures['images_per_s']:.1f}", f"{figures['tflops']:.3g}", f"{figures['mfu']:.1%}",
+            f"{memory:.0f}" if memory else "-",
+            *(f"{paired_ratio(variants[over]['seconds'], figures['seconds']):.2f}"
+              if "seconds" in variants.get(over, {}) else "-" for over in ("plain", "hf")),
+        ))  # fmt: skip
+    print_table(["", "images/s", "TFLOP/s", "of peak", "peak MB", "x plain", "x hf"], rows, 14, 10)
 
 
-def print_table(results: dict) -> None:
-    for key, result in results.items():
-        print(
-            f"\n{key}: batch {result['batch']}, {result['gflop_per_image']:.1f} GFLOP an image, matrix peak "
-            f"{result['peak_tflops']:.3g} TFLOP/s"
-        )
-        heads = ["images/s", "TFLOP/s", "of peak", "peak MB", "x plain", "x hf"]
-        print(f"{'':14s}" + "".join(f"{head:>10s}" for head in heads))
-        for variant, figures in result["variants"].items():
-            if "failed" in figures:
-                print(f"{variant:14s}  left out: {figures['failed']}")
-                continue
-            memory = figures["peak_memory_mb"]
-            cells = [f"{figures['images_per_s']:.1f}", f"{figures['tflops']:.3g}", f"{figures['mfu']:.1%}"]
-            cells += [f"{memory:.0f}" if memory else "-"]
-            cells += [ratio(figures, "plain", result), ratio(figures, "hf", result)]
-            print(f"{variant:14s}" + "".join(f"{cell:>10s}" for cell in cells))
-
-
-def main(args: argparse.Namespace) -> None:
-    command = "python " + shlex.join(["benchmarks/bench_step.py", *sys.argv[1:]])
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def main(args: argparse.Namespace) -> int:
     args.where = resolve_device(args.device)
     cuda = args.where.type == "cuda"
     args.steps, args.rounds = args.steps or (20 if cuda else 2), args.rounds or (7 if cuda else 5)
-    compiled = ["compiled", "hf_compiled"] if cuda else []
-    args.variants = args.variants or ["eager", *compiled, "plain", "hf"]
-    results = {}
-    for task in args.task:
-        for name in args.model:
-            args.batch = args.batch_size or ((256 if task == "pretrain" else 64) if cuda else 8)
-            results[f"{task} {name}"] = measure(task, name, args)
-            if cuda:
-                torch.cuda.empty_cache()
-    print_table(results)
-    machine = torch.cuda.get_device_name(args.where) if cuda else platform.processor() or platform.machine()
+    args.variants = args.variants or ["eager", *["compiled"] * cuda, "plain", "hf"]
     amp = resolve_amp_dtype(args.amp_dtype, args.where) or torch.float32
-    about = f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {amp}"
-    print(f"\n{about}; {args.rounds} rounds of {args.steps} steps, medians; memory on CUDA only\n{command}")
-    if args.json:
-        content = {"machine": about, "command": command, "results": results}
-        Path(args.json).write_text(json.dumps(content, indent=1))
+    say(f"{amp}; {args.rounds} rounds of {args.steps} steps, medians; memory on CUDA only")
+    results = {}
+    for task, name in itertools.product(args.task, args.model):
+        args.batch = args.batch_size or ((256 if task == "pretrain" else 64) if cuda else 8)
+        results[f"{task} {name}"] = measure(task, name, args)
+        report(f"{task} {name}", results[f"{task} {name}"])
+        free_memory(args.where)
+    return finish(args, results)
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(
+        __doc__, input_size=224, batch_size=(None, "default: 256 on CUDA (64 to fine-tune), 8 on CPU"),
+        steps=(None, "per round; default: 20 on CUDA, 2 on CPU"), device="auto", threads=None,
+        rounds=(None, "default: 7 on CUDA, 5 on CPU"),
+    )  # fmt: skip
+    flag = parser.add_argument
+    flag("--model", nargs="+", default=["base"], choices=["tiny", "small", "base", "large", "huge"])
+    flag("--task", nargs="+", default=["pretrain", "finetune"], choices=["pretrain", "finetune"])
+    flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
+         help="default: eager plain hf, on CUDA also compiled")  # fmt: skip
+    flag("--mask_ratio", default=0.75, type=positive(float))
+    flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
+    flag("--grad_checkpointing", action="store_true", help="of ours")
+    flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")
+    run_benchmark(main, parser)

@@ -11,7 +11,6 @@ pre-trains one encoder per seed first; fewer checkpoints than seeds are used in 
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import subprocess
@@ -20,14 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from harness import run_benchmark
+from harness import ROOT, Parser, finish, positive, print_table, run_benchmark, say
 
 from models_mae import MODELS as MAE_MODELS
-from util.cli.parser import ArgumentParser
 from util.demo_set.files import ensure_demo_data
 from util.rng import seed_all
 from util.sizes import image_size
@@ -35,30 +29,6 @@ from util.sizes import image_size
 PROBE = "--global_pool --batch_size 64 --epochs 100 --warmup_epochs 10 --lr 12.8 --cache_features"
 FINETUNE = "--batch_size 64 --epochs 30 --warmup_epochs 5 --blr 2e-3 --layer_decay 0.75 --drop_path 0.1"
 PRETRAIN = "--batch_size 64 --warmup_epochs 5 --blr 4e-3 --norm_pix_loss --decoder_depth 2 --vis_freq 0"
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    flag = parser.add_argument
-    # fmt: off
-    flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
-    flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
-    flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
-    flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
-    flag("--patch_size", default=8, type=int)
-    flag("--in_chans", default=3, type=int)
-    flag("--seeds", nargs="+", default=[0, 1, 2], type=int)
-    flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
-    flag("--pretrain_epochs", default=50, type=int)
-    flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
-    flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
-    flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
-    flag("--few", default=1, type=int, metavar="N", help="fine-tune on one in N training images")
-    flag("--num_workers", default=2, type=int)
-    flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
-    flag("--json", default=None, metavar="FILE", help="also write all figures there")
-    # fmt: on
-    return parser
 
 
 def run(script: str, flags: list[str], output: Path, commands: list[str]) -> list[dict]:
@@ -70,7 +40,7 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.txt").unlink(missing_ok=True)
         with open(output / "stdout.txt", "w") as out:
-            result = subprocess.run([sys.executable, *words], cwd=REPO, stdout=out, stderr=subprocess.STDOUT)
+            result = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         if result.returncode:
             sys.exit(f"{script} failed, see {output / 'stdout.txt'}")
         for weights in output.glob("checkpoint-*.pth"):
@@ -81,8 +51,8 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
 
 
 def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[str, list[Path]]:
-    """{"pre-trained": one file per seed, "random": likewise}; makes what is not there."""
-    found = {"pre-trained": [], "random": []}
+    """{"pre-trained": one file per seed, "random encoder": likewise}; makes what is not there."""
+    found = {"pre-trained": [], "random encoder": []}
     for i, seed in enumerate(args.seeds):
         if args.checkpoint:
             found["pre-trained"].append(Path(args.checkpoint[i % len(args.checkpoint)]).resolve())
@@ -98,7 +68,7 @@ def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[st
             img_size=image_size(args.input_size), patch_size=args.patch_size, in_chans=args.in_chans
         )
         torch.save({"model": model.state_dict(), "args": {"input_size": image_size(args.input_size)}}, path)
-        found["random"].append(path)
+        found["random encoder"].append(path)
     return found
 
 
@@ -124,8 +94,10 @@ def measure(args, work: Path) -> dict:
                         data = Path(args.data_path) if args.data_path else ensure_demo_data()
                         flags += ["--data_path", str(one_in(args.few, data.resolve(), work))]
                     flags += [*shlex.split(own), "--log_dir", "", "--keep_checkpoints", "1"]
-                records = run(script, flags, work / f"{task}-{kind}-{seed}", commands)
+                records = run(script, flags, work / f"{task}-{kind.split()[0]}-{seed}", commands)
                 figures[task][kind].append(records[-1][key])
+        done = [row_of(task, figures[task]) for task in figures if figures[task]["random encoder"]]
+        print_table(["top-1 accuracy (%)", *files, "gap, worst seeds"], done, name=20, width=20)
     return {"figures": figures, "commands": commands}
 
 
@@ -144,30 +116,42 @@ def one_in(few: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def print_table(figures: dict) -> None:
-    """Mean and spread per task and encoder, and the smallest gap between the two."""
-    print(f"\n{'top-1 accuracy (%)':20s}{'pre-trained':>20s}{'random encoder':>20s}{'gap, worst seeds':>20s}")
-    for task, kinds in figures.items():
-        cells = []
-        for values in kinds.values():
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
-        gap = min(kinds["pre-trained"]) - max(kinds["random"])
-        print(f"{task:20s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{gap:>+20.2f}")
+def row_of(task: str, kinds: dict[str, list[float]]) -> tuple[str, ...]:
+    """Mean and spread per encoder, and the smallest gap between the two."""
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in kinds.values()]
+    means = [statistics.mean(values) for values in kinds.values()]
+    gap = min(kinds["pre-trained"]) - max(kinds["random encoder"])
+    cells = (f"{mean:.2f} ± {spread:.2f}" for mean, spread in zip(means, spreads, strict=True))
+    return task, *cells, f"{gap:+.2f}"
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     work = Path(args.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     start = time.time()
     result = measure(args, work)
-    print_table(result["figures"])
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    print(f"\nseeds {args.seeds}; {machine}; {time.time() - start:.0f} s")
-    if args.json:
-        result |= {"seeds": args.seeds, "machine": machine, "seconds": round(time.time() - start)}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    say(f"seeds {args.seeds}; {time.time() - start:.0f} s")
+    return finish(args, {**result, "seconds": round(time.time() - start)})
 
 
 if __name__ == "__main__":
-    run_benchmark(main, get_args_parser())
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    # fmt: off
+    flag("--data_path", default=None, help="ImageFolder with train/ and val/; default: the demo set")
+    flag("--checkpoint", nargs="+", default=[], metavar="FILE", help="encoders; default: make them")
+    flag("--model", default="tiny", choices=["tiny", "small", "base", "large"])
+    flag("--input_size", default="64", help="pixels: 64, or 32x128 (height x width)")
+    flag("--patch_size", default=8, type=positive())
+    flag("--in_chans", default=3, type=positive())
+    flag("--seeds", nargs="+", default=[0, 1, 2], type=positive(or_zero=True))
+    flag("--tasks", nargs="+", default=["probe", "knn", "finetune"], choices=["probe", "knn", "finetune"])
+    flag("--pretrain_epochs", default=50, type=positive())
+    flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
+    flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
+    flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
+    flag("--few", default=1, type=positive(), metavar="N", help="fine-tune on one in N training images")
+    flag("--num_workers", default=2, type=positive(or_zero=True))
+    flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")
+    # fmt: on
+    run_benchmark(main, parser)

@@ -5,57 +5,31 @@ plain loop, and of Hugging Face's models.
 import argparse
 import contextlib
 import io
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
+from workload import CLASSES, Batches, noise_batch
 
 import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
+from util.compute import precision
 from util.compute.compile import compile_model
 from util.compute.memory import give_back_freed_memory
-from util.compute.precision import (
-    NativeScalerWithGradNormCount,
-    autocast,
-    has_fused_adamw,
-    prepare_device,
-    resolve_amp_dtype,
-)
-from util.data.transforms import normalize_batch
 from util.rng import seed_all
 
 PATCH = {"huge": 14}
 OURS = ("eager", "compiled", "graphs")
-CLASSES = 1000
 
 
-class Batches:
-    """A loader of the same few batches over and over: [images, labels, indices], pinned on CUDA."""
-
-    def __init__(self, batch_size: int, size: int, steps: int, cuda: bool, normalised: bool = False):
-        generator = torch.Generator().manual_seed(0)
-        self.batch_size, self.steps, self.made = batch_size, steps, []
-        for _ in range(2):
-            shape = (batch_size, 3, size, size)
-            images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            images = normalize_batch(images, "cpu") if normalised else images
-            labels = torch.randint(0, CLASSES, (batch_size,), generator=generator)
-            batch = [images, labels, torch.arange(batch_size)]
-            self.made.append([t.pin_memory() for t in batch] if cuda else batch)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self):
-        return (self.made[i % len(self.made)] for i in range(self.steps))
+def make_loader(args: argparse.Namespace, normalised: bool = False) -> Batches:
+    """Two batches of noise in turns, the same for every variant."""
+    torch.manual_seed(0)
+    shape = (args.batch, 3, args.input_size, args.input_size)
+    return Batches([noise_batch(shape, args.where.type == "cuda", normalised) for _ in range(2)], args.steps)
 
 
 def make_model(task: str, name: str, args) -> torch.nn.Module:
@@ -89,10 +63,10 @@ def make_ours(variant: str, task: str, name: str, args):
         compile_mode="reduce-overhead" if variant == "graphs" else "default",
     )  # fmt: skip
     compile_model(model, "loss_of_removed" if task == "pretrain" else "forward", run, args.where)
-    optimizer = make_optimizer(model, fused=has_fused_adamw(args.where))
-    amp = resolve_amp_dtype(args.amp_dtype, args.where)
-    scaler = NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)
-    loader = Batches(args.batch, args.input_size, args.steps, args.where.type == "cuda")
+    optimizer = make_optimizer(model, fused=precision.has_fused_adamw(args.where))
+    amp = precision.resolve_amp_dtype(args.amp_dtype, args.where)
+    scaler = precision.NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)
+    loader = make_loader(args)
     mixup, criterion = make_mixup(), SoftTargetCrossEntropy()
 
     def step_round() -> None:
@@ -107,37 +81,49 @@ def make_ours(variant: str, task: str, name: str, args):
     return step_round
 
 
+def make_loop(task: str, args, optimizer, amp, scaler, loss_of, waits: bool):
+    """A round of a plain loop over `loss_of(images, targets)`, targets None in pre-training. `waits`: for
+    each loss and at the end of each step, as the reference does.
+    """
+    device, loader = args.where, make_loader(args, normalised=True)
+    cuda, mixup = device.type == "cuda", make_mixup()
+
+    def step_round() -> None:
+        for images, labels, _ in loader:
+            images, targets = images.to(device, non_blocking=True), None
+            if task == "finetune":  # Mixup writes into its batch, which is the loader's on CPU
+                labels = labels.to(device, non_blocking=True)
+                images, targets = mixup(images if cuda else images.clone(), labels)
+            with precision.autocast(device, amp):
+                loss = loss_of(images, targets)
+            if waits:
+                loss.item()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if waits and cuda:
+                torch.cuda.synchronize()
+
+    return step_round
+
+
 def make_plain(task: str, name: str, args):
-    """A round of the plain loop (see the top of this file)."""
-    model, cuda = make_model(task, name, args), args.where.type == "cuda"
+    """A round of the plain loop (see the top of bench_step.py)."""
+    model, cuda = make_model(task, name, args).train(), args.where.type == "cuda"
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     optimizer = make_optimizer(model, fused=False, foreach=False)
     scaler = torch.amp.GradScaler(args.where.type, enabled=cuda)
-    loader = Batches(args.batch, args.input_size, args.steps, cuda, normalised=True)
-    mixup, criterion = make_mixup(), SoftTargetCrossEntropy()
+    criterion = SoftTargetCrossEntropy()
 
-    def step_round() -> None:
-        model.train()
-        for images, labels, _ in loader:
-            images = images.to(args.where, non_blocking=True)
-            with autocast(args.where, torch.float16 if cuda else None):
-                if task == "pretrain":
-                    loss = model(images, mask_ratio=args.mask_ratio)[0]
-                else:
-                    # Mixup writes into its batch, which is the loader's on CPU
-                    mixed, targets = mixup(images if cuda else images.clone(), labels.to(args.where))
-                    loss = criterion(model(mixed), targets)
-            loss.item()
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if cuda:
-                torch.cuda.synchronize()
+    def loss_of(images, targets):
+        if task == "pretrain":
+            return model(images, mask_ratio=args.mask_ratio)[0]
+        return criterion(model(images), targets)
 
-    return step_round
+    return make_loop(task, args, optimizer, torch.float16 if cuda else None, scaler, loss_of, waits=True)
 
 
 def make_hugging_face(variant: str, task: str, name: str, args):
@@ -159,45 +145,27 @@ def make_hugging_face(variant: str, task: str, name: str, args):
             decoder_num_hidden_layers=len(ours.decoder_blocks),
             decoder_num_attention_heads=ours.decoder_blocks[0].attn.num_heads,
         )  # fmt: skip
-        config = transformers.ViTMAEConfig(**sizes, **decoder)
-        model = transformers.ViTMAEForPreTraining(config)
+        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes, **decoder))
     else:
-        config = transformers.ViTConfig(**sizes, num_labels=CLASSES)
-        model = transformers.ViTForImageClassification(config)
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=CLASSES))
     model = model.to(args.where).train()
-    fused = args.hf_adamw == "fused" and has_fused_adamw(args.where)
+    fused = args.hf_adamw == "fused" and precision.has_fused_adamw(args.where)
     optimizer = make_optimizer(model, fused=fused or None)
     called = torch.compile(model) if variant == "hf_compiled" else model
-    amp, cuda = resolve_amp_dtype(args.amp_dtype, args.where), args.where.type == "cuda"
+    amp, criterion = precision.resolve_amp_dtype(args.amp_dtype, args.where), SoftTargetCrossEntropy()
     scaler = torch.amp.GradScaler(args.where.type, enabled=amp == torch.float16)
-    loader = Batches(args.batch, args.input_size, args.steps, cuda, normalised=True)
-    mixup, criterion = make_mixup(), SoftTargetCrossEntropy()
 
-    def step_round() -> None:
-        for images, labels, _ in loader:
-            images = images.to(args.where, non_blocking=True)
-            if task == "finetune":
-                labels = labels.to(args.where, non_blocking=True)
-                images, targets = mixup(images if cuda else images.clone(), labels)
-            with autocast(args.where, amp):
-                if task == "pretrain":
-                    loss = called(pixel_values=images).loss
-                else:
-                    loss = criterion(called(pixel_values=images).logits, targets)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    def loss_of(images, targets):
+        output = called(pixel_values=images)
+        return output.loss if task == "pretrain" else criterion(output.logits, targets)
 
-    return step_round
+    return make_loop(task, args, optimizer, amp, scaler, loss_of, waits=False)
 
 
 def make_variant(variant: str, task: str, name: str, args):
-    if variant in OURS:
-        return make_ours(variant, task, name, args)
-    return (
-        make_plain(task, name, args) if variant == "plain" else make_hugging_face(variant, task, name, args)
-    )
+    if variant == "plain":
+        return make_plain(task, name, args)
+    return (make_ours if variant in OURS else make_hugging_face)(variant, task, name, args)
 
 
 def settings_of(variant: str, device: torch.device) -> None:
@@ -207,4 +175,4 @@ def settings_of(variant: str, device: torch.device) -> None:
     give_back_freed_memory()
     torch.set_float32_matmul_precision("highest")
     if variant in OURS or (variant != "plain" and device.type == "cuda"):
-        prepare_device(device, None)
+        precision.prepare_device(device, None)

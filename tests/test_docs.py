@@ -2,19 +2,21 @@
 
 import argparse
 import ast
+import importlib
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = [
-    page for page in ("README.md", "PRETRAIN.md", "FINETUNE.md", "PERFORMANCE.md") if (REPO / page).exists()
-]
+PAGES = sorted(path.name for path in REPO.glob("*.md"))
 RUNNABLE = "<!-- runnable -->"  # on the line before a block: a test runs it from top to bottom
 
 
@@ -118,6 +120,56 @@ def test_benchmarks_refuse_in_one_line(name, monkeypatch, capsys):
         assert captured.err.count("\n") == 1
 
 
+def test_benchmarks_write_figures_in_one_form(tmp_path, monkeypatch, capsys):
+    """With what figures are worth nothing without: when, where, by which command and versions."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    harness, path, calls = importlib.import_module("harness"), tmp_path / "x.json", []
+    words = [str(REPO / "benchmarks/bench_x.py"), "--rounds", "2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+
+    def main(args) -> int:
+        rounds = harness.take_turns(args.rounds, {n: lambda n=n: calls.append(n) or len(calls) for n in "ab"})
+        return harness.finish(args, rounds, met=False)
+
+    with pytest.raises(SystemExit) as stop:
+        harness.run_benchmark(main, harness.Parser("", rounds=7))
+    record = json.loads(path.read_text())
+    assert stop.value.code == 1 and calls == ["a", "b", "b", "a"]
+    assert record.keys() == {"date", "machine", "command", "versions", "settings", "figures"}
+    assert record["settings"]["rounds"] == 2 and record["figures"] == {"a": [1, 4], "b": [2, 3]}
+    assert record["command"] == f"python benchmarks/bench_x.py --rounds 2 --json {path}"
+    assert record["date"][:10] in capsys.readouterr().out and "torch" in record["versions"]
+    assert harness.paired_ratio([4, 9, 8], [2, 3, 2]) == 3
+
+
+def test_a_variant_out_of_memory_is_freed_for_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    bench_step, models, freed = importlib.import_module("bench_step"), {}, []
+
+    def make_variant(variant, task, name, args):
+        model = torch.nn.Linear(1, 1)
+        model.circle = model  # as models have them: only the garbage collector frees it
+        models[variant] = weakref.ref(model)
+
+        def step_round() -> None:
+            if variant == "plain" and model is not None:
+                raise torch.OutOfMemoryError
+            freed.append("plain" in models and models["plain"]() is None)
+
+        return step_round
+
+    monkeypatch.setattr(bench_step, "make_variant", make_variant)
+    monkeypatch.setattr(bench_step, "matrix_peak", lambda *args: 1.0)
+    args = argparse.Namespace(
+        where=torch.device("cpu"), variants=["eager", "plain"], rounds=2, steps=1, batch=1,
+        amp_dtype="none", mask_ratio=0.75, input_size=32,
+    )  # fmt: skip
+    result = bench_step.measure("pretrain", "tiny", args)
+    assert freed == [False, False, True, True]
+    assert result["variants"]["plain"] == {"failed": "out of memory"}
+    assert len(result["variants"]["eager"]["seconds"]) == 2
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_everything_that_a_page_names_is_there(page):
     text = (REPO / page).read_text(encoding="utf-8")
@@ -137,6 +189,47 @@ def test_everything_that_a_page_names_is_there(page):
         ast.parse(body)
 
 
+def names_in(words: str) -> list[str]:
+    """The paths in `words`, with a/{b,c} taken apart."""
+    found = []
+    for path in re.findall(r"[\w./*]+(?:{[^}]*}[\w.*]*)?", words):
+        head, _, rest = path.partition("{")
+        inner, _, tail = rest.partition("}")
+        found += [head.rstrip("/") if not rest else head + part + tail for part in inner.split(",")]
+    return found
+
+
+def test_the_tree_has_every_file_and_room():
+    """README's tree against the disk: top-level files, modules and rooms of util/, the other folders."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## What is where\n\n```\n")[1].split("```")[0]
+    named = [path for line in tree.splitlines() for path in names_in(line.split()[0])]
+    there = {path for place in ("*.py", "util/*.py") for path in REPO.glob(place)}
+    there |= {path.parent for place in ("[!.]*/*.py", "util/*/*.py") for path in REPO.glob(place)}
+    there -= {REPO / "util", REPO / "util" / "__init__.py"}
+    assert sorted(named) == sorted(str(path.relative_to(REPO)) for path in there)
+
+
+def test_the_layers_are_those_of_the_test():
+    from test_layers import LAYERS
+
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = [names_in(line.split(maxsplit=1)[1]) for line in text.split("```\n")[1].splitlines()]
+    places = [path for layer in told for path in layer]
+    for layer, rooms in zip(told, LAYERS, strict=True):
+        rooms = {room.replace(".", "/") for room in rooms.split()}
+        assert {room for room in rooms if not any(Path(room).match(path) for path in layer)} == set(), layer
+        assert all(any(Path(room).match(path) for room in rooms) for path in layer), layer
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short(page):
+    lines = (REPO / page).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 100]
+    assert page != "README.md" or len(lines) <= 150
+
+
 def test_flags_that_the_text_names_exist():
     known = set()
     for script in [
@@ -153,6 +246,7 @@ def test_flags_that_the_text_names_exist():
         "--logdir",
         "--nnodes",
         "--rdzv_endpoint",
+        "--max_restarts",
     }  # argparse's and launchers'
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", (REPO / page).read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -17,7 +17,7 @@ from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError, UserError
 from util.sizes import default_workers, image_size
 
-CHANGED = {"data_path", "device", "num_workers"}  # differ on purpose; README lists them
+CHANGED = {"data_path", "device", "num_workers"}  # differ on purpose (DIFFERENCES.md)
 
 
 def check_flags(script, parser, changed=CHANGED):

@@ -2,6 +2,7 @@
 test_export_extra.py.
 """
 
+import inspect
 import re
 import sys
 from argparse import Namespace
@@ -18,7 +19,7 @@ import main_finetune
 import main_pretrain
 import models_vit
 from util.evaluate.features import encoder_features
-from util.export import own
+from util.export import checkpoint
 from util.export import timm as export_timm
 from util.recipes.classifier import resume_classifier
 from util.run.resume import load_model
@@ -28,7 +29,6 @@ from util.weights.export_source import read_source
 from util.weights.hugging_face import to_hugging_face
 
 MODELS = models_vit.MODELS
-NO_FLAGS = own._no_flags()
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
 
@@ -59,7 +59,7 @@ def test_encoder_of_a_full_mae_for_timm(tmp_path, capsys):
     close(tokens[:, 1:].mean(1), encoder_features(mae, IMAGES, global_pool=True))
     files = ["README.md", "config.json", "model.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
-    if export_timm.reads_folders():
+    if hasattr(timm.models._hub, "load_model_config_from_path"):
         close(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)(IMAGES), tokens[:, 0])
     config = load_any(str(tmp_path / "out"))["config"]
     assert config["pretrained_cfg"]["mean"] == MEAN and config["pretrained_cfg"]["std"] == STD
@@ -100,7 +100,11 @@ def test_named_models_are_timms_strictly(name, classes):
     info = dict(model=name, input_size=size, patch_size=vit.patch_embed.patch_size[0], in_chans=3, mlp_dim=4)
     info |= dict(embed_dim=vit.embed_dim, depth=len(vit.blocks), num_heads=heads)
     info["mlp_dim"] = 4 * vit.embed_dim
-    their_name, args = export_timm.timm_model(Namespace(info=info, vit=vit, pooled=False))
+    code = export_timm.usage(Namespace(info=info, vit=vit, pooled=False), "out")
+    line = next(line for line in code.splitlines() if line.startswith("model = timm"))
+    caught = Namespace(create_model=lambda name, **args: Namespace(eval=lambda: (name, args)))
+    their_name, args = eval(line.removeprefix("model = "), {"timm": caught})
+    assert args.pop("checkpoint_path") == "out/model.safetensors"
     try:
         with torch.device("meta"):
             model = timm.create_model(their_name, **args)
@@ -130,7 +134,7 @@ def test_full_mae_as_safetensors_is_resumed_and_fine_tuned(tmp_path):
     report = load_encoder(vit, str(file))
     assert report.missing == ["head.weight", "head.bias"]
     close(vit.forward_features(IMAGES), encoder_features(mae, IMAGES, global_pool=False))
-    again = read_source(str(file), NO_FLAGS)  # all settings are in the file
+    again = checkpoint.read_again(file)  # all settings are in the file
     assert again.info["norm_pix_loss"] is True and again.info["mask_ratio"] == 0.6
     assert again.info["mean"] == tuple(MEAN) and again.content["epoch"] == 7 and not again.notes
 
@@ -141,7 +145,7 @@ def test_classifier_as_safetensors(tmp_path, probe):
     run_export("--resume", path, "--to", "safetensors", "--output", tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     vit.load_state_dict(load_file(file))
-    again = read_source(str(file), NO_FLAGS)
+    again = checkpoint.read_again(file)
     close(again.logits(IMAGES), vit(IMAGES))
     assert again.info["class_names"][2] == "big cat"
     assert again.info["recipe"] == ("linprobe" if probe else "finetune")
@@ -185,8 +189,9 @@ def test_files_of_the_reference(tmp_path, capsys):
     )
     torch.save({"model": vit.state_dict()}, tmp_path / "mae_finetuned.pth")
     for name, part in [("mae_pretrain", "encoder"), ("full", "full"), ("mae_finetuned", "classifier")]:
-        flags = Namespace(**{**vars(NO_FLAGS), "num_heads": 3, "decoder_num_heads": 4})
-        source = read_source(str(tmp_path / f"{name}.pth"), flags)
+        words = ["--num_heads", "3", "--decoder_num_heads", "4", "--resume", str(tmp_path / f"{name}.pth")]
+        flags = export.get_args_parser().parse_args([*words, "--output", "out"])
+        source = read_source(flags.resume, flags)
         assert source.part == part and source.info["input_size"] == (32, 32)
         assert (
             source.info["mean"] == pytest.approx([0.485, 0.456, 0.406]) and "mean and std" in source.notes[-1]
@@ -194,7 +199,7 @@ def test_files_of_the_reference(tmp_path, capsys):
         assert source.info["norm_pix_loss"] == (part == "full")
     tiny = models_vit.vit_tiny_patch16(num_classes=0).state_dict()
     torch.save(tiny, tmp_path / "tiny.pth")  # of a named width and depth: its heads are known
-    assert read_source(str(tmp_path / "tiny.pth"), NO_FLAGS).info["num_heads"] == 3
+    assert checkpoint.read_again(tmp_path / "tiny.pth").info["num_heads"] == 3
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -229,13 +234,26 @@ def test_imported_classifier_is_evaluated_by_main_finetune(tmp_path):
     assert torch.equal(content["model"]["head.weight"], vit.head.weight)
 
 
+def test_every_target_has_the_same_functions():
+    for target in export.TARGETS.values():
+        own = {
+            name: list(inspect.signature(function).parameters)
+            for name, function in vars(target.module).items()
+            if getattr(function, "__module__", "") == target.module.__name__ and not name.startswith("_")
+        }
+        reads = {"read": ["path", "args"]} if "read" in own else {}
+        write_check_usage = [["source", "folder"], ["source", "path"], ["source", "folder"]]
+        assert own == dict(zip(("write", "check", "usage"), write_check_usage, strict=True), **reads)
+
+
 def test_model_card(tmp_path):
-    path, _ = save_mae(tmp_path)
+    path, _ = save_mae(tmp_path, model_note="a|b\n{{ c }}")
     run_export("--resume", path, "--to", "timm", "--output", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "\nlicense" not in card
     assert "| train_loss | 0.83 |" in card and "After epoch 7" in card  # the checkpoint's, not the log's last
     assert "| epochs | 400 |" in card and "| mask_ratio | 0.6 |" in card and "`photos`" in card
+    assert "| model_note | a\\|b {{ c }} |" in card  # stays in its cell, and is no template
     assert "somebody" not in card and str(tmp_path) not in card  # nobody's folders
     assert 'checkpoint_path="out/model.safetensors"' in card and "Licence" in card
     (tmp_path / "log.txt").unlink()
@@ -249,11 +267,11 @@ def test_a_wrong_result_leaves_nothing(tmp_path, capsys, monkeypatch):
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     capsys.readouterr()
 
-    def write_wrong(source, folder):
-        export_timm.write_timm(source, folder)
+    def write_wrong(source, folder, write=export_timm.write):
+        write(source, folder)
         source.vit.norm.bias.data[3] += 2e-4
 
-    monkeypatch.setitem(export.TARGETS, "timm", export.TARGETS["timm"]._replace(write=write_wrong))
+    monkeypatch.setattr(export_timm, "write", write_wrong)
     words = ("--resume", path, "--to", "timm")
     line = refused(capsys, *words, "--output", tmp_path / "new", status=1)
     assert "a difference of 2.0e-04, more than 0.0001; nothing was written" in line
@@ -266,7 +284,7 @@ def test_not_a_number_is_no_agreement(capsys):
     source = Namespace(path="x.pth")
     for values in ({"a": 0.0, "b": float("nan")}, {"a": float("nan"), "b": 0.0}):
         with pytest.raises(export.TrainingError, match="a difference of nan"):
-            export.report(source, values)
+            export.require_agreement(source, values)
 
 
 def test_output_folder(tmp_path, capsys):
@@ -339,7 +357,8 @@ def test_settings_that_a_file_does_not_tell(tmp_path, capsys):
     words += ["--input_size", "16x48"]
     assert "pass --decoder_num_heads" in refused(capsys, *words, *out)
     run_export(*words, "--decoder_num_heads", 4, "--norm_pix_loss", *out)
-    assert read_source(str(tmp_path / "out" / "model.safetensors"), NO_FLAGS).info["norm_pix_loss"] is True
+    again = checkpoint.read_again(tmp_path / "out" / "model.safetensors")
+    assert again.info["norm_pix_loss"] is True
 
 
 def test_missing_package(tmp_path, capsys, monkeypatch):

@@ -291,29 +291,33 @@ def test_onnx(tmp_path, kind):
             close(output, model(images) if name == "logits" else model.forward_features(images))
 
 
-def test_the_readmes_code(tmp_path, monkeypatch):
-    """Commands and code blocks of "Use the encoder elsewhere", in order, on a base-size checkpoint."""
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    assert "## Use the encoder elsewhere\n" in text
-    section = text.split("## Use the encoder elsewhere\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", section, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") == 3
+def test_commands_and_code_of_the_page(tmp_path, monkeypatch):
+    """EXPORT.md from top to bottom, on base-size checkpoints and a small classifier."""
+    text = (REPO / "EXPORT.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", text, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") == 4
     torch.manual_seed(0)
     (tmp_path / "out").mkdir()
     (tmp_path / "tuned").mkdir()
-    mae = models_mae.mae_vit_base_patch16()
+    state = models_mae.mae_vit_base_patch16().state_dict()
     args = dict(model="mae_vit_base_patch16", input_size=224, norm_pix_loss=False)
-    torch.save(
-        {"model": mae.state_dict(), "args": args, "epoch": 399}, tmp_path / "out" / "checkpoint-399.pth"
-    )
+    torch.save({"model": state, "args": args, "epoch": 399}, tmp_path / "out" / "checkpoint-399.pth")
+    torch.save({"model": state}, tmp_path / "mae_visualize_vit_base.pth")
+    encoder = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
+    torch.save({"model": encoder}, tmp_path / "mae_pretrain_vit_base.pth")
+    tuned = models_vit.vit_base_patch16(global_pool=True).state_dict()
+    torch.save({"model": tuned}, tmp_path / "mae_finetuned_vit_base.pth")
     save_vit(tmp_path / "tuned", True)
     monkeypatch.chdir(tmp_path)
+    exports = 0
     for kind, block in blocks:
         if kind == "bash":
             for line in block.splitlines():
                 words = line.split("#")[0].split()
                 if words[:2] == ["python", "export.py"]:
                     run_export(*words[2:])
+                    exports += 1
         else:
             environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
             subprocess.run([sys.executable, "-c", block], check=True, env=environment)
+    assert exports == 10

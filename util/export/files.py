@@ -1,25 +1,19 @@
-"""Files of an export: a folder that appears whole or not at all, safetensors with settings, JSON."""
+"""Files of an export: a folder that appears whole or not at all, safetensors, JSON, text by template."""
 
 import contextlib
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
+from util.weights.export_source import Source
 
-# Packages that each target needs beyond the requirements, as `import NAME`
-_EXTRAS = {
-    "hf": ["transformers", "safetensors"],
-    "timm": ["safetensors"],  # a requirement of timm's
-    "safetensors": ["safetensors"],
-    "torch_export": [],
-    "onnx": ["onnx", "onnxscript", "onnxruntime"],
-}
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {
     "README.md", "config.json", "model.onnx", "model.onnx.data", "model.pt2", "model.pth",
@@ -27,10 +21,10 @@ _WRITTEN = {
 }  # fmt: skip
 
 
-def require(target: str) -> None:
+def require(target: str, packages: Iterable[str]) -> None:
     """Imports the packages of a target; raises UserError with the `pip install` line when some are absent."""
     absent = []
-    for name in _EXTRAS[target]:
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -72,8 +66,6 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written, or has not that much room.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -81,19 +73,28 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
             raise UserError(
                 f"--output {path}: {free / 2**20:.0f} MB are free, {1.1 * size / 2**20:.0f} MB are needed"
             )
+        with replacing_folder(path) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno is None:  # a library's own, which has nothing to do with the disk
+            raise
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends, and is gone after an error."""
+    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    umask = os.umask(0o077)  # can only be read by setting it
+    os.umask(umask)
+    try:
         temporary.mkdir()
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
         for written in temporary.iterdir():  # some libraries make files that only their owner can read
             written.chmod(0o666 & ~umask)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
-    except OSError as error:
-        if error.errno is None:  # a library's own, which has nothing to do with the disk
-            raise
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -111,3 +112,27 @@ def write_safetensors(path: Path, state: dict[str, torch.Tensor], **entries) -> 
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, path, {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}})
+
+
+def render(template: str, source: Source, /, **values) -> str:
+    """The text `templates/TEMPLATE.jinja`, which sees `source`, the `shape` of two images, and `values`."""
+    shape = (2, source.info["in_chans"], *source.info["input_size"])
+    text = _TEMPLATES.get_template(f"{template}.jinja").render(source=source, shape=shape, **values)
+    return text.rstrip("\n")
+
+
+def last_part(path) -> str:
+    """A path without its folders, of Windows too: where things lay concerns nobody."""
+    return PurePath(str(path).replace("\\", "/")).name
+
+
+def _cell(value) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+_TEMPLATES.filters |= {"cell": _cell, "last_part": last_part, "number": "{:g}".format}

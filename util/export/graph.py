@@ -1,9 +1,5 @@
-"""An encoder or classifier as a graph without Python: torch.export's `.pt2`, and ONNX."""
+"""What the targets `torch_export` and `onnx` share: the model as a graph without Python."""
 
-import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +9,8 @@ from torch import nn
 from util.export.files import write_json
 from util.weights.export_source import Source
 
-# The number of images; torch 2.6 makes a graph of one number only where there is no largest
-_BATCH = torch.export.Dim("batch", max=2**20)
+# The number of images is free; torch 2.6 makes a graph of one number only where there is no largest
+FREE_BATCH = ({0: torch.export.Dim("batch", max=2**20)},)
 
 
 class Graph(nn.Module):
@@ -36,43 +32,8 @@ class Graph(nn.Module):
         return self.vit(images)  # features, where there is no head
 
 
-def write_torch_export(source: Source, folder: Path) -> None:
-    """Writes `model.pt2`, an ExportedProgram whose number of images is free, and `config.json`."""
-    with torch.no_grad():
-        program = torch.export.export(
-            Graph(source).eval(), (source.images(2),), dynamic_shapes=({0: _BATCH},)
-        )
-    torch.export.save(program, folder / "model.pt2")
-    write_json(folder / "config.json", graph_config(source))
-
-
-def write_onnx(source: Source, folder: Path) -> None:
-    """Writes `model.onnx` (and `model.onnx.data`, its weights), whose number of images is free."""
-    graph = Graph(source).eval()
-    with torch.no_grad(), warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            graph, (source.images(2),), folder / "model.onnx", dynamo=True, verbose=False,
-            input_names=["images"], output_names=[graph.output],
-            dynamic_shapes=({0: _BATCH},),
-        )  # fmt: skip
-    write_json(folder / "config.json", graph_config(source))
-
-
-@contextlib.contextmanager
-def _quiet():
-    """No progress lines of the exporter, which ignores `verbose` for some."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-            yield
-    finally:
-        logging.disable(level)
-
-
-def graph_config(source: Source) -> dict:
-    """What a program that runs the graph must know."""
+def write_config(source: Source, folder: Path) -> None:
+    """Writes `config.json`: what a program that runs the graph must know."""
     info = source.info
     config = {
         "input": "images",
@@ -83,59 +44,14 @@ def graph_config(source: Source) -> dict:
     }
     if source.vit.num_classes:
         config["class_names"] = info.get("class_names")
-    return config
+    write_json(folder / "config.json", config)
 
 
-@torch.no_grad()
-def check_torch_export(source: Source, folder: Path) -> dict[str, float]:
-    """Loads the program and compares it at two numbers of images."""
-    model = torch.export.load(folder / "model.pt2").module()
-    return _compare(source, model)
-
-
-def _compare(source: Source, model: Callable) -> dict[str, float]:
-    """Largest differences from the checkpoint's own model at one and three images."""
-    output, differences = Graph(source).output, {}
-    eager = {"tokens": source.tokens, "logits": source.logits, "features": source.vit.forward_features}[
-        output
-    ]
+def outputs(source: Source, model: Callable) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{what: (the graph's, the checkpoint's own)} at one and three images."""
+    output, found = Graph(source).output, {}
+    eager = {"tokens": source.tokens, "logits": source.logits, "features": source.vit.forward_features}
     for number in (1, 3):
         images = source.images(number)
-        differences[f"{output}, batch of {number}"] = (model(images) - eager(images)).abs().max().item()
-    return differences
-
-
-@torch.no_grad()
-def check_onnx(source: Source, folder: Path) -> dict[str, float]:
-    """Runs the graph with onnxruntime on the CPU and compares it at two numbers of images."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return _compare(source, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-
-
-def torch_export_usage(source: Source, folder: str) -> str:
-    """Code that loads the export."""
-    shape = ", ".join(map(str, (source.info["in_chans"], *source.info["input_size"])))
-    lines = [
-        "import torch",
-        "",
-        f'model = torch.export.load("{folder}/model.pt2").module()',
-        f"images = torch.randn(2, {shape})  # normalised with the checkpoint's mean and std",
-        f"{Graph(source).output} = model(images)",
-    ]
-    return "\n".join(lines)
-
-
-def onnx_usage(source: Source, folder: str) -> str:
-    """Code that loads the export."""
-    shape = ", ".join(map(str, (source.info["in_chans"], *source.info["input_size"])))
-    lines = [
-        "import numpy as np",
-        "import onnxruntime",
-        "",
-        f'session = onnxruntime.InferenceSession("{folder}/model.onnx", providers=["CPUExecutionProvider"])',
-        f"images = np.random.randn(2, {shape}).astype(np.float32)  # normalised images",
-        f'({Graph(source).output},) = session.run(None, {{"images": images}})',
-    ]
-    return "\n".join(lines)
+        found[f"{output}, batch of {number}"] = model(images), eager[output](images)
+    return found

@@ -1,0 +1,49 @@
+"""A checkpoint of this code as safetensors, its settings as metadata."""
+
+from pathlib import Path
+
+import torch
+
+import models_mae
+import models_vit
+from util.export.checkpoint import FULL, read_again, settings
+from util.export.files import render, write_safetensors
+from util.weights.export_source import Source
+
+
+def write(source: Source, folder: Path) -> None:
+    """Writes `model.safetensors`: this code's tensors, and the settings."""
+    epoch = source.content.get("epoch")
+    entries = {"epoch": epoch} if isinstance(epoch, int) else {}
+    write_safetensors(folder / "model.safetensors", source.state, **settings(source), **entries)
+
+
+def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Reads the file with nothing but itself to go by; of a full model loss and prediction too."""
+    again, images = read_again(path / "model.safetensors"), source.images(2)
+    what = "logits" if source.vit.num_classes else "tokens"
+    outputs = {what: (getattr(again, what)(images), getattr(source, what)(images))}
+    if source.mae is not None:
+        noise = torch.rand(2, source.mae.patch_embed.num_patches, generator=torch.Generator().manual_seed(1))
+        models = (again.mae, again.info["mask_ratio"]), (source.mae, source.info["mask_ratio"])
+        theirs, ours = (mae(images, ratio, noise) for mae, ratio in models)
+        outputs |= {"loss": (theirs[0], ours[0]), "prediction": (theirs[1], ours[1])}
+    return outputs
+
+
+def usage(source: Source, folder: str) -> str:
+    """Code that loads the export with nothing but this code's model files."""
+    info, full = source.info, source.part == "full"
+    module = models_mae if full else models_vit
+    args = {"img_size": tuple(info["input_size"])} | {key: info[key] for key in ("patch_size", "in_chans")}
+    if full:
+        args |= {key: info[key] for key in FULL if key != "mask_ratio"}
+    else:
+        args |= {"global_pool": info["global_pool"], "num_classes": source.vit.num_classes}
+    name = f"mae_{info.get('model')}" if full else info.get("model")
+    if not (named := name in module.MODELS):
+        name = "MaskedAutoencoderViT" if full else "VisionTransformer"
+        args |= {key: info[key] for key in ("embed_dim", "depth", "num_heads")}
+        args |= {"mlp_ratio": info["mlp_dim"] / info["embed_dim"]}
+    values = {"folder": folder, "module": module.__name__, "name": name, "named": named, "args": args}
+    return render("safetensors.py", source, **values)
