@@ -48,7 +48,7 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    steps = EpochSteps.of(data_loader, args, device)
+    steps = EpochSteps(data_loader, args, device)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 

@@ -15,12 +15,10 @@ import torch
 from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
-from util.data.labelled import check_classes, labelled_images
-from util.data.presets import eval_transform
 from util.data.transforms import channel_stats
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
-from util.evaluate.knn import knn_accuracy
+from util.evaluate.knn import knn_accuracy, knn_sets
 from util.processes.collectives import log
 from util.processes.group import init_distributed_mode, shut_down
 from util.recipes.classifier import build_classifier, make_report_dir, start_from
@@ -86,9 +84,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     log_arguments(args)
 
-    centre = eval_transform(args, always_crop=True)
-    train_set, val_set = (labelled_images(split, args, centre) for split in ("train", "val"))
-    check_classes(train_set, val_set)
+    train_set, val_set = knn_sets(args)
     log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
 
     # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken

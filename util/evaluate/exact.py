@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
@@ -24,7 +23,7 @@ from util.data.loader import build_loader
 from util.data.read import printable
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
-from util.processes.collectives import get_rank, get_world_size, warn
+from util.processes.collectives import gather, get_rank, get_world_size, warn
 
 
 @dataclass
@@ -128,10 +127,8 @@ def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Ten
 def _gather(columns: list[torch.Tensor]) -> Predictions:
     """Joins the columns of all processes and puts them in the order of the data set."""
     columns = [c.double().numpy() if c.is_floating_point() else c.numpy() for c in columns]
-    if get_world_size() > 1:
-        shares = [None] * get_world_size()
-        dist.all_gather_object(shares, columns)
-        columns = [np.concatenate(parts) for parts in zip(*filter(None, shares), strict=True)]
+    shares = filter(None, gather(columns))
+    columns = [np.concatenate(parts) for parts in zip(*shares, strict=True)]
     if not columns:
         raise ValueError("the evaluation loader gave no samples")
     order = np.argsort(columns[0], kind="stable")

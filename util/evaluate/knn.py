@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from util.data.labelled import check_classes, labelled_images
+from util.data.labelled import LabelledImages, check_classes, labelled_images
 from util.data.presets import eval_transform
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
@@ -73,17 +73,22 @@ def knn_from_features(
     return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
 
 
+def knn_sets(args: Namespace) -> list[LabelledImages]:
+    """The images of `train` and `val` without augmentation; UserError without labels, or with others."""
+    centre = eval_transform(args, always_crop=True)
+    datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
+    check_classes(*datasets)
+    return datasets
+
+
 def knn_loaders(args: Namespace) -> tuple | None:
-    """Loaders of `train` and `val` without augmentation; None, with a line that says why, without labels.
+    """Loaders of `knn_sets`; None, with a line that says why, where there are none.
 
     Args:
         args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
     """
     try:
-        centre = eval_transform(args, always_crop=True)  # as main_knn.py
-        datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
-        check_classes(*datasets)
+        return tuple(eval_loader(dataset, args) for dataset in knn_sets(args))
     except UserError as error:
         log(f"no k-NN accuracy: {error}")
         return None
-    return tuple(eval_loader(dataset, args) for dataset in datasets)

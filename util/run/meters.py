@@ -3,6 +3,7 @@
 import datetime
 import math
 import resource
+import statistics
 import sys
 import time
 from collections import defaultdict, deque
@@ -54,34 +55,31 @@ class SmoothedValue:
         self.total, self.count = all_reduce_sum(sums).tolist()
         self.count = int(self.count)
 
+    def _recent(self) -> list[float]:
+        self.flush()
+        return list(self.recent) or [math.nan]
+
     @property
     def median(self) -> float:
-        self.flush()
-        return (
-            torch.tensor(list(self.recent), dtype=torch.float64).median().item()
-            if self.recent
-            else float("nan")
-        )
+        return statistics.median_low(self._recent())
 
     @property
     def avg(self) -> float:
-        self.flush()
-        return sum(self.recent) / len(self.recent) if self.recent else float("nan")
+        values = self._recent()
+        return sum(values) / len(values)
 
     @property
     def global_avg(self) -> float:
         self.flush()
-        return self.total / self.count if self.count else float("nan")
+        return self.total / self.count if self.count else math.nan
 
     @property
     def max(self) -> float:
-        self.flush()
-        return max(self.recent, default=float("nan"))
+        return max(self._recent())
 
     @property
     def value(self) -> float:
-        self.flush()
-        return self.recent[-1] if self.recent else float("nan")
+        return self._recent()[-1]
 
     def __str__(self) -> str:
         return self.fmt.format(
@@ -153,10 +151,10 @@ class MetricLogger:
         iterator = iter(iterable)
         try:
             for number in range(start, length):
-                try:
-                    with clock.waiting():
-                        item = next(iterator)
-                except StopIteration:
+                asked = time.perf_counter()
+                item = next(iterator, self)  # itself: there is no more
+                clock.waited += time.perf_counter() - asked
+                if item is self:
                     break
                 yield item
                 clock.steps += 1
@@ -200,15 +198,6 @@ class _Clock:
         self.start = self.last_read = time.perf_counter()
         self.steps = self.last_steps = 0
         self.waited = self.seconds_per_step = 0.0
-
-    def waiting(self):
-        return self
-
-    def __enter__(self):
-        self.wait_start = time.perf_counter()
-
-    def __exit__(self, *error):
-        self.waited += time.perf_counter() - self.wait_start
 
     @property
     def total(self) -> float:

@@ -83,31 +83,20 @@ def train_loader(
     return loader, sampler
 
 
+@dataclass
 class RunState:
-    """What a checkpoint holds: model, optimizer, loss scaler, and what else a run must know to go on.
+    """What a checkpoint holds: model, optimizer, loss scaler, and what else a run must know to go on."""
 
-    Args:
-        model: bare, not its wrapper.
-        model_info: of a classifier: see `util.weights.model_info`.
-        best_acc1: of a classifier: top-1 accuracy in percent, of the best epoch so far; -1: none.
-
-    After `restore` it also has `resumed`: whether the run goes on from an epoch; `meters`: states of the
-    meters of the epoch under way, one of each process; `stats`: averages of the epoch before; `evaluated`:
-    whether that was evaluated.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler,
-        model_info: dict | None = None,
-        best_acc1: float | None = None,
-    ):
-        self.args, self.model, self.optimizer, self.loss_scaler = args, model, optimizer, loss_scaler
-        self.model_info, self.best_acc1 = model_info, best_acc1
-        self.resumed, self.evaluated, self.meters, self.stats = False, False, None, None
+    args: argparse.Namespace
+    model: torch.nn.Module  # bare, not its wrapper
+    optimizer: torch.optim.Optimizer
+    loss_scaler: object
+    model_info: dict | None = None  # of a classifier: see `util.weights.model_info`
+    best_acc1: float | None = None  # of a classifier: percent, of the best epoch so far; -1: none
+    resumed: bool = False  # whether the run goes on from an epoch
+    stats: dict[str, float] | None = None  # averages of that epoch
+    evaluated: bool = False  # whether it was evaluated
+    meters: list[dict] | None = None  # of the epoch under way, one of each process
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,43 +11,25 @@ from util.processes.collectives import get_rank
 from util.rng import seed_step
 
 
-@dataclass(frozen=True)
 class EpochSteps:
     """The micro-steps of an epoch, and what else a loop reads from `args`, which forks fill in part.
 
-    count: micro-steps of the whole epoch. start: the first to do, above 0 inside an epoch. accum_iter:
-    micro-steps of an optimizer step. amp_dtype: autocast's, None for full precision. mean, std: of uint8
-    images, None for ImageNet's. seed: of the steps' random numbers; None: they are not seeded. clip_grad: the
-    largest gradient norm, None for any.
+    Args:
+        data_loader: has a length; its sampler may have `start_batch`.
+        args: accum_iter; if present amp_dtype, mean, std, seed, print_freq, clip_grad.
+
+    count: micro-steps of the whole epoch. start: the first one to do, above 0 inside an epoch. amp_dtype:
+    autocast's, None for full precision.
     """
 
-    device: torch.device
-    count: int
-    start: int
-    accum_iter: int
-    amp_dtype: torch.dtype | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    seed: int | None
-    print_freq: int
-    clip_grad: float | None
-
-    @classmethod
-    def of(cls, data_loader, args: Namespace, device: torch.device | str) -> "EpochSteps":
-        """Of a loader with a length, whose sampler may have `start_batch`."""
-        device = torch.device(device)
-        return cls(
-            device,
-            count=len(data_loader),
-            start=getattr(getattr(data_loader, "sampler", None), "start_batch", 0),
-            accum_iter=args.accum_iter,
-            amp_dtype=resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device),
-            mean=getattr(args, "mean", None),
-            std=getattr(args, "std", None),
-            seed=getattr(args, "seed", None),
-            print_freq=getattr(args, "print_freq", 20),
-            clip_grad=getattr(args, "clip_grad", None),
-        )
+    def __init__(self, data_loader, args: Namespace, device: torch.device | str):
+        self.device = torch.device(device)
+        self.count, self.accum_iter = len(data_loader), args.accum_iter
+        self.start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
+        self.amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), self.device)
+        self.mean, self.std = getattr(args, "mean", None), getattr(args, "std", None)  # None: ImageNet's
+        self.seed, self.print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
+        self.clip_grad = getattr(args, "clip_grad", None)
 
     def move(self, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A batch (images[, labels]) on the device, the images normalised by `normalize_batch`."""
