@@ -8,6 +8,7 @@ the largest the other variants of the default one, among them other numbers of b
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ import torchvision
 from harness import run_benchmark
 from PIL import Image
 
-from tools.shrink import copy_image
+from tools.copy_image import copy_image
 from util.cli.parser import ArgumentParser
 from util.data import loader as sampler_module
 from util.data import read
@@ -140,12 +141,7 @@ class Repeated(torch.utils.data.Dataset):
 
 def without_simplejpeg(dataset: ImageDataset) -> ImageDataset:
     """`dataset` that decodes JPEGs with Pillow."""
-
-    def read(position: int, epoch: int, index: int) -> torch.Tensor:
-        image = read_image(dataset.files.paths[position], use_simplejpeg=False)
-        return dataset.transform(image, random.Random(epoch * len(dataset) + index))
-
-    dataset._read = read
+    dataset.decode = functools.partial(read_image, use_simplejpeg=False)
     return dataset
 
 

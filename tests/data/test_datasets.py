@@ -323,7 +323,7 @@ def test_large_sets_are_looked_at_evenly(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.png" for i in range(5000)))
     seen = []
     monkeypatch.setattr(find, "MAX_PROBES", 101)
-    monkeypatch.setattr(find, "probe_image", lambda path: seen.append(path))
+    monkeypatch.setattr(find, "sniff_header", lambda path: seen.append(path))
     assert len(find_images(tmp_path / "list.txt").paths) == 5000
     numbers = sorted(int(os.path.basename(path)[:-4]) for path in seen)
     assert len(numbers) == 101 and numbers[0] == 0 and numbers[-1] == 4999

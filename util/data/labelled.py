@@ -5,14 +5,13 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 
-import torch
-
-from util.data.dataset import ImageDataset, ImageFiles, find_images
+from util.data.dataset import ImageDataset
+from util.data.find import ImageFiles, find_images
 from util.data.presets import eval_transform, train_transform
 from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
+from util.files import printable, some
 from util.processes.collectives import log
-from util.rng import sample_seed
 from util.sizes import size_pair
 
 
@@ -23,16 +22,24 @@ class LabelledImages(ImageDataset):
 
     Args:
         files: with labels and classes.
-        transform: path -> tensor; draws from Python's, numpy's and torch's global generators.
+        transform: of `presets`: image -> tensor; draws from Python's, numpy's and torch's global generators.
+            The image is a PIL one of 1 or 3 channels, else uint8 (H, W, C).
     """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        transform: Callable,
+        channels: int = 3,
+        seed: int = 0,
+        bad_images: str = "error",
+    ):
+        super().__init__(files, transform, channels, seed, bad_images, pil=channels in (1, 3))
+        self.global_draws = True
 
     @property
     def classes(self) -> list[str]:
         return self.files.classes
-
-    def _read(self, position: int, epoch: int, index: int) -> torch.Tensor:
-        with sample_seed(self.seed, epoch, index):
-            return self.transform(self.files.paths[position])
 
 
 def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
@@ -66,7 +73,7 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
     empty = _folders_without_images(files)
     if empty and (files.labels is not None or len(empty) < len(_folders(files))):
         raise UserError(
-            f"{files.root}: no images in {len(empty)} class folders ({', '.join(empty[:5])}); remove "
+            f"{files.root}: no images in {len(empty)} class folders ({some(map(printable, empty))}); remove "
             "them or add images"
         )
     if files.labels is None:
@@ -103,7 +110,7 @@ def check_classes(train: LabelledImages, val: LabelledImages) -> None:
         texts = []
         for one, two in ((train, val), (val, train)):
             alone = sorted(set(one.classes) - set(two.classes))
-            texts.append(f"only in {one.files.root}: {', '.join(alone[:5]) or 'none'}")
+            texts.append(f"only in {one.files.root}: {some(map(printable, alone)) or 'none'}")
         raise UserError(f"the classes of train and val differ ({'; '.join(texts)})")
 
 
