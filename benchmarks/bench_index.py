@@ -1,13 +1,12 @@
-"""Start and memory with very many files: a folder that is listed the first and the second time, and what the
-main process and the loader's workers hold, at the start and at the end of an epoch.
+"""Start and memory with very many files: how long listing and looking at them takes, and what the main
+process and the loader's workers hold, at the start and at the end of an epoch.
 
     python benchmarks/bench_index.py --files 1000000 --json index.json
 
 Makes folders of files with ImageNet's names that hold a JPEG's first bytes (`--place` says where; they are
-removed afterwards), and lists and looks at them in new processes with a cache of their own: the listing as it
-was before there was a cache, the first start, the second, and the second after one class folder changed. Each
-then goes through a whole epoch of its training loader, where reading and decoding are replaced by reading
-the file's name and giving back a small picture. The same with 1,000 files is what memory is compared with.
+removed afterwards), and lists and looks at them in a new process. That goes through a whole epoch of its
+training loader, where reading and decoding are replaced by reading the file's name and giving back a small
+picture. The same with 1,000 files is what memory is compared with.
 Target: below 400 MB more for each process; the exit code is 1 when it is missed.
 """
 
@@ -61,15 +60,11 @@ def measure(options: argparse.Namespace) -> dict:
     """What one process sees that lists the folder and goes through an epoch. Runs in a process of its own."""
     import torch
 
-    from util.data import dataset, find, index_cache
+    from util.data import dataset, find
     from util.data.loader import build_loader
     from util.data.sampler import EpochSampler
 
     torch.set_num_threads(1)
-    if options.measure == "without a cache":
-        index_cache.MIN_FILES = float("inf")
-    else:
-        index_cache.MIN_FILES = min(options.files, index_cache.MIN_FILES)
     search, seconds = find._search, {}
 
     def clocked(*args):
@@ -80,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict:
 
     find._search = clocked
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    dataset.ImageDataset._read = lambda self, position, epoch, index: (self.files.paths[position], picture)[1]
+    dataset.ImageDataset.read = lambda self, path, draws: [picture]
 
     start = time.perf_counter()
     args = argparse.Namespace(data_path=options.folder, input_size=8)
@@ -107,12 +102,12 @@ def measure(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def start_process(options: argparse.Namespace, kind: str, folder: Path, cache: Path) -> dict:
-    """`measure` in a new process, with a cache of its own."""
-    command = [sys.executable, __file__, "--measure", kind, "--folder", str(folder)]
+def start_process(options: argparse.Namespace, folder: Path) -> dict:
+    """`measure` in a new process."""
+    command = [sys.executable, __file__, "--folder", str(folder)]
     for name in ("files", "workers", "batch_size"):
         command += [f"--{name}", str(getattr(options, name))]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -150,31 +145,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", default=2, type=int)
     parser.add_argument("--batch_size", default=256, type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # to be measured
     return parser
 
 
 def main(options: argparse.Namespace) -> int:
     if options.files < options.folders:
         raise UserError(f"--files {options.files}: must be at least --folders {options.folders}")
-    if options.measure:
+    if options.folder:
         print(json.dumps(measure(options)))
         return 0
     place = Path(tempfile.mkdtemp(prefix="bench_index-", dir=options.place))
     try:
-        few, many, cache = place / "few", place / "many", place / "cache"
+        few, many = place / "few", place / "many"
         start = time.perf_counter()
         make_files(few, 1000, 10)
         make_files(many, options.files, options.folders)
         print(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s", flush=True)
-        time.sleep(4)  # until the last folder's list may be kept
-        results = {"1,000 files": start_process(options, "without a cache", few, cache)}
-        title = f"{options.files:,} files"
-        for name, kind in [("no cache", "without a cache"), ("first start", ""), ("second start", "")]:
-            results[f"{title}, {name}"] = start_process(options, kind or "cached", many, cache)
-        (many / "train" / "n00000000" / "new.JPEG").write_bytes(JPEG_HEAD)
-        results[f"{title}, one folder changed"] = start_process(options, "cached", many, cache)
+        results = {"1,000 files": start_process(options, few)}
+        results[f"{options.files:,} files"] = start_process(options, many)
     finally:
         shutil.rmtree(place)
     met = report(results)
