@@ -146,7 +146,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.files.describe()
 
 
-def _find(args, split: str) -> ImageFiles | None:
+def find_split(args, split: str) -> ImageFiles | None:
     """The split's images of `args.data_path`, or of the demo set where that is None."""
     data_path = getattr(args, "data_path", None)
     if data_path is None:
@@ -174,7 +174,7 @@ def build_pretrain_dataset(args) -> ImageDataset:
     else:
         transform = PretrainTransform(size)
     seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
-    return ImageDataset(_find(args, "train"), transform, channels, seed, bad_images, pil=reference)
+    return ImageDataset(find_split(args, "train"), transform, channels, seed, bad_images, pil=reference)
 
 
 def build_val_dataset(args) -> ImageDataset | None:
@@ -183,7 +183,7 @@ def build_val_dataset(args) -> ImageDataset | None:
     `args` are those of `build_pretrain_dataset`; raises UserError as it does.
     """
     try:
-        files = _find(args, "val")
+        files = find_split(args, "val")
     except UserError as error:
         raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
     if files is None:

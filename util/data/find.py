@@ -76,6 +76,7 @@ class ImageFiles:
     source: the folder that was searched, or the list of files. root: that folder, or the list's.
     labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
     ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
+    empty: names of folders in `root` that hold no images, where others do.
     """
 
     source: str
@@ -85,6 +86,7 @@ class ImageFiles:
     classes: list[str] | None = None
     ignored: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """What was found, in one line."""
@@ -159,6 +161,8 @@ def _search(root: str, place: str) -> ImageFiles:
         raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
     paths = PathList.of_folders(folders, root)
     files = ImageFiles(root, root, paths, ignored=others.total())
+    if holds_images != {""}:
+        files.empty = sorted(set(tops.values()) - holds_images - {""})
     if "" not in holds_images and holds_files - {""} == holds_images:
         files.classes = sorted(holds_images)
         number = {name: i for i, name in enumerate(files.classes)}

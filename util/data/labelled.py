@@ -1,18 +1,13 @@
 """Labelled images for fine-tuning, probing and evaluation: a folder of class folders for each split."""
 
-import math
-import os
 from argparse import Namespace
 from collections.abc import Callable
 
-from util.data.dataset import ImageDataset
-from util.data.find import ImageFiles, find_images
+from util.data.dataset import ImageDataset, find_split
+from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
-from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
 from util.files import printable, some
-from util.processes.collectives import log
-from util.sizes import size_pair
 
 
 class LabelledImages(ImageDataset):
@@ -60,48 +55,18 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
 
     Raises UserError as `build_dataset`.
     """
-    path = getattr(args, "data_path", None)
-    if not path:
-        path = ensure_demo_data(log=log)
-        if split == "train":
-            announce_demo_data(path, log)
-    bad_images, channels = getattr(args, "bad_images", "error"), getattr(args, "in_chans", 3)
-    files = find_images(path, split, bad_images)
+    files = find_split(args, split)
     layout = "labelled images are needed in train/CLASS/... and val/CLASS/..."
     if files is None:
-        raise UserError(f"--data_path {path}: has no {split}/ folder; {layout}")
-    empty = _folders_without_images(files)
-    if empty and (files.labels is not None or len(empty) < len(_folders(files))):
-        raise UserError(
-            f"{files.root}: no images in {len(empty)} class folders ({some(map(printable, empty))}); remove "
-            "them or add images"
-        )
+        raise UserError(f"--data_path {args.data_path}: has no {split}/ folder; {layout}")
+    if files.empty:
+        found = f"no images in {len(files.empty)} class folders ({some(map(printable, files.empty))})"
+        raise UserError(f"{files.root}: {found}; remove them or add images")
     if files.labels is None:
-        raise UserError(f"--data_path {path}: {files.source} has no class folders, so no labels; {layout}")
-    dataset = LabelledImages(
-        files, transform or eval_transform(args), channels, getattr(args, "seed", 0), bad_images
-    )
-    dataset.sample_bytes = 4 * channels * math.prod(size_pair(args.input_size))  # of float32 samples
-    return dataset
-
-
-def _folders(files: ImageFiles) -> list[str]:
-    """Visible folders directly in the split's folder."""
-    if not os.path.isdir(files.source):
-        return []
-    with os.scandir(files.source) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _folders_without_images(files: ImageFiles) -> list[str]:
-    folders = _folders(files)
-    if files.classes is not None:
-        used = set(files.classes)
-    else:
-        used = (
-            {files.paths.name(i).split(os.sep, 1)[0] for i in range(len(files.paths))} if folders else set()
-        )
-    return [name for name in folders if name not in used]
+        place = f"--data_path {args.data_path}: {files.source}"
+        raise UserError(f"{place} has no class folders, so no labels; {layout}")
+    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
+    return LabelledImages(files, transform or eval_transform(args), *options)
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import UserError
+from util.sizes import default_workers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSION = 1  # raise it when the drawing code changes: sets of another version are made again
@@ -66,7 +67,7 @@ def ensure_demo_data(root=None, log=None, train=TRAIN, val=VAL, workers=None) ->
             if log is not None:
                 count = len(CLASSES) * (train + val)
                 log(f"making the demo set in {root}: {count} pictures, once; this takes about half a minute")
-            make(root, stamp, workers or min(8, usable_cores()))
+            make(root, stamp, workers or min(8, default_workers(1)))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot make the demo set in {root}: {reason}; {advice}") from error
@@ -144,11 +145,6 @@ def only_one(root: Path, patience_s: float = 120.0) -> Iterator[bool]:
             with contextlib.suppress(OSError):
                 path.unlink()
             lock.release()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def draw_all(folder: Path, train: int, val: int, workers: int) -> None:
