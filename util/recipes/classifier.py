@@ -5,7 +5,6 @@ The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `mai
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from util.evaluate.report import (
     per_class_table,
     write_predictions,
 )
+from util.files import check_writable
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
 from util.run.run_log import write_log
 from util.sizes import image_size
@@ -73,15 +73,8 @@ def check_classifier_args(args: argparse.Namespace) -> None:
 
 def make_report_dir(folder: str) -> None:
     """Makes the folder of a result that is not a checkpoint; raises UserError unless it can be written."""
-    if not folder or not is_main_process():
-        return
-    probe = Path(folder) / f".write-test-{os.getpid()}"
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    if folder and is_main_process():
+        check_writable("--output_dir", folder)
 
 
 def read_resume(args: argparse.Namespace, recipe: str, parser: argparse.ArgumentParser) -> dict | None:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from util.errors import UserError
+from util.files import check_writable
 from util.processes import signals
 from util.slurm.job import LOCAL_RESTART, TrainingJob
 
@@ -33,14 +33,7 @@ def check_job_dir(job_dir: str) -> None:
     from submitit.core.utils import JobPaths
 
     folder = JobPaths.get_first_id_independent_folder(job_dir)
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
-        raise UserError(f"--job_dir {job_dir}: {folder} cannot be written ({reason})") from None
+    check_writable("--job_dir", folder, f"{job_dir}: {folder}")
 
 
 def run_here(job: TrainingJob, args: argparse.Namespace) -> int:
