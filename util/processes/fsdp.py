@@ -99,14 +99,8 @@ def own_share(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = like.device_mesh, like.placements
-    chunks = tensor.chunk(mesh.size(), dim=placements[0].dim)  # as FSDP2 cuts: the last ones may get nothing
-    rank = mesh.get_local_rank()
-    share = chunks[rank] if rank < len(chunks) else tensor.narrow(placements[0].dim, 0, 0)
-    share = share.to(like.to_local(), copy=True)
-    return DTensor.from_local(
-        share, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    everywhere = DTensor.from_local(tensor.to(like.device, like.dtype), like.device_mesh, run_check=False)
+    return everywhere.redistribute(placements=like.placements)  # of what each has: nothing is sent
 
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -61,19 +61,16 @@ def init_distributed_mode(args: Namespace) -> None:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         args.gpu %= max(torch.cuda.device_count(), 1)  # srun --gpus-per-task shows a process its own one only
-    url, minutes = getattr(args, "dist_url", "env://"), getattr(args, "dist_timeout", 30)
+    url, patience = getattr(args, "dist_url", "env://"), timedelta(minutes=getattr(args, "dist_timeout", 30))
     if url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
     try:
         if on_gpu:
             torch.cuda.set_device(args.gpu)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            url,
-            rank=args.rank,
-            world_size=args.world_size,
-            timeout=timedelta(minutes=minutes),
-        )
+        store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
+        store.set_timeout(patience)
+        known = dict(rank=args.rank, world_size=args.world_size, timeout=patience)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=watch.of_this_try(store), **known)
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
     except (RuntimeError, ValueError, AssertionError) as error:
         lines = str(error).strip().splitlines()
@@ -85,7 +82,7 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError(
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
-    watch.start(args.rank, args.world_size, url)
+    watch.start(args.rank, args.world_size, store)
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from datetime import timedelta
-from urllib.parse import urlparse
 
 import torch.distributed as dist
 
@@ -21,24 +20,25 @@ PATIENCE = 4.0  # seconds to wait for another process's reason when a collective
 _thread: threading.Thread | None = None
 _stop = threading.Event()
 _address: tuple[str, int] | None = None
-_rank = 0
 
 
-def _connect() -> dist.TCPStore:
-    return dist.TCPStore(*_address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+def of_this_try(store: dist.Store) -> dist.Store:
+    """A part of `store` for this try: `torchrun --max_restarts` keeps all that the one before has written."""
+    return dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def start(rank: int, world_size: int, url: str) -> None:
-    """Starts the watch after the processes have met at `url` ("env://" or "tcp://HOST:PORT")."""
-    global _thread, _address, _rank
-    if url.startswith("tcp://"):
-        parsed = urlparse(url)
-        _address = (parsed.hostname, parsed.port)
-    elif url == "env://":
-        _address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    else:
+def _connect() -> dist.Store:
+    # A connection of its own: one that waits for a key makes others wait
+    patience = timedelta(seconds=10)
+    return of_this_try(dist.TCPStore(*_address, is_master=False, wait_for_workers=False, timeout=patience))
+
+
+def start(rank: int, world_size: int, store: dist.Store) -> None:
+    """Starts the watch after the processes have met at `store`."""
+    global _thread, _address
+    if not isinstance(store, dist.TCPStore):
         return  # a shared file has no server to beat at; the collectives' time-out remains
-    _rank = rank
+    _address = (store.host, store.port)
     _stop.clear()
     _thread = threading.Thread(target=_watch, args=(rank, world_size), daemon=True, name="watch")
     _thread.start()
