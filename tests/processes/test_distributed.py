@@ -185,7 +185,7 @@ def test_a_rank_that_fails_takes_all_down_within_seconds(images, tmp_path, actio
 
 TRIED_TWICE = """
 import os, sys, time
-from argparse import Namespace
+from pathlib import Path
 sys.path.insert(0, {repo!r})
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError
@@ -193,8 +193,13 @@ from util.processes import collectives, group
 
 def main(args):
     first, args.device = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", "cpu"
-    if not first and os.environ["RANK"] == "0":
-        time.sleep(2)  # what the first try left must not be taken for the word of the late one
+    other_is_there = Path(__file__).with_name("there")
+    if not first and os.environ["RANK"] == "1":
+        other_is_there.touch()
+    elif not first:  # comes late: what the first try left must not be taken for its word
+        while not other_is_there.exists():
+            time.sleep(0.1)
+        time.sleep(1)
     group.init_distributed_mode(args)
     if first and args.rank == 1:
         raise TrainingError("the first try fails")

@@ -15,6 +15,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
+import submitit
 from golden_utils import GOLDEN, REPO
 
 import main_finetune
@@ -283,21 +284,26 @@ def job_environment(folder, **values):
     return SimpleNamespace(**{**known, **values})
 
 
-def test_the_job_tells_the_trainer_who_it_is(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_the_job_tells_the_trainer_who_it_is(monkeypatch):
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     for name in names:
         monkeypatch.setenv(name, "stale")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "elsewhere,localhost")
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    job.set_up_processes(job_environment(tmp_path))
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "12007"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # its own only
-    job.set_up_processes(job_environment(tmp_path, cluster="local"))
-    assert [os.environ[name] for name in names[2:]] == ["0", "2", "127.0.0.1", "10007"]
-    job.set_up_processes(job_environment(tmp_path, num_tasks=1))
-    assert not set(names) & set(os.environ)
+    slurm = dict(JOB_ID="7", NTASKS="4", JOB_NUM_NODES="2", NODEID="1", PROCID="3", LOCALID="1")
+    slurm |= dict(JOB_NODELIST="elsewhere,localhost", STEP_NODELIST="localhost", RESTART_COUNT="2")
+    local = dict(JOB_ID="7", NTASKS="4", JOB_NUM_NODES="1", NODEID="0", GLOBALID="3", LOCALID="3")
+
+    def told(cluster, **known):
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", cluster)
+        for name, value in known.items():
+            monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}" if cluster == "local" else f"SLURM_{name}", value)
+        job.set_up_processes(submitit.JobEnvironment())
+        return [os.environ.get(name) for name in names]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # its own only, which `init_distributed_mode` sees
+    assert told("slurm", **slurm) == ["3", "4", "1", "2", "localhost", "12007"]
+    assert told("local", **local) == ["3", "4", "3", "4", "127.0.0.1", "10007"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert told("local", **local | dict(NTASKS="1", GLOBALID="0", LOCALID="0")) == [None] * 6
 
 
 def test_the_job_sets_what_the_command_line_left_open(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from util.errors import UserError
 from util.processes import watch
-from util.processes.collectives import all_reduce_sum, barrier, get_rank
+from util.processes.collectives import all_reduce_sum, barrier, note
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:
@@ -102,10 +102,11 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
     """
     first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
     if first:
-        print(f"[rank {get_rank()}] {message}", file=sys.stderr, flush=True)
+        note(message)
     if (first or own_fault) and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        # torchrun ends the log with it; torch's own handler would write the whole traceback of a mistake
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": message, "extraInfo": extra}}  # torchrun ends the log with it
+        content = {"message": {"message": message, "extraInfo": extra}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
     sys.stdout.flush()

@@ -67,21 +67,16 @@ def set_up_processes(env) -> None:
         os.environ.pop(name, None)  # of the shell that submitted
     if env.num_tasks == 1:
         return
-    address, start = "127.0.0.1", "0"
+    from submitit.helpers import TorchDistributedEnvironment
+
+    known = TorchDistributedEnvironment()
+    # Its own address is a name that only SLURM may know, its own port the same at each start
+    known.master_addr, start = "127.0.0.1", "0"
     if env.cluster == "slurm":
-        address = master_address(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
-        start = os.environ.get("SLURM_RESTART_COUNT", "0")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # at some sites a process sees its own GPU only
-    gpu = env.local_rank % len(visible.split(",")) if visible else env.local_rank
-    known = {
-        "RANK": env.global_rank,
-        "WORLD_SIZE": env.num_tasks,
-        "LOCAL_RANK": gpu,
-        "LOCAL_WORLD_SIZE": env.num_tasks // env.num_nodes,
-        "MASTER_ADDR": address,
-        "MASTER_PORT": master_port(env.job_id, start),
-    }
-    os.environ.update({name: str(value) for name, value in known.items()})
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+        known.master_addr, start = master_address(nodes), os.environ.get("SLURM_RESTART_COUNT", "0")
+    known.master_port = master_port(env.job_id, start)
+    known.export(set_cuda_visible_devices=False)
 
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
