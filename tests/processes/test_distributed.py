@@ -269,7 +269,7 @@ def test_launchers_environments(monkeypatch):
     slurm = dict(
         SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_JOB_ID="17", SLURM_STEP_ID="0"
     )
-    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1")
+    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1", LOCAL_WORLD_SIZE="4")
     assert found(**slurm) == (5, 8, 1)
     args.dist_on_itp = True
     with pytest.raises(UserError, match="OMPI_COMM_WORLD_RANK"):

@@ -15,7 +15,6 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
-import submitit
 from golden_utils import GOLDEN, REPO
 
 import main_finetune
@@ -23,7 +22,7 @@ import main_linprobe
 import main_pretrain
 from util.cli.parser import ArgumentParser
 from util.errors import TrainingError, UserError
-from util.processes import nodes, signals
+from util.processes import group, nodes, signals
 from util.slurm import job, local, submit
 
 SCRIPTS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
@@ -87,10 +86,10 @@ def test_master_address_is_the_first_host_or_what_slurm_knows_of_it(fakes, monke
 
 
 def test_master_port_follows_job_and_start():
-    ports = {nodes.master_port(str(job), str(start)) for job in range(4000, 4100, 10) for start in range(3)}
+    ports = {nodes.master_port(str(job), start) for job in range(4000, 4100, 10) for start in range(3)}
     assert len(ports) == 30 and all(10000 <= port < 30000 for port in ports)
-    assert nodes.master_port("123456789_4") == nodes.master_port("123456789_4", "0")
-    assert nodes.master_port("100", "1") != nodes.master_port("101", "0")  # a neighbour on the same node
+    assert nodes.master_port("123456789_4") == nodes.master_port("123456789_4", 0)
+    assert nodes.master_port("100", 1) != nodes.master_port("101", 0)  # a neighbour on the same node
 
 
 def launcher_parser(script):
@@ -284,26 +283,21 @@ def job_environment(folder, **values):
     return SimpleNamespace(**{**known, **values})
 
 
-def test_the_job_tells_the_trainer_who_it_is(monkeypatch):
+def test_a_slurm_job_knows_who_it_is(monkeypatch):
+    """From SLURM's own variables; what a launcher told the shell that submitted counts for nothing."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     for name in names:
         monkeypatch.setenv(name, "stale")
-    slurm = dict(JOB_ID="7", NTASKS="4", JOB_NUM_NODES="2", NODEID="1", PROCID="3", LOCALID="1")
+    slurm = dict(JOB_ID="7", STEP_ID="0", STEP_NUM_TASKS="4", STEP_NUM_NODES="2", PROCID="3", LOCALID="1")
     slurm |= dict(JOB_NODELIST="elsewhere,localhost", STEP_NODELIST="localhost", RESTART_COUNT="2")
-    local = dict(JOB_ID="7", NTASKS="4", JOB_NUM_NODES="1", NODEID="0", GLOBALID="3", LOCALID="3")
-
-    def told(cluster, **known):
-        monkeypatch.setenv("SUBMITIT_EXECUTOR", cluster)
-        for name, value in known.items():
-            monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}" if cluster == "local" else f"SLURM_{name}", value)
-        job.set_up_processes(submitit.JobEnvironment())
-        return [os.environ.get(name) for name in names]
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # its own only, which `init_distributed_mode` sees
-    assert told("slurm", **slurm) == ["3", "4", "1", "2", "localhost", "12007"]
-    assert told("local", **local) == ["3", "4", "3", "4", "127.0.0.1", "10007"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
-    assert told("local", **local | dict(NTASKS="1", GLOBALID="0", LOCALID="0")) == [None] * 6
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    job.forget_launcher()
+    assert group.find_processes(Namespace()) == (3, 4, 1)
+    assert [os.environ[name] for name in names[3:]] == ["2", "localhost", "12007"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    job.forget_launcher()
+    assert group.find_processes(Namespace()) is None and not set(names) & set(os.environ)
 
 
 def test_the_job_sets_what_the_command_line_left_open(tmp_path, monkeypatch):
@@ -433,6 +427,7 @@ def local_job(tmp_path):
         command = [sys.executable, "launcher.py", "--cluster", "local", "--job_dir", "jobs/%j"]
         command += ["--gpus_per_node", "0", "--setup", "export FROM_SETUP='a  b'", *flags]
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
+        env |= {"RANK": "7", "WORLD_SIZE": "9"}  # of a shell that a launcher started
         options = dict(cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, **options)
         started.append(process)
@@ -471,6 +466,8 @@ def test_a_local_job_that_is_ended_has_saved(local_job, tmp_path):
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=100)
     assert job.returncode == signals.EXIT_REQUEUE and "SIGTERM: saved" in out, out + err
+    (log,) = tmp_path.glob("jobs/*/*_log.out")
+    assert "rank 0 of None: cpu a  b\n" in log.read_text()  # a single process
 
 
 @pytest.mark.parametrize(

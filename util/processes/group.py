@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
     """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single
     process.
 
-    Under srun also sets MASTER_ADDR and MASTER_PORT where they are missing.
+    Under srun also sets MASTER_ADDR, MASTER_PORT and LOCAL_WORLD_SIZE where they are missing.
     """
     env = os.environ
     try:
@@ -30,13 +31,15 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
         if "RANK" in env and "WORLD_SIZE" in env:
             local_rank = int(env.get("LOCAL_RANK", max(getattr(args, "local_rank", -1), 0)))
             return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
-        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if "SLURM_PROCID" in env and (tasks := int(env.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
             from util.processes.nodes import master_address, master_port
 
-            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-            env.setdefault("MASTER_ADDR", master_address(nodes))
-            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])))
-            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+            nodes, count = env.get("SLURM_STEP_NODELIST"), int(env.get("SLURM_STEP_NUM_NODES", "1"))
+            start = int(env["SLURM_STEP_ID"]) + int(env.get("SLURM_RESTART_COUNT", "0"))
+            env.setdefault("MASTER_ADDR", master_address(nodes or env["SLURM_JOB_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], start)))
+            env.setdefault("LOCAL_WORLD_SIZE", str(math.ceil(tasks / count)))
+            return int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"])
     except KeyError as missing:
         raise UserError(f"the launcher did not set {missing} in the environment") from None
     return None

@@ -57,13 +57,12 @@ def _watch(rank: int, world_size: int) -> None:
     neighbour = (rank + 1) % world_size
     try:
         store = _connect()
-        beat, seen, since = 0, None, time.monotonic()
+        seen, since = None, time.monotonic()
         while not _stop.wait(INTERVAL):
-            beat += 1
-            store.set(f"watch/beat/{rank}", str(beat))
+            store.add(f"watch/beats/{rank}", 1)
             if store.check(["watch/reason"]):
                 leave(1)
-            now = store.get(f"watch/beat/{neighbour}") if store.check([f"watch/beat/{neighbour}"]) else None
+            now = store.add(f"watch/beats/{neighbour}", 0)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
@@ -91,7 +90,9 @@ def claim(reason: str, wait_seconds: float = 0.0) -> bool:
             if store.check(["watch/reason"]):
                 return False
             time.sleep(0.2)
-        return store.add("watch/claims", 1) == 1 and (store.set("watch/reason", reason) or True)
+        if first := store.add("watch/claims", 1) == 1:
+            store.set("watch/reason", reason)
+        return first
     except (RuntimeError, OSError):
         return True
 

@@ -19,7 +19,7 @@ import time
 from util.cli.parser import errors_in_one_line
 from util.errors import TrainingError
 from util.processes import signals
-from util.processes.nodes import master_address, master_port, run_command
+from util.processes.nodes import run_command
 from util.sizes import default_workers
 
 LOCAL_RESTART = 144  # exit status with which a local job asks to be started again, as submitit's
@@ -50,7 +50,8 @@ class TrainingJob:
         from util.weights.files import list_checkpoints
 
         with errors_in_one_line(self.script):
-            set_up_processes(env)
+            if env.cluster == "slurm":  # whose own variables `find_processes` reads
+                forget_launcher()
             set_up_arguments(self.args, env)
             newest = list_checkpoints(self.args.output_dir)[:1]
             try:
@@ -61,22 +62,10 @@ class TrainingJob:
                 sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
 
 
-def set_up_processes(env) -> None:
-    """Tells `util.processes.group.init_distributed_mode` what submitit's `JobEnvironment` knows."""
+def forget_launcher() -> None:
+    """Removes what torchrun or the like told the shell that submitted: a job's processes are others."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # of the shell that submitted
-    if env.num_tasks == 1:
-        return
-    from submitit.helpers import TorchDistributedEnvironment
-
-    known = TorchDistributedEnvironment()
-    # Its own address is a name that only SLURM may know, its own port the same at each start
-    known.master_addr, start = "127.0.0.1", "0"
-    if env.cluster == "slurm":
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-        known.master_addr, start = master_address(nodes), os.environ.get("SLURM_RESTART_COUNT", "0")
-    known.master_port = master_port(env.job_id, start)
-    known.export(set_cuda_visible_devices=False)
+        os.environ.pop(name, None)
 
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
