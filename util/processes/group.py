@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import uuid
 from argparse import Namespace
 from datetime import timedelta
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from util.errors import UserError
 from util.processes import watch
-from util.processes.collectives import all_reduce_sum, barrier, note
+from util.processes.collectives import all_reduce_sum, barrier, gather, note
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:
@@ -73,7 +74,8 @@ def init_distributed_mode(args: Namespace) -> None:
         store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
         store.set_timeout(patience)
         known = dict(rank=args.rank, world_size=args.world_size, timeout=patience)
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=watch.of_this_try(store), **known)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=_own_part(store), **known)
+        part = gather(uuid.uuid4().hex)[0]
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
     except (RuntimeError, ValueError, AssertionError) as error:
         lines = str(error).strip().splitlines()
@@ -85,7 +87,18 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError(
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
-    watch.start(args.rank, args.world_size, store)
+    watch.start(args.rank, args.world_size, store, part)
+
+
+def _own_part(store: dist.Store) -> dist.Store:
+    """A part of `store` without the addresses of processes before: torchrun keeps it for all its tries.
+
+    Of several machines each counts its own tries, so there `store` is as torchrun gives it.
+    """
+    env = os.environ
+    if env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
+        return store
+    return dist.PrefixStore(f"try-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -19,26 +19,27 @@ PATIENCE = 4.0  # seconds to wait for another process's reason when a collective
 
 _thread: threading.Thread | None = None
 _stop = threading.Event()
-_address: tuple[str, int] | None = None
-
-
-def of_this_try(store: dist.Store) -> dist.Store:
-    """A part of `store` for this try: `torchrun --max_restarts` keeps all that the one before has written."""
-    return dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+_place: tuple[str, int, str] | None = None  # host, port, part of the store
 
 
 def _connect() -> dist.Store:
-    # A connection of its own: one that waits for a key makes others wait
+    *server, part = _place  # a connection of its own: one that waits for a key makes others wait
     patience = timedelta(seconds=10)
-    return of_this_try(dist.TCPStore(*_address, is_master=False, wait_for_workers=False, timeout=patience))
+    store = dist.TCPStore(*server, is_master=False, wait_for_workers=False, timeout=patience)
+    return dist.PrefixStore(f"watch/{part}", store)
 
 
-def start(rank: int, world_size: int, store: dist.Store) -> None:
-    """Starts the watch after the processes have met at `store`."""
-    global _thread, _address
+def start(rank: int, world_size: int, store: dist.Store, part: str) -> None:
+    """Starts the watch after the processes have met at `store`.
+
+    Args:
+        part: a name that all have agreed on, and no processes before: torchrun keeps the store when it starts
+            all again (`--max_restarts`), and with it why the first try failed.
+    """
+    global _thread, _place
     if not isinstance(store, dist.TCPStore):
         return  # a shared file has no server to beat at; the collectives' time-out remains
-    _address = (store.host, store.port)
+    _place = (store.host, store.port, part)
     _stop.clear()
     _thread = threading.Thread(target=_watch, args=(rank, world_size), daemon=True, name="watch")
     _thread.start()
@@ -46,11 +47,11 @@ def start(rank: int, world_size: int, store: dist.Store) -> None:
 
 def stop() -> None:
     """Ends the watch: from now on processes may leave."""
-    global _thread, _address
+    global _thread, _place
     if _thread is not None:
         _stop.set()
         _thread.join(timeout=15)
-    _thread = _address = None
+    _thread = _place = None
 
 
 def _watch(rank: int, world_size: int) -> None:
@@ -59,10 +60,10 @@ def _watch(rank: int, world_size: int) -> None:
         store = _connect()
         seen, since = None, time.monotonic()
         while not _stop.wait(INTERVAL):
-            store.add(f"watch/beats/{rank}", 1)
-            if store.check(["watch/reason"]):
+            store.add(f"beats/{rank}", 1)
+            if store.check(["reason"]):
                 leave(1)
-            now = store.add(f"watch/beats/{neighbour}", 0)
+            now = store.add(f"beats/{neighbour}", 0)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
@@ -81,17 +82,17 @@ def claim(reason: str, wait_seconds: float = 0.0) -> bool:
 
     Waits up to `wait_seconds` for another one's reason first.
     """
-    if _address is None:
+    if _place is None:
         return True
     try:
         store = _connect()
         deadline = time.monotonic() + wait_seconds
         while time.monotonic() < deadline:
-            if store.check(["watch/reason"]):
+            if store.check(["reason"]):
                 return False
             time.sleep(0.2)
-        if first := store.add("watch/claims", 1) == 1:
-            store.set("watch/reason", reason)
+        if first := store.add("claims", 1) == 1:
+            store.set("reason", reason)
         return first
     except (RuntimeError, OSError):
         return True
