@@ -427,7 +427,8 @@ def local_job(tmp_path):
         command = [sys.executable, "launcher.py", "--cluster", "local", "--job_dir", "jobs/%j"]
         command += ["--gpus_per_node", "0", "--setup", "export FROM_SETUP='a  b'", *flags]
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
-        env |= {"RANK": "7", "WORLD_SIZE": "9"}  # of a shell that a launcher started
+        # Of a shell that torchrun started
+        env |= {"RANK": "7", "WORLD_SIZE": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         options = dict(cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, **options)
         started.append(process)

@@ -64,7 +64,8 @@ class TrainingJob:
 
 def forget_launcher() -> None:
     """Removes what torchrun or the like told the shell that submitted: a job's processes are others."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_USE_AGENT_STORE"
+    for name in names.split():
         os.environ.pop(name, None)
 
 
