@@ -1,13 +1,12 @@
-"""Start and memory with very many files: a folder that is listed the first and the second time, and what the
-main process and the loader's workers hold, at the start and at the end of an epoch.
+"""Start and memory with very many files: how long listing and looking at them takes, and what the main
+process and the loader's workers hold, at the start and at the end of an epoch.
 
     python benchmarks/bench_index.py --files 1000000 --json index.json
 
 Makes folders of files with ImageNet's names that hold a JPEG's first bytes (`--place` says where; they are
-removed afterwards), and lists and looks at them in new processes with a cache of their own: the listing as it
-was before there was a cache, the first start, the second, and the second after one class folder changed. Each
-then goes through a whole epoch of its training loader, where reading and decoding are replaced by reading
-the file's name and giving back a small picture. The same with 1,000 files is what memory is compared with.
+removed afterwards), and lists and looks at them in a new process. That goes through a whole epoch of its
+training loader, where reading and decoding are replaced by reading the file's name and giving back a small
+picture. The same with 1,000 files is what memory is compared with.
 Target: below 400 MB more for each process; the exit code is 1 when it is missed.
 """
 
@@ -44,97 +43,65 @@ def make_files(root: Path, count: int, folders: int) -> None:
             os.link(path / f"{path.name}_{first}.JPEG", path / f"{path.name}_{number}.JPEG")
 
 
-def memory(pids: list[int]) -> list[dict[str, float]]:
-    """MB of each process: resident, and that with what is shared divided by who shares it (PSS)."""
-    result = []
-    for pid in pids:
-        lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-        sizes = {fields[0]: int(fields[1]) / 1024 for fields in lines}
-        result.append({"rss": sizes["Rss:"], "pss": sizes["Pss:"]})
-    return result
+def memory(pids: list[int]) -> list[float]:
+    """Resident MB of each process, what it shares with others counted in full."""
+    lines = (Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:] for pid in pids)
+    return [int(next(line.split()[1] for line in part if line.startswith("Rss:"))) / 1024 for part in lines]
 
 
 def measure(options: argparse.Namespace) -> dict:
     """What one process sees that lists the folder and goes through an epoch. Runs in a process of its own."""
     import torch
 
-    from util.data import dataset, find, index_cache
+    from util.data import dataset, folders
     from util.data.loader import build_loader
     from util.data.sampler import EpochSampler
 
     torch.set_num_threads(1)
-    if options.measure == "without a cache":
-        index_cache.MIN_FILES = float("inf")
-    else:
-        index_cache.MIN_FILES = min(options.files, index_cache.MIN_FILES)
-    search, seconds = find._search, {}
-
-    def clocked(*args):
-        start = time.perf_counter()
-        files = search(*args)
-        seconds["list"] = time.perf_counter() - start
-        return files
-
-    find._search = clocked
+    seconds, start = {}, time.perf_counter()
+    folders.list_folders(os.path.join(options.folder, "train"))
+    seconds["list"] = time.perf_counter() - start
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    dataset.ImageDataset._read = lambda self, position, epoch, index: (self.files.paths[position], picture)[1]
+    dataset.ImageDataset.read = lambda self, path, draws: [picture]
 
     start = time.perf_counter()
-    args = argparse.Namespace(data_path=options.folder, input_size=8)
-    dataset = dataset.build_pretrain_dataset(args)
+    dataset = dataset.build_pretrain_dataset(argparse.Namespace(data_path=options.folder, input_size=8))
     seconds["list and look at the headers"] = time.perf_counter() - start
     sampler = EpochSampler(len(dataset), batch_size=options.batch_size)
     loader = build_loader(dataset, sampler, options.batch_size, options.workers, drop_last=True)
-    batches, pids = iter(loader), [os.getpid()]
+    batches = iter(loader)
     next(batches)
     seconds["until the first batch"] = time.perf_counter() - start
-    if options.workers:
-        pids += [worker.pid for worker in batches._workers]
-    before = memory(pids)
-    middle, after, total = before, before, len(loader)
+    pids = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
+    before = after = memory(pids)
     for number, _ in enumerate(batches, 2):
-        if number == total // 2:
-            middle = memory(pids)
-        if number == total:
+        if number == len(loader):
             after = memory(pids)
-    return {
-        "files": len(dataset), "seconds": seconds, "start": before, "middle": middle, "end": after,
-        "epoch_seconds": time.perf_counter() - start - seconds["until the first batch"],
-        "names_mb": dataset.files.paths.nbytes / 2**20,
-    }  # fmt: skip
+    return {"files": len(dataset), "seconds": seconds, "start": before, "end": after}
 
 
-def start_process(options: argparse.Namespace, kind: str, folder: Path, cache: Path) -> dict:
-    """`measure` in a new process, with a cache of its own."""
-    command = [sys.executable, __file__, "--measure", kind, "--folder", str(folder)]
+def start_process(options: argparse.Namespace, folder: Path) -> dict:
+    """`measure` in a new process."""
+    command = [sys.executable, __file__, "--folder", str(folder)]
     for name in ("files", "workers", "batch_size"):
         command += [f"--{name}", str(getattr(options, name))]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def report(results: dict[str, dict]) -> bool:
-    """Prints the tables; returns whether no process needs TARGET_MB more than with few files."""
-    print(f"\n{'':36s}{'listing':>10s}{'+ headers':>11s}{'first batch':>13s}")
-    for name, result in results.items():
-        print(f"{name:36s}" + "".join(f"{value:9.2f} s " for value in result["seconds"].values()))
-    few, worst = next(iter(results.values())), 0.0
-    print("\nA process's resident memory counts what it shares with others in full. The sum of PSS over all")
-    print("processes counts it once: it is what copies on write would let grow.")
-    print(f"\n{'MB':42s}{'main process':>14s}{'worst worker':>14s}{'sum of PSS':>14s}")
-    for name, result in results.items():
-        for moment in ("start", "middle", "end"):
-            rows = result[moment]
-            base = few[moment]
-            workers = max(rows[1:], key=lambda row: row["rss"], default=rows[0])
-            few_workers = max(base[1:], key=lambda row: row["rss"], default=base[0])
-            worst = max(worst, rows[0]["rss"] - base[0]["rss"], workers["rss"] - few_workers["rss"])
-            values = rows[0]["rss"], workers["rss"], sum(row["pss"] for row in rows)
-            print(f"{name + ', ' + moment:42s}" + "".join(f"{value:14.0f}" for value in values))
+def report(few: dict, many: dict) -> bool:
+    """Prints the table; returns whether no process needs TARGET_MB more than with few files."""
+    print(f"\n{'files':>10s}{'listing':>11s}{'+ headers':>11s}{'first batch':>13s}  MB: main, workers")
+    for result in (few, many):
+        times = "".join(f"{value:9.2f} s " for value in result["seconds"].values())
+        sizes = (" ".join(f"{value:.0f}" for value in result[moment]) for moment in ("start", "end"))
+        print(f"{result['files']:10,d}{times}     at the start: {next(sizes)}, at the end: {next(sizes)}")
+    pairs = (zip(many[moment], few[moment], strict=True) for moment in ("start", "end"))
+    worst = max(more - less for part in pairs for more, less in part)
     met = worst < TARGET_MB
     print(
-        f"\nat most {worst:.0f} MB more than with few files; target {TARGET_MB}: {'met' if met else 'MISSED'}"
+        f"at most {worst:.0f} MB more than with few files; target {TARGET_MB}: {'met' if met else 'MISSED'}"
     )
     return met
 
@@ -144,39 +111,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", default=1_000_000, type=positive())
     parser.add_argument("--folders", default=1000, type=positive(), help="class folders that they lie in")
     parser.add_argument("--place", help="where to make them (default: the folder for temporary files)")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # to be measured
     return parser
 
 
 def main(options: argparse.Namespace) -> int:
     if options.files < options.folders:
         raise UserError(f"--files {options.files}: must be at least --folders {options.folders}")
-    if options.measure:
+    if options.folder:
         print(json.dumps(measure(options)))
         return 0
     place = Path(tempfile.mkdtemp(prefix="bench_index-", dir=options.place))
     try:
-        few, many, cache = place / "few", place / "many", place / "cache"
+        few, many = place / "few", place / "many"
         start = time.perf_counter()
         make_files(few, 1000, 10)
         make_files(many, options.files, options.folders)
         print(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s", flush=True)
-        time.sleep(4)  # until the last folder's list may be kept
-        results = {"1,000 files": start_process(options, "without a cache", few, cache)}
-        title = f"{options.files:,} files"
-        for name, kind in [("no cache", "without a cache"), ("first start", ""), ("second start", "")]:
-            results[f"{title}, {name}"] = start_process(options, kind or "cached", many, cache)
-        (many / "train" / "n00000000" / "new.JPEG").write_bytes(JPEG_HEAD)
-        results[f"{title}, one folder changed"] = start_process(options, "cached", many, cache)
+        results = [start_process(options, folder) for folder in (few, many)]
     finally:
         shutil.rmtree(place)
-    met = report(results)
+    met = report(*results)
     if options.json:
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        settings = {**vars(options), "machine": machine}
-        text = json.dumps({"settings": settings, **results}, indent=1)
-        Path(options.json).write_text(text + "\n")
+        content = {"settings": {**vars(options), "machine": machine}, "few": results[0], "many": results[1]}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0 if met else 1
 
 

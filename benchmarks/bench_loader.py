@@ -8,6 +8,7 @@ the largest the other variants of the default one, among them other numbers of b
 """
 
 import argparse
+import functools
 import os
 import random
 import statistics
@@ -26,7 +27,7 @@ from harness import Parser, finish, paired_ratio, positive, print_table, run_ben
 from PIL import Image
 from workload import Repeated, draw_pictures
 
-from tools.shrink import copy_image
+from tools.copy_image import copy_image
 from util.data import loader as sampler_module
 from util.data import transforms
 from util.data.dataset import ImageDataset, build_pretrain_dataset
@@ -94,12 +95,7 @@ def time_single(name: str, work: Callable, paths: list[str]) -> float:
 
 def without_simplejpeg(dataset: ImageDataset) -> ImageDataset:
     """`dataset` that decodes JPEGs with Pillow."""
-
-    def read(position: int, epoch: int, index: int) -> torch.Tensor:
-        image = read_image(dataset.files.paths[position], use_simplejpeg=False)
-        return dataset.transform(image, random.Random(epoch * len(dataset) + index))
-
-    dataset._read = read
+    dataset.decode = functools.partial(read_image, use_simplejpeg=False)
     return dataset
 
 

@@ -15,7 +15,6 @@ of them.
 import argparse
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import UserError
+from util.files import replacing_folder
 
 PACKAGE = "elpv_dataset"
 INSTALL = "pip install elpv-dataset"
@@ -104,22 +104,19 @@ def copy(folder: Path, split: dict, out: Path, label: Callable) -> None:
 
     Raises UserError if `out` is not empty or cannot be written.
     """
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; name another one, or remove it")
-        for name, rows in split.items():
-            for path, probability, kind in rows:
-                target = work / name / label(probability, kind) / Path(path).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / path, target)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
+        with replacing_folder(out) as work:
+            for name, rows in split.items():
+                for path, probability, kind in rows:
+                    target = work / name / label(probability, kind) / Path(path).name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / path, target)
+            if out.exists():
+                out.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.inputs import find_inputs
-from util.data.read import BadImage, printable, read_image
+from util.data.read import BadImage, read_image
 from util.data.transforms import EvalTransform, normalize_batch
 from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
@@ -36,6 +36,7 @@ from util.evaluate.output import check_output
 from util.figures.attention import attention_grid
 from util.figures.canvas import panel_layout, save_png
 from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
+from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.predict_model import build_encoder, build_mae

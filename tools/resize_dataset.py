@@ -1,6 +1,6 @@
 """Copies a folder of images with large ones made smaller, so that every epoch decodes fewer pixels.
 
-    python -m tools.resize_dataset SRC DST --short 400
+    python tools/resize_dataset.py SRC DST --short 400
 
 Images with a shorter side above `--short` are scaled down to it (bicubic, antialiased); the others are copied
 as they are. Folders (train/, val/, classes) and names stay. Nothing is overwritten in SRC, and DST never
@@ -16,7 +16,6 @@ NAME.gif.png. JPEG (4:2:0) and WebP are written with `--quality`, the others wit
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -28,21 +27,21 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from tools.shrink import CannotWrite, copy_image, output_name
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.copy_image import CannotWrite, copy_image, output_name
 from util.cli.parser import ArgumentParser, run_script
-from util.data.index_cache import list_folders
-from util.data.read import BadImage, open_pil, printable
+from util.data.folders import list_folders
+from util.data.read import BadImage, open_pil
 from util.errors import UserError
+from util.files import printable
 from util.processes import signals
 from util.sizes import default_workers
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
 
 CHUNK = 16  # images a worker is given at a time
 WHAT_IT_CHANGES = """\
@@ -127,28 +126,22 @@ def prepare(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def _lock(path: Path):
-    """An open file that no other run of this command has locked; it stays so until this one ends."""
-    file = open(path, "w")  # noqa: SIM115
-    with contextlib.suppress(ImportError, OSError):  # not a Unix, or a file system without locks
-        import fcntl
-
-        for left in reversed(range(10)):  # a killed run's workers take a moment to leave
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
-                time.sleep(0.1)
-    return file
+def _lock(path: Path) -> filelock.FileLock:
+    """A lock that no other run of this command has; it is held until this one ends, however it ends."""
+    path.touch()
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=1, poll_interval=0.1)
+    except filelock.Timeout:
+        raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    return lock
 
 
 def progress(total: int):
-    """A function that is told how many more images are done: a bar on a terminal that has tqdm, else a line
-    every 10 s.
-    """
-    if tqdm is not None and sys.stderr.isatty():
+    """A function that is told how many more images are done: a bar on a terminal, else a line every 10 s."""
+    if sys.stderr.isatty():
         return tqdm(total=total, unit=" images", dynamic_ncols=True).update
     start = last = time.monotonic()
     count = 0
@@ -217,7 +210,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> tuple[float, int]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser("python -m tools.resize_dataset", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("src", metavar="SRC", help="folder of images, in folders of any depth")
     parser.add_argument("dst", metavar="DST", help="folder of the copies; new, or one that this has begun")
     parser.add_argument("--short", default=400, type=int, help="pixels of the shorter side (default: 400)")

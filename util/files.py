@@ -1,1 +1,127 @@
 """Files on disk: written beside, then renamed, so that no reader ever sees half of one."""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from util.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike, folder: str | os.PathLike | None = None, flush: bool = True
+) -> Iterator[Path]:
+    """A name to write to; the file takes the place of `path` when the block ends, and is gone after an error.
+
+    At any moment `path` holds the old file or the whole new one. Its permissions are the umask's, whatever
+    the writing library gave it. The name begins with a dot and ends in `.tmp-PROCESS`.
+
+    Args:
+        folder: where the unfinished file lies, on the file system of `path`; default: beside `path`.
+        flush: brings the file and its folder's entry to the disk, so that a power cut leaves no empty file.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = _beside(path if folder is None else Path(folder, path.name), "tmp")
+    try:
+        yield temporary
+        _as_umask_says(temporary)
+        if flush:
+            _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if flush:
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            _flush(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends, and is gone after an error.
+
+    What was at `path` stays until then. Folders above are made. Files' permissions are the umask's.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary, old = _beside(path, "tmp"), _beside(path, "old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in temporary.iterdir():
+            if written.is_file():
+                _as_umask_says(written)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name of this process in the same folder; of a long name, the first part."""
+    return path.with_name(f".{path.name[:50]}.{kind}-{os.getpid()}")
+
+
+def _as_umask_says(file: Path) -> None:
+    """Some libraries make files that only their owner can read; they get the permissions of any new file."""
+    umask = os.umask(0o077)  # can only be read by setting it
+    os.umask(umask)
+    with contextlib.suppress(PermissionError):  # a file system without permissions
+        file.chmod(0o666 & ~umask)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = None, make: bool = True) -> None:
+    """Writes a small file in `folder` for a moment, which is made where there is none.
+
+    Args:
+        flag: that names the folder, such as "--output_dir".
+        shown: what the message says between the flag and "cannot be written", instead of the folder.
+        make: False: the folder must be there.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        raise UserError(f"{flag} {shown or f'{folder}:'} cannot be written ({reason})") from None
+
+
+def some(names: Iterable[str], count: int = 5) -> str:
+    """The first `count` of some names: "a, b, c, d, e, ..."."""
+    first = list(itertools.islice(names, count + 1))
+    return ", ".join(first[:count]) + (", ..." if len(first) > count else "")
+
+
+def printable(path: str | os.PathLike) -> str:
+    """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from util.data import find
+from util.data.folders import ask_all
 from util.data.read import BadImage
 from util.data.transforms import EvalTransform, PretrainTransform
 from util.datasets import (
@@ -197,6 +199,48 @@ def test_nesting_deeper_than_pythons_recursion_limit(tmp_path):
             folder.rmdir()
 
 
+def test_slow_folders_are_asked_side_by_side_and_keep_their_order(tmp_path, monkeypatch):
+    for i in range(40):
+        save(tmp_path / f"c{i % 20}" / f"{i}.png", i)
+    expected = find_images(tmp_path)
+    scandir, active, most = os.scandir, [], []
+
+    def slow(path):
+        active.append(path)
+        time.sleep(0.15)
+        most.append(len(active))
+        active.remove(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    start = time.perf_counter()
+    files = find_images(tmp_path)
+    assert time.perf_counter() - start < 20 * 0.15 and max(most) > 8
+    assert list(files.paths) == list(expected.paths) and files.labels.tolist() == expected.labels.tolist()
+
+
+def test_a_folder_is_listed_anew_at_every_start(tmp_path):
+    save(tmp_path / "c0" / "0.png")
+    save(tmp_path / "c1" / "1.png")
+    (tmp_path / "c1" / "later").symlink_to(tmp_path / "elsewhere")
+    assert (names(find_images(tmp_path)), find_images(tmp_path).ignored) == (["c0/0.png", "c1/1.png"], 1)
+    os.rename(tmp_path / "c0" / "0.png", tmp_path / "c1" / "0.png")
+    save(tmp_path / "elsewhere" / "2.png")
+    assert names(find_images(tmp_path)) == ["c1/0.png", "c1/1.png", "c1/later/2.png", "elsewhere/2.png"]
+
+
+def test_answers_of_threads_come_in_order_and_the_first_error_counts():
+    def work(item):
+        time.sleep(0.01 * (item % 3))
+        if item in (50, 70):
+            raise ValueError(item)
+        return -item
+
+    assert list(ask_all(work, range(40))) == [-i for i in range(40)] and list(ask_all(work, [])) == []
+    with pytest.raises(ValueError, match="50"):
+        list(ask_all(work, range(80)))
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -323,7 +367,7 @@ def test_large_sets_are_looked_at_evenly(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.png" for i in range(5000)))
     seen = []
     monkeypatch.setattr(find, "MAX_PROBES", 101)
-    monkeypatch.setattr(find, "probe_image", lambda path: seen.append(path))
+    monkeypatch.setattr(find, "sniff_header", lambda path: seen.append(path))
     assert len(find_images(tmp_path / "list.txt").paths) == 5000
     numbers = sorted(int(os.path.basename(path)[:-4]) for path in seen)
     assert len(numbers) == 101 and numbers[0] == 0 and numbers[-1] == 4999

@@ -13,6 +13,7 @@ from torchvision import transforms
 from util.data.labelled import build_dataset, check_classes, count_classes, labelled_images
 from util.data.loader import build_loader
 from util.data.presets import eval_transform, probe_transform, train_transform
+from util.data.read import read_picture
 from util.data.sampler import EpochSampler
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.datasets import build_dataset as build_dataset_by_its_old_name
@@ -89,33 +90,34 @@ def test_eval_transform_is_resize_and_centre_crop(tmp_path, size, resized):
         ]
     )
     expected = chain(Image.open(path))
-    assert torch.equal(eval_transform(make_args(tmp_path, input_size=size))(str(path)), expected)
+    assert torch.equal(
+        eval_transform(make_args(tmp_path, input_size=size))(read_picture(str(path), 3)), expected
+    )
 
 
 def test_probe_evaluation_always_crops(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (500, 420, 3), dtype=np.uint8)).save(path)
     args = make_args(tmp_path, input_size=256)
-    assert not torch.equal(eval_transform(args, always_crop=True)(str(path)), eval_transform(args)(str(path)))
+    image = read_picture(str(path), 3)
+    assert not torch.equal(eval_transform(args, always_crop=True)(image), eval_transform(args)(image))
 
 
 def test_rectangular_and_long_strips(tmp_path):
     gradient = np.tile(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (32, 1, 3))
     Image.fromarray(gradient).save(tmp_path / "wide.png")
     args = make_args(tmp_path, input_size=(32, 128), mean=[0.0], std=[1.0])
-    picture = eval_transform(args)(str(tmp_path / "wide.png"))
+    wide = read_picture(str(tmp_path / "wide.png"), 3)
+    picture = eval_transform(args)(wide)
     assert picture.shape == (3, 32, 128)
     # The centre 7/8 of the gradient, not squeezed
     assert picture[0, 16, 0].item() == pytest.approx(1 / 16, abs=0.02)
     assert picture[0, 16, -1].item() == pytest.approx(15 / 16, abs=0.02)
     Image.fromarray(np.zeros((4, 20000, 3), dtype=np.uint8)).save(tmp_path / "strip.png")
-    assert eval_transform(make_args(tmp_path, input_size=224))(str(tmp_path / "strip.png")).shape == (
-        3,
-        224,
-        224,
-    )
+    strip = read_picture(str(tmp_path / "strip.png"), 3)
+    assert eval_transform(make_args(tmp_path, input_size=224))(strip).shape == (3, 224, 224)
     for transform in (train_transform(args), probe_transform(args)):
-        assert transform(str(tmp_path / "wide.png")).shape == (3, 32, 128)
+        assert transform(wide).shape == (3, 32, 128)
 
 
 def test_probe_transform_is_one_crop_and_flip(tmp_path):
@@ -152,10 +154,11 @@ def test_randaugment_on_thousands_of_draws(tmp_path):
             tmp_path, input_size=16, in_chans=channels, mean=mean, aa="rand-m10-mstd0.5-inc1-p1.0"
         )
         transform = train_transform(args)
+        image = read_picture(str(tmp_path / "train" / "cat" / "0.png"), channels)
         random.seed(0)
         np.random.seed(0)
         for _ in range(300):
-            assert transform(str(tmp_path / "train" / "cat" / "0.png")).shape == (channels, 16, 16)
+            assert transform(image).shape == (channels, 16, 16)
 
 
 def test_same_batches_for_any_number_of_workers(tmp_path):

@@ -14,8 +14,9 @@ from golden_utils import REPO
 from PIL import Image
 
 from util.data import read
-from util.data.read import IMG_EXTENSIONS, MODES, BadImage, open_pil, printable, probe_image, read_image
+from util.data.read import IMG_EXTENSIONS, MODES, BadImage, open_pil, read_image, sniff_header
 from util.errors import UserError
+from util.files import printable
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8)
@@ -129,7 +130,7 @@ def test_every_format_and_mode_in_every_number_of_channels(tmp_path, name, mode,
         image.putalpha(Image.fromarray(RGB[..., 0]))
     path = str(tmp_path / name)
     image.convert(mode).save(path, **options)
-    assert probe_image(path) is None
+    assert sniff_header(path) is None
     for channels, target in MODES.items():
         result = read_image(path, channels)
         assert result.shape == (37, 53, channels) and result.flags.writeable
@@ -211,7 +212,7 @@ def test_npy_arrays(tmp_path, dtype, channels):
     array = RNG.integers(0, 256 if dtype == "uint8" else 65536, (11, 17, channels)).astype(dtype)
     path = str(tmp_path / "a.npy")
     np.save(path, np.asfortranarray(array))
-    assert probe_image(path) is None
+    assert sniff_header(path) is None
     result = read_image(path, channels)
     assert result.dtype == np.uint8 and result.flags.c_contiguous and result.flags.writeable
     np.testing.assert_array_equal(result, array if dtype == "uint8" else array >> 8)
@@ -283,7 +284,7 @@ def test_what_is_no_image_is_named_with_the_reason(tmp_path):
     }
     for name, reason in reasons.items():
         path = str(tmp_path / name)
-        assert reason in probe_image(path)
+        assert reason in sniff_header(path)
         for reader in (read_image, open_pil):
             with pytest.raises(BadImage) as error:
                 reader(path)
@@ -302,7 +303,7 @@ def test_truncated_files_are_bad_images(tmp_path, name):
     data = path.read_bytes()
     for keep in (len(data) // 2, 40):
         path.write_bytes(data[:keep])
-        assert probe_image(str(path)) is None  # only decoding can tell
+        assert sniff_header(str(path)) is None  # only decoding can tell
         with pytest.raises(BadImage) as error:
             read_image(str(path))
         assert error.value.reason and "\n" not in str(error.value)

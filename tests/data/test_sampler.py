@@ -165,15 +165,11 @@ def test_same_batches_for_any_number_of_workers(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["default", "reference"])
-def test_repeated_augmentation_decodes_once_and_crops_often(folder, kind, monkeypatch):
+def test_repeated_augmentation_decodes_once_and_crops_often(folder, kind):
     """Each repeat has draws of its own, the first those of a run without; the same for any workers."""
-    from util.data import dataset as datasets
-
-    decoded = []
-    for name in ("read_image", "open_pil"):
-        original = getattr(datasets, name)
-        monkeypatch.setattr(datasets, name, lambda *a, f=original: (decoded.append(a[0]), f(*a))[1])
-    dataset = dataset_of(folder, kind)
+    dataset, decoded = dataset_of(folder, kind), []
+    decode = dataset.decode
+    dataset.decode = lambda path: (decoded.append(path), decode(path))[1]
 
     def batches(workers, start=0):
         sampler = EpochSampler(len(dataset), seed=5, batch_size=6, repeats=3)
@@ -209,8 +205,8 @@ def test_all_repeats_of_a_bad_image_are_replaced_by_the_next(tmp_path):
 
 def test_skipping_to_a_position_decodes_nothing(folder):
     dataset = dataset_of(folder)
-    read, plain = [], dataset._read
-    dataset._read = lambda position, epoch, index: read.append(index) or plain(position, epoch, index)
+    read, plain = [], dataset.decode
+    dataset.decode = lambda path: read.append(list(dataset.files.paths).index(path)) or plain(path)
     sampler = EpochSampler(len(dataset), seed=5, batch_size=6)
     sampler.set_epoch(0, 3)
     batches = list(build_loader(dataset, sampler, 6, 0, drop_last=True))
@@ -226,11 +222,11 @@ def test_evaluation_keeps_the_last_short_batch(folder):
 
 def test_workers_persist_and_use_one_thread(folder):
     class Reporting(ImageDataset):
-        def _read(self, position, epoch, index):
+        def read(self, path, draws):
             handled = all(
                 signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)
             )
-            return torch.tensor([os.getpid(), torch.get_num_threads(), handled])
+            return [torch.tensor([os.getpid(), torch.get_num_threads(), handled])]
 
     dataset = Reporting(find_images(folder), EvalTransform(16))
     loader = build_loader(dataset, EpochSampler(len(dataset), batch_size=4), 4, 1, drop_last=True)

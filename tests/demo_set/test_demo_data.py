@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from util.demo_set import files
-from util.demo_set.files import announce_demo_data, ensure_demo_data
-from util.demo_set.scene import CLASSES, encode, render
+from util.demo_set.files import CLASSES, announce_demo_data, ensure_demo_data
+from util.demo_set.scene import encode, render
+from util.demo_set.shapes import FAMILIES
 from util.errors import UserError
 
 REPOSITORY = Path(files.__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def test_is_an_image_folder_of_varied_jpegs(small):
                     assert image.format == "JPEG" and image.mode == "RGB"
                     image.load()
                     sizes.add(image.size)
-    assert len(CLASSES) == 10 and len(sizes) > 20
+    assert tuple(sorted(FAMILIES)) == CLASSES and len(CLASSES) == 10 and len(sizes) > 20
     assert all(96 <= side <= 160 for size in sizes for side in size)
     assert sum(width != height for width, height in sizes) > len(sizes) / 2
     assert len(lines) == 1 and "50 pictures" in lines[0] and str(root) in lines[0]

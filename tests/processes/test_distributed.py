@@ -183,6 +183,44 @@ def test_a_rank_that_fails_takes_all_down_within_seconds(images, tmp_path, actio
     assert sum(line.startswith("[rank") for line in lines) == 1, out  # one process has the word
 
 
+TRIED_TWICE = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {repo!r})
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import TrainingError
+from util.processes import collectives, group
+
+def main(args):
+    first, args.device = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", "cpu"
+    other_is_there = Path(__file__).with_name("there")
+    if not first and os.environ["RANK"] == "1":
+        other_is_there.touch()
+    elif not first:  # comes late: what the first try left must not be taken for its word
+        while not other_is_there.exists():
+            time.sleep(0.1)
+        time.sleep(1)
+    group.init_distributed_mode(args)
+    if first and args.rank == 1:
+        raise TrainingError("the first try fails")
+    time.sleep(3)  # the watch looks at its store
+    print("complete", collectives.gather(args.rank), flush=True)
+    group.shut_down()
+
+run_script(main, ArgumentParser())
+"""
+
+
+def test_torchrun_tries_again(tmp_path):
+    """Both tries meet at the launcher's store, where the first one has left its addresses and its reason."""
+    script = tmp_path / "script.py"
+    script.write_text(TRIED_TWICE.format(repo=str(REPO)))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1")
+    code, out = run(1, *torchrun, script)
+    assert code == 0 and out.count("script.py: error: the first try fails") == 1, out
+    assert out.count("complete [0, 1]") == 2, out
+
+
 @pytest.mark.parametrize(
     "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGUSR2", "SIGINT"))]
 )
@@ -231,7 +269,7 @@ def test_launchers_environments(monkeypatch):
     slurm = dict(
         SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1", SLURM_JOB_ID="17", SLURM_STEP_ID="0"
     )
-    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1")
+    slurm.update(SLURM_STEP_NODELIST="127.0.0.1", MASTER_ADDR="x", MASTER_PORT="1", LOCAL_WORLD_SIZE="4")
     assert found(**slurm) == (5, 8, 1)
     args.dist_on_itp = True
     with pytest.raises(UserError, match="OMPI_COMM_WORLD_RANK"):
@@ -254,8 +292,10 @@ def test_a_process_that_sees_its_own_gpu_only_takes_that(monkeypatch, gpus, numb
         raise RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected : rank 3 and rank 0")
 
     taken, args = [], type("Args", (), {"device": "cuda", "dist_on_itp": False})()
+    store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **named: iter([(store, 3, 8)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     with pytest.raises(UserError, match="rank 3 of 8: could not join the others: Duplicate GPU detected"):
         group.init_distributed_mode(args)

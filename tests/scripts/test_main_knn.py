@@ -9,6 +9,7 @@ from transfer_utils import given_args, make_mae, make_pictures, read_log, releas
 import main_knn
 import models_vit
 from util.data.presets import eval_transform
+from util.data.read import read_picture
 from util.errors import UserError
 from util.evaluate.knn import knn_accuracy, knn_loaders
 
@@ -107,9 +108,10 @@ def test_output_folder_is_made_and_checked_before_the_work(pictures, tmp_path, m
 def test_hook_uses_the_scripts_transform_above_224_pixels(pictures):
     args = Namespace(data_path=str(pictures), input_size=256, batch_size=5, num_workers=0)
     for loader in knn_loaders(args):
-        image = eval_transform(args, always_crop=True)(loader.dataset.files.paths[0])
+        picture = read_picture(loader.dataset.files.paths[0], 3)
+        image = eval_transform(args, always_crop=True)(picture)
         assert torch.equal(loader.dataset[0][0], image)
-        assert not torch.equal(image, eval_transform(args)(loader.dataset.files.paths[0]))
+        assert not torch.equal(image, eval_transform(args)(picture))
 
 
 def test_warns_of_other_means(pictures, tmp_path, capsys):

@@ -22,7 +22,7 @@ import main_linprobe
 import main_pretrain
 from util.cli.parser import ArgumentParser
 from util.errors import TrainingError, UserError
-from util.processes import nodes, signals
+from util.processes import group, nodes, signals
 from util.slurm import job, local, submit
 
 SCRIPTS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
@@ -86,10 +86,10 @@ def test_master_address_is_the_first_host_or_what_slurm_knows_of_it(fakes, monke
 
 
 def test_master_port_follows_job_and_start():
-    ports = {nodes.master_port(str(job), str(start)) for job in range(4000, 4100, 10) for start in range(3)}
+    ports = {nodes.master_port(str(job), start) for job in range(4000, 4100, 10) for start in range(3)}
     assert len(ports) == 30 and all(10000 <= port < 30000 for port in ports)
-    assert nodes.master_port("123456789_4") == nodes.master_port("123456789_4", "0")
-    assert nodes.master_port("100", "1") != nodes.master_port("101", "0")  # a neighbour on the same node
+    assert nodes.master_port("123456789_4") == nodes.master_port("123456789_4", 0)
+    assert nodes.master_port("100", 1) != nodes.master_port("101", 0)  # a neighbour on the same node
 
 
 def launcher_parser(script):
@@ -283,21 +283,21 @@ def job_environment(folder, **values):
     return SimpleNamespace(**{**known, **values})
 
 
-def test_the_job_tells_the_trainer_who_it_is(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_a_slurm_job_knows_who_it_is(monkeypatch):
+    """From SLURM's own variables; what a launcher told the shell that submitted counts for nothing."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     for name in names:
         monkeypatch.setenv(name, "stale")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "elsewhere,localhost")
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    job.set_up_processes(job_environment(tmp_path))
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "localhost", "12007"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # its own only
-    job.set_up_processes(job_environment(tmp_path, cluster="local"))
-    assert [os.environ[name] for name in names[2:]] == ["0", "2", "127.0.0.1", "10007"]
-    job.set_up_processes(job_environment(tmp_path, num_tasks=1))
-    assert not set(names) & set(os.environ)
+    slurm = dict(JOB_ID="7", STEP_ID="0", STEP_NUM_TASKS="4", STEP_NUM_NODES="2", PROCID="3", LOCALID="1")
+    slurm |= dict(JOB_NODELIST="elsewhere,localhost", STEP_NODELIST="localhost", RESTART_COUNT="2")
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    job.forget_launcher()
+    assert group.find_processes(Namespace()) == (3, 4, 1)
+    assert [os.environ[name] for name in names[3:]] == ["2", "localhost", "12007"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    job.forget_launcher()
+    assert group.find_processes(Namespace()) is None and not set(names) & set(os.environ)
 
 
 def test_the_job_sets_what_the_command_line_left_open(tmp_path, monkeypatch):
@@ -427,6 +427,8 @@ def local_job(tmp_path):
         command = [sys.executable, "launcher.py", "--cluster", "local", "--job_dir", "jobs/%j"]
         command += ["--gpus_per_node", "0", "--setup", "export FROM_SETUP='a  b'", *flags]
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
+        # Of a shell that torchrun started
+        env |= {"RANK": "7", "WORLD_SIZE": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         options = dict(cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, **options)
         started.append(process)
@@ -465,6 +467,8 @@ def test_a_local_job_that_is_ended_has_saved(local_job, tmp_path):
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=100)
     assert job.returncode == signals.EXIT_REQUEUE and "SIGTERM: saved" in out, out + err
+    (log,) = tmp_path.glob("jobs/*/*_log.out")
+    assert "rank 0 of None: cpu a  b\n" in log.read_text()  # a single process
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The smaller copy of a data set: what is scaled, what the loader sees of it, and going on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from image_utils import picture
 from PIL import Image
 
-from tools import resize_dataset, shrink
+from tools import copy_image as copying
+from tools import resize_dataset
 from util.data.find import find_images
 from util.data.read import BadImage, open_pil, read_image
 from util.errors import UserError
@@ -35,7 +38,7 @@ def run(*argv):
         return end.code
     finally:
         if hasattr(args, "lock"):
-            args.lock.close()
+            args.lock.release()
     return 0
 
 
@@ -100,19 +103,28 @@ def test_a_killed_run_leaves_whole_files_only(tmp_path, what):
     array = picture(1, 400, 500)
     for i in range(60):
         save(tmp_path / "src" / f"c{i % 3}" / f"{i}.jpg", array, quality=90)
-    command = [sys.executable, "-m", "tools.resize_dataset", str(tmp_path / "src"), str(tmp_path / "dst")]
+    command = [
+        sys.executable,
+        REPO / "tools" / "resize_dataset.py",
+        str(tmp_path / "src"),
+        str(tmp_path / "dst"),
+    ]
     command += ["--short", "300", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd="/", stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 60
     while len(tree(tmp_path / "dst")) < 5 and time.time() < deadline:
         time.sleep(0.02)
     (os.killpg if what == "all processes" else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
-    resize_dataset._lock(tmp_path / "dst" / ".resize_dataset" / "lock").close()  # all workers have left
+    with contextlib.suppress(ProcessLookupError):  # until all workers have left
+        while time.time() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
     part = tree(tmp_path / "dst")
     assert 5 <= len(part) < 60
     for name in part:
         assert read_image(str(tmp_path / "dst" / name)).shape == (300, 375, 3)
+    command[1:2] = ["-m", "tools.resize_dataset"]  # started either way
     end = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert end.returncode == 0 and len(tree(tmp_path / "dst")) == 60
     assert f"{60 - len(part)} scaled" in end.stdout and f"{len(part)} there already" in end.stdout
@@ -161,8 +173,8 @@ def test_kinds_of_colour(tmp_path, name):
     source, spare = tmp_path / name, tmp_path / "spare"
     spare.mkdir()
     image.save(source, **options)
-    target = str(tmp_path / "out" / shrink.output_name(name, str(source)))
-    assert shrink.copy_image(str(source), target, str(spare), 64, 95) == "scaled"
+    target = str(tmp_path / "out" / copying.output_name(name, str(source)))
+    assert copying.copy_image(str(source), target, str(spare), 64, 95) == "scaled"
     copy = Image.open(target)
     assert copy.size == (80, 64) and copy.mode == expected and not os.listdir(spare)
     assert copy.format == ("PNG" if name.endswith(".gif") else Image.open(source).format)
@@ -179,7 +191,7 @@ def test_orientation_is_taken_as_the_loader_takes_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     source = save(tmp_path / "a.jpg", picture(1, 60, 100), exif=exif, quality=95)
-    shrink.copy_image(str(source), str(tmp_path / "b.jpg"), str(tmp_path), 30, 95)
+    copying.copy_image(str(source), str(tmp_path / "b.jpg"), str(tmp_path), 30, 95)
     copy = Image.open(tmp_path / "b.jpg")
     assert copy.size == (50, 30) and 0x0112 not in copy.getexif()
 
@@ -191,7 +203,7 @@ def test_arrays(tmp_path, shape, dtype):
     array = (picture(5, shape[0], shape[1], shape[2] if len(shape) == 3 else 1)).reshape(shape).astype(dtype)
     array = array << 8 if dtype == np.uint16 else array
     np.save(tmp_path / "a.npy", array)
-    done = shrink.copy_image(str(tmp_path / "a.npy"), str(tmp_path / "b.npy"), str(tmp_path), 25, 95)
+    done = copying.copy_image(str(tmp_path / "a.npy"), str(tmp_path / "b.npy"), str(tmp_path), 25, 95)
     copy = np.load(tmp_path / "b.npy")
     if shape[0] <= 25:
         assert done == "copied" and np.array_equal(copy, array)
@@ -204,7 +216,7 @@ def test_gifs_whose_copy_has_no_name_left(tmp_path):
     save(tmp_path / "a.gif", picture(1)[..., 0])
     save(tmp_path / "a.gif.png", picture(2))
     with pytest.raises(BadImage, match=r"a\.gif\.png, which is there already"):
-        shrink.output_name("a.gif", str(tmp_path / "a.gif"))
+        copying.output_name("a.gif", str(tmp_path / "a.gif"))
 
 
 def test_names_that_leave_no_room_for_the_copy(tmp_path, capsys):
@@ -240,17 +252,17 @@ def test_places_that_are_refused(source, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="made with other settings"):
             run(source, tmp_path / "d", *more)
     assert json.loads((tmp_path / "d" / ".resize_dataset" / "settings.json").read_text())["short"] == 60
-    holder = resize_dataset._lock(tmp_path / "d" / ".resize_dataset" / "lock")
-    with pytest.raises(UserError, match="another run is writing there"):
+    lock = filelock.FileLock(tmp_path / "d" / ".resize_dataset" / "lock")
+    with lock, pytest.raises(UserError, match="another run is writing there"):
         run(source, tmp_path / "d", "--short", 60)
-    holder.close()
+    assert run(source, tmp_path / "d", "--short", 60) == 0
 
 
 def test_a_full_disk_ends_the_run_with_one_line(source, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shrink.os, "replace", full)  # workers are forked
+    monkeypatch.setattr(copying.os, "replace", full)  # workers are forked
     with pytest.raises(
         UserError, match=r"dst/train/c0/0\.jpg: No space left on device; the same command goes"
     ):
@@ -262,5 +274,5 @@ def test_alpha_does_not_touch_colours(tmp_path):
     """The loader drops alpha, so what lies under transparent pixels matters."""
     array = np.dstack([picture(1, 60, 60), np.zeros((60, 60), np.uint8)])
     source = save(tmp_path / "a.png", array)
-    shrink.copy_image(str(source), str(tmp_path / "b.png"), str(tmp_path), 30, 95)
+    copying.copy_image(str(source), str(tmp_path / "b.png"), str(tmp_path), 30, 95)
     assert abs(np.asarray(open_pil(str(tmp_path / "b.png"))).mean() - array[..., :3].mean()) < 1

@@ -1,16 +1,18 @@
 """Data sets of image files; every sample is a function of (seed, epoch, index) only."""
 
+import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from util.data.find import ImageFiles, bad_limit, find_images
-from util.data.read import MODES, BadImage, open_pil, printable, read_image
+from util.data.read import MODES, BadImage, read_image, read_picture
 from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
 from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
+from util.files import printable, some
 from util.processes.collectives import log, warn
 from util.rng import derive_seed, sample_seed
 
@@ -34,6 +36,10 @@ class ImageDataset(torch.utils.data.Dataset):
         channels: number of channels that images are converted to.
         pil: hand `transform` a PIL image.
 
+    Attributes:
+        decode: path -> the image that `transform` gets; raises BadImage.
+        global_draws: whether `transform` draws from the global generators.
+
     Raises:
         UserError: `pil` with more channels than Pillow's images have.
     """
@@ -50,7 +56,8 @@ class ImageDataset(torch.utils.data.Dataset):
         if pil and channels not in MODES:
             raise UserError(f"--in_chans {channels}: Pillow reads 1 to 4 channels; use --loader default")
         self.files, self.transform, self.channels = files, transform, channels
-        self.seed, self.bad_images, self.pil = seed, bad_images, pil
+        self.seed, self.bad_images, self.global_draws = seed, bad_images, pil
+        self.decode = functools.partial(read_picture if pil else read_image, channels=channels)
         self.bad = torch.zeros(len(files.paths), dtype=torch.uint8).share_memory_()
         self._reported = 0
 
@@ -75,40 +82,26 @@ class ImageDataset(torch.utils.data.Dataset):
     def _samples(self, epoch: int, index: int, repeats: list[int]) -> list[tuple[torch.Tensor, int, int]]:
         """Samples of one image, which is read once; one if `repeats` is empty."""
         position = self.position(index)
+        draws = [(self.seed, epoch, index, *([repeat] if repeat else [])) for repeat in repeats or [0]]
         while True:
             try:
-                if len(repeats) > 1 or any(repeats):
-                    images = self._read_repeats(position, epoch, index, repeats)
-                else:
-                    images = [self._read(position, epoch, index)]
+                images = self.read(self.files.paths[position], draws)
                 break
             except BadImage as error:
                 self._flag(position, error)
                 position = self.position(position)
         return [(image, self.label(position), index) for image in images]
 
-    def _read(self, position: int, epoch: int, index: int) -> torch.Tensor:
-        """The file at `position`, transformed with the draws of sample (epoch, index)."""
-        path = self.files.paths[position]
-        if self.pil:
-            image = open_pil(path, MODES[self.channels])
-            with sample_seed(self.seed, epoch, index):
-                return self.transform(image)
-        image = read_image(path, self.channels)
-        return self.transform(image, random.Random(derive_seed(self.seed, epoch, index)))
-
-    def _read_repeats(self, position: int, epoch: int, index: int, repeats: list[int]) -> list[torch.Tensor]:
-        """The file at `position`, decoded once and transformed with the draws of each of `repeats`."""
-        path, images = self.files.paths[position], []
-        image = open_pil(path, MODES[self.channels]) if self.pil else read_image(path, self.channels)
-        for repeat in repeats:
-            numbers = (self.seed, epoch, index, *([repeat] if repeat else []))
-            if self.pil:
+    def read(self, path: str, draws: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        """A file, decoded once and transformed once for each of `draws`, the numbers that seed a sample."""
+        image, samples = self.decode(path), []
+        for numbers in draws:
+            if self.global_draws:
                 with sample_seed(*numbers):
-                    images.append(self.transform(image))
+                    samples.append(self.transform(image))
             else:
-                images.append(self.transform(image, random.Random(derive_seed(*numbers))))
-        return images
+                samples.append(self.transform(image, random.Random(derive_seed(*numbers))))
+        return samples
 
     def _flag(self, position: int, error: BadImage) -> None:
         """Notes an unreadable file; raises BadImage when there may be no more of them."""
@@ -119,7 +112,7 @@ class ImageDataset(torch.utils.data.Dataset):
         count, known = int(self.bad.sum()), len(self.files.skipped)
         limit = bad_limit(len(self) + known)
         if count + known > limit or count == len(self):
-            names = ", ".join(printable(path) for path in self.bad_paths()[:5])
+            names = some(map(printable, self.bad_paths()))
             found = f"{count + known} images are unreadable and --bad_images skip allows 1 % (here {limit})"
             raise BadImage(error.path, f"{error.reason}; {found}: {names}") from None
 
@@ -144,7 +137,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Warns of files that could not be decoded since the last call."""
         paths = self.bad_paths()
         if len(paths) > self._reported:
-            names = ", ".join(map(printable, paths[:5])) + (", ..." if len(paths) > 5 else "")
+            names = some(map(printable, paths))
             warn(f"could not decode {len(paths)} of the images so far, others took their place: {names}")
             self._reported = len(paths)
 
@@ -153,7 +146,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.files.describe()
 
 
-def _find(args, split: str) -> ImageFiles | None:
+def find_split(args, split: str) -> ImageFiles | None:
     """The split's images of `args.data_path`, or of the demo set where that is None."""
     data_path = getattr(args, "data_path", None)
     if data_path is None:
@@ -181,7 +174,7 @@ def build_pretrain_dataset(args) -> ImageDataset:
     else:
         transform = PretrainTransform(size)
     seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
-    return ImageDataset(_find(args, "train"), transform, channels, seed, bad_images, pil=reference)
+    return ImageDataset(find_split(args, "train"), transform, channels, seed, bad_images, pil=reference)
 
 
 def build_val_dataset(args) -> ImageDataset | None:
@@ -190,7 +183,7 @@ def build_val_dataset(args) -> ImageDataset | None:
     `args` are those of `build_pretrain_dataset`; raises UserError as it does.
     """
     try:
-        files = _find(args, "val")
+        files = find_split(args, "val")
     except UserError as error:
         raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
     if files is None:

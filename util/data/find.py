@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.index_cache import Folder, list_folders
-from util.data.read import IMG_EXTENSIONS, printable, probe_image
-from util.data.spread import spread
+from util.data.folders import Folder, ask_all, list_folders
+from util.data.read import IMG_EXTENSIONS, sniff_header
 from util.errors import UserError
+from util.files import printable, some
 
 MAX_PROBES = 100_000  # files looked at before the start; of larger sets, as many, evenly spread
 
@@ -76,6 +76,7 @@ class ImageFiles:
     source: the folder that was searched, or the list of files. root: that folder, or the list's.
     labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
     ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
+    empty: names of folders in `root` that hold no images, where others do.
     """
 
     source: str
@@ -85,15 +86,15 @@ class ImageFiles:
     classes: list[str] | None = None
     ignored: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """What was found, in one line."""
         classes = f" in {len(self.classes)} classes" if self.classes else ""
         notes = [f"{self.ignored:,} other files ignored"] if self.ignored else []
         if self.skipped:
-            names = ", ".join(printable(os.path.basename(path)) for path, _ in self.skipped[:5])
-            more = ", ..." if len(self.skipped) > 5 else ""
-            notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}{more}")
+            names = some(printable(os.path.basename(path)) for path, _ in self.skipped)
+            notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
         notes = f" ({'; '.join(notes)})" if notes else ""
         return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
 
@@ -160,6 +161,8 @@ def _search(root: str, place: str) -> ImageFiles:
         raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
     paths = PathList.of_folders(folders, root)
     files = ImageFiles(root, root, paths, ignored=others.total())
+    if holds_images != {""}:
+        files.empty = sorted(set(tops.values()) - holds_images - {""})
     if "" not in holds_images and holds_files - {""} == holds_images:
         files.classes = sorted(holds_images)
         number = {name: i for i, name in enumerate(files.classes)}
@@ -174,8 +177,8 @@ def _count(others: Counter) -> str:
     """What is in a folder without images, in words."""
     if not others:
         return "no files at all"
-    kinds = [f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common(4)]
-    return f"{sum(others.values()):,} other files ({', '.join(kinds)}{', ...' if len(others) > 4 else ''})"
+    kinds = (f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common())
+    return f"{others.total():,} other files ({some(kinds, 4)})"
 
 
 def _read_list(path: str, place: str) -> PathList:
@@ -202,16 +205,15 @@ def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
     probes = min(count, MAX_PROBES)
     indices = np.arange(probes) * (count - 1) // max(1, probes - 1)
 
-    def probe(part: np.ndarray) -> list[tuple[int, str]]:
-        return [(int(i), reason) for i in part if (reason := probe_image(files.paths[i]))]
+    def look(part: np.ndarray) -> list[tuple[int, str]]:
+        return [(int(i), reason) for i in part if (reason := sniff_header(files.paths[i]))]
 
     parts = np.array_split(indices, max(1, len(indices) // 256))
-    bad = [found for part in spread(probe, parts) for found in part]
+    bad = [found for part in ask_all(look, parts) for found in part]
     if not bad:
         return files
-    names = ", ".join(f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad[:3])
+    names = some((f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad), 3)
     summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
-    summary += ", ..." if len(bad) > 3 else ""
     if bad_images == "error":
         raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")
     if bad_images == "skip" and (len(bad) > bad_limit(len(indices)) or len(bad) == count):

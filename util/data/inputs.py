@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 
 from util.data.find import ImageFiles, PathList, find_images
-from util.data.read import printable, probe_image
+from util.data.read import sniff_header
 from util.errors import UserError
+from util.files import printable, some
 from util.processes.collectives import warn
 
 
@@ -35,7 +36,7 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
             skipped += files.skipped
         elif not os.path.lexists(path):
             raise UserError(f"{printable(path)}: no such file or folder")
-        elif (reason := probe_image(path)) is None:
+        elif (reason := sniff_header(path)) is None:
             found.append(path)
             names.append(os.path.basename(path))
         elif bad_images == "skip":
@@ -43,9 +44,8 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
         else:
             raise UserError(f"{printable(path)}: {reason}; leave it out, or pass --bad_images skip")
     if skipped:
-        some = ", ".join(f"{printable(path)} ({reason})" for path, reason in skipped[:3])
-        more = ", ..." if len(skipped) > 3 else ""
-        warn(f"{len(skipped)} files are no readable images and are left out: {some}{more}")
+        left_out = some((f"{printable(path)} ({reason})" for path, reason in skipped), 3)
+        warn(f"{len(skipped)} files are no readable images and are left out: {left_out}")
     if not found:
         raise UserError("no images: none of the files named is readable")
     source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

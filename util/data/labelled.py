@@ -1,19 +1,13 @@
 """Labelled images for fine-tuning, probing and evaluation: a folder of class folders for each split."""
 
-import math
-import os
 from argparse import Namespace
 from collections.abc import Callable
 
-import torch
-
-from util.data.dataset import ImageDataset, ImageFiles, find_images
+from util.data.dataset import ImageDataset, find_split
+from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
-from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
-from util.processes.collectives import log
-from util.rng import sample_seed
-from util.sizes import size_pair
+from util.files import printable, some
 
 
 class LabelledImages(ImageDataset):
@@ -23,16 +17,24 @@ class LabelledImages(ImageDataset):
 
     Args:
         files: with labels and classes.
-        transform: path -> tensor; draws from Python's, numpy's and torch's global generators.
+        transform: of `presets`: image -> tensor; draws from Python's, numpy's and torch's global generators.
+            The image is a PIL one of 1 or 3 channels, else uint8 (H, W, C).
     """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        transform: Callable,
+        channels: int = 3,
+        seed: int = 0,
+        bad_images: str = "error",
+    ):
+        super().__init__(files, transform, channels, seed, bad_images, pil=channels in (1, 3))
+        self.global_draws = True
 
     @property
     def classes(self) -> list[str]:
         return self.files.classes
-
-    def _read(self, position: int, epoch: int, index: int) -> torch.Tensor:
-        with sample_seed(self.seed, epoch, index):
-            return self.transform(self.files.paths[position])
 
 
 def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
@@ -53,48 +55,18 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
 
     Raises UserError as `build_dataset`.
     """
-    path = getattr(args, "data_path", None)
-    if not path:
-        path = ensure_demo_data(log=log)
-        if split == "train":
-            announce_demo_data(path, log)
-    bad_images, channels = getattr(args, "bad_images", "error"), getattr(args, "in_chans", 3)
-    files = find_images(path, split, bad_images)
+    files = find_split(args, split)
     layout = "labelled images are needed in train/CLASS/... and val/CLASS/..."
     if files is None:
-        raise UserError(f"--data_path {path}: has no {split}/ folder; {layout}")
-    empty = _folders_without_images(files)
-    if empty and (files.labels is not None or len(empty) < len(_folders(files))):
-        raise UserError(
-            f"{files.root}: no images in {len(empty)} class folders ({', '.join(empty[:5])}); remove "
-            "them or add images"
-        )
+        raise UserError(f"--data_path {args.data_path}: has no {split}/ folder; {layout}")
+    if files.empty:
+        found = f"no images in {len(files.empty)} class folders ({some(map(printable, files.empty))})"
+        raise UserError(f"{files.root}: {found}; remove them or add images")
     if files.labels is None:
-        raise UserError(f"--data_path {path}: {files.source} has no class folders, so no labels; {layout}")
-    dataset = LabelledImages(
-        files, transform or eval_transform(args), channels, getattr(args, "seed", 0), bad_images
-    )
-    dataset.sample_bytes = 4 * channels * math.prod(size_pair(args.input_size))  # of float32 samples
-    return dataset
-
-
-def _folders(files: ImageFiles) -> list[str]:
-    """Visible folders directly in the split's folder."""
-    if not os.path.isdir(files.source):
-        return []
-    with os.scandir(files.source) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _folders_without_images(files: ImageFiles) -> list[str]:
-    folders = _folders(files)
-    if files.classes is not None:
-        used = set(files.classes)
-    else:
-        used = (
-            {files.paths.name(i).split(os.sep, 1)[0] for i in range(len(files.paths))} if folders else set()
-        )
-    return [name for name in folders if name not in used]
+        place = f"--data_path {args.data_path}: {files.source}"
+        raise UserError(f"{place} has no class folders, so no labels; {layout}")
+    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
+    return LabelledImages(files, transform or eval_transform(args), *options)
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:
@@ -103,7 +75,7 @@ def check_classes(train: LabelledImages, val: LabelledImages) -> None:
         texts = []
         for one, two in ((train, val), (val, train)):
             alone = sorted(set(one.classes) - set(two.classes))
-            texts.append(f"only in {one.files.root}: {', '.join(alone[:5]) or 'none'}")
+            texts.append(f"only in {one.files.root}: {some(map(printable, alone)) or 'none'}")
         raise UserError(f"the classes of train and val differ ({'; '.join(texts)})")
 
 

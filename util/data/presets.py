@@ -1,4 +1,4 @@
-"""The recipes' transforms: path of an image -> normalised float32 tensor.
+"""The recipes' transforms: image, as `LabelledImages` decodes it -> normalised float32 (C, H, W).
 
 Fine-tuning augments with timm's `create_transform` (RandAugment, erasing), probing with one TensorFlow-style
 crop and a flip; evaluation resizes and takes the centre. Grey and RGB pictures go through Pillow as in the
@@ -19,25 +19,17 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from util.crop import RandomResizedCrop
-from util.data.read import MODES, open_pil, read_image
 from util.data.transforms import channel_stats, crop_ratio, random_resized_crop_box, resize_crop
 from util.errors import UserError
 from util.sizes import size_pair
 
 CROP_SCALE = (0.08, 1.0)  # share of the picture's area in a training crop
 EVAL_SHARE = 0.875  # share of the resized picture's side that an evaluation sees
+Transform = Callable[[Image.Image | np.ndarray], torch.Tensor]
 
 
-def read_picture(path: str, channels: int) -> Image.Image:
-    """A grey (1 channel) or RGB (3) picture of any image file, or of a `.npy` array; raises BadImage."""
-    if str(path).lower().endswith(".npy"):
-        array = read_image(path, channels)
-        return Image.fromarray(array[:, :, 0] if channels == 1 else array)
-    return open_pil(path, MODES[channels])
-
-
-def train_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
-    """Fine-tuning's augmentation: path -> normalised float32 (C, H, W). `args`: see `build_dataset`."""
+def train_transform(args: Namespace) -> Transform:
+    """Fine-tuning's augmentation; `args`: see `build_dataset`."""
     channels, mean, std = _channels(args)
     erasing = dict(
         probability=getattr(args, "reprob", 0.0), mode=getattr(args, "remode", "pixel"),
@@ -45,7 +37,7 @@ def train_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
     )  # fmt: skip
     if channels not in (1, 3):
         erase = RandomErasing(**erasing, device="cpu") if erasing["probability"] > 0 else None
-        return _ArrayChain(channels, mean, std, _crop_and_flip(args.input_size), erase)
+        return _ArrayChain(mean, std, _crop_and_flip(args.input_size), erase)
     policy = getattr(args, "aa", None) or None
     try:
         chain = create_transform(
@@ -64,26 +56,26 @@ def train_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
     except (AssertionError, ValueError, KeyError) as error:  # timm's answers to a policy it does not know
         raise UserError(f"--aa {policy}: timm cannot make augmentation of it: {error}") from None
     _let_posterize_take_zero_bits(chain)
-    return _PictureChain(channels, chain)
+    return chain
 
 
-def probe_transform(args: Namespace) -> Callable[[str], torch.Tensor]:
-    """Probing's augmentation: one TensorFlow-style crop, flip; path -> normalised float32 (C, H, W)."""
+def probe_transform(args: Namespace) -> Transform:
+    """Probing's augmentation: one TensorFlow-style crop, and a flip."""
     channels, mean, std = _channels(args)
     size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
     if channels not in (1, 3):
-        return _ArrayChain(channels, mean, std, _crop_and_flip(size, tf_style=True), None)
+        return _ArrayChain(mean, std, _crop_and_flip(size, tf_style=True), None)
     steps = [
         RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize(mean, std),
     ]
-    return _PictureChain(channels, transforms.Compose(steps))
+    return transforms.Compose(steps)
 
 
-def eval_transform(args: Namespace, always_crop: bool = False) -> Callable[[str], torch.Tensor]:
-    """The evaluation's transform: resize, centre crop; path -> normalised float32 (C, H, W).
+def eval_transform(args: Namespace, always_crop: bool = False) -> Transform:
+    """The evaluation's transform: resize, centre crop.
 
     Up to 224 pixels the picture is resized to size / 0.875 before the crop, above to the size itself;
     `always_crop`: to size / 0.875 at any size, as probing does (256 for 224).
@@ -92,26 +84,14 @@ def eval_transform(args: Namespace, always_crop: bool = False) -> Callable[[str]
     size = size_pair(args.input_size)
     share = EVAL_SHARE if always_crop or max(size) <= 224 else 1.0
     if channels not in (1, 3):
-        return _ArrayChain(
-            channels, mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None
-        )
+        return _ArrayChain(mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None)
     steps = [_CentreResize(size, share), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return _PictureChain(channels, transforms.Compose(steps))
+    return transforms.Compose(steps)
 
 
 def _channels(args: Namespace) -> tuple[int, Sequence[float], Sequence[float]]:
     channels = getattr(args, "in_chans", 3)
     return channels, *channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
-
-
-class _PictureChain:
-    """path -> Pillow picture -> tensor."""
-
-    def __init__(self, channels: int, chain: Callable[[Image.Image], torch.Tensor]):
-        self.channels, self.chain = channels, chain
-
-    def __call__(self, path: str) -> torch.Tensor:
-        return self.chain(read_picture(path, self.channels))
 
 
 class _CentreResize:
@@ -141,14 +121,13 @@ def _centre_box(height: int, width: int, size: tuple[int, int], share: float) ->
 
 
 class _ArrayChain:
-    """path -> uint8 array -> box, resize[, flip] per channel -> normalised tensor[, erased]."""
+    """uint8 (H, W, C) -> box, resize[, flip] per channel -> normalised tensor[, erased]."""
 
-    def __init__(self, channels, mean, std, draw: Callable, erase: Callable | None):
-        self.channels, self.draw, self.erase = channels, draw, erase
+    def __init__(self, mean, std, draw: Callable, erase: Callable | None):
+        self.draw, self.erase = draw, erase
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
-    def __call__(self, path: str) -> torch.Tensor:
-        image = read_image(path, self.channels)
+    def __call__(self, image: np.ndarray) -> torch.Tensor:
         box, size, *flip = self.draw(image)
         pixels = resize_crop(image, box, size)
         if flip and flip[0]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import UserError
+from util.files import printable
 
 try:
     import simplejpeg
@@ -34,12 +35,6 @@ _WEAK_MAGIC = re.compile(rb"RIFF....WEBP|BM.{4}.*\0|P[1-6][\s#]", re.DOTALL)
 # Pillow's remarks about files that it reads all the same: every worker would print them.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def printable(path: str) -> str:
-    """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class BadImage(UserError):
@@ -94,7 +89,7 @@ def _look(head: bytes) -> str | None:
     return f"no image format known here (it starts with {head[:12]!r})"
 
 
-def probe_image(path: str) -> str | None:
+def sniff_header(path: str) -> str | None:
     """Looks at the first bytes of a file: None when an image starts like this, whatever the file's name;
     otherwise the reason in few words."""
     try:
@@ -167,6 +162,14 @@ def open_pil(path: str, mode: str = "RGB") -> Image.Image:
             return _decode_pil(file, mode)
     except Exception as error:  # on broken files Pillow raises whatever its parsers run into
         raise BadImage(path, _explain(error)) from None
+
+
+def read_picture(path: str, channels: int) -> Image.Image:
+    """A Pillow picture with 1 to 4 channels of any image file, or of a `.npy` array; raises BadImage."""
+    if str(path).lower().endswith(".npy"):
+        array = read_image(path, channels)
+        return Image.fromarray(array[:, :, 0] if channels == 1 else array)
+    return open_pil(path, MODES[channels])
 
 
 def read_image(path: str, channels: int = 3, use_simplejpeg: bool | None = None) -> np.ndarray:

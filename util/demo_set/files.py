@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from util.cli.parser import ArgumentParser, run_script
-from util.demo_set.scene import CLASSES, encode, render
 from util.errors import UserError
+from util.sizes import default_workers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSION = 1  # raise it when the drawing code changes: sets of another version are made again
+CLASSES = ("ball", "fish", "gear", "house", "leaf", "ring", "spiral", "star", "tree", "wheel")
 TRAIN, VAL = 200, 50  # pictures per class
 STAMP = ".mae_demo_set.json"
 OLD_AFTER_S = 3600  # age of a left-over work folder that no living process can own
@@ -59,7 +58,7 @@ def ensure_demo_data(root=None, log=None, train=TRAIN, val=VAL, workers=None) ->
     advice = "set MAE_DEMO_DATA to another folder, or give your own pictures with --data_path DIR"
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(root.parent) as locked:
+        with only_one(root) as locked:
             if is_complete(root, stamp):
                 return root
             if root.exists() and not is_ours(root):
@@ -68,7 +67,7 @@ def ensure_demo_data(root=None, log=None, train=TRAIN, val=VAL, workers=None) ->
             if log is not None:
                 count = len(CLASSES) * (train + val)
                 log(f"making the demo set in {root}: {count} pictures, once; this takes about half a minute")
-            make(root, stamp, workers or min(8, usable_cores()))
+            make(root, stamp, workers or min(8, default_workers(1)))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot make the demo set in {root}: {reason}; {advice}") from error
@@ -128,32 +127,24 @@ def remove_leftovers(root: Path, locked: bool) -> None:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path, patience_s: float = 120.0) -> Iterator[bool]:
-    """Waits until no other process of this machine is in here; yields False if there is no lock.
+def only_one(root: Path, patience_s: float = 120.0) -> Iterator[bool]:
+    """Waits until no other process makes the set in `root`; yields False if there is no lock to be had.
 
-    The lock is the system's, on the folder itself: it needs no file and ends with the process.
+    The lock ends with the process that holds it, however that ends.
     """
-    handle, locked = None, False
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl  # not on Windows
+    import filelock  # only needed once
 
-        handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience_s
-        while not locked and time.monotonic() < deadline:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                time.sleep(0.2)
+    path = root.with_name(f"{root.name}.lock")
+    lock = filelock.FileLock(path)
+    with contextlib.suppress(OSError, NotImplementedError):  # no more patience; a file system without locks
+        lock.acquire(patience_s, poll_interval=0.2)
     try:
-        yield locked
+        yield lock.is_locked
     finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            lock.release()
 
 
 def draw_all(folder: Path, train: int, val: int, workers: int) -> None:
@@ -202,6 +193,10 @@ def draw(
 
     A picture depends on its split, class and number only. Stops if `parent` is no longer the parent process.
     """
+    import numpy as np
+
+    from util.demo_set.scene import encode, render  # whoever only needs the folder need not load the painter
+
     keys = [
         (s, c, n) for s, count in enumerate((train, val)) for c in range(len(CLASSES)) for n in range(count)
     ]

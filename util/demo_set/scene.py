@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from util.demo_set.shapes import FAMILIES, TURN, clutter
 from util.demo_set.textures import TAU, background, blur, colour, contrasting, mix, noise, texture, to_image
 
-CLASSES = tuple(sorted(FAMILIES))
 SUPERSAMPLE = 3  # polygons are drawn at three times the size and averaged, for smooth edges
 
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from util.compute.precision import autocast, resolve_amp_dtype
 from util.data.labelled import LabelledImages
 from util.data.loader import build_loader
-from util.data.read import printable
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
+from util.files import printable, some
 from util.processes.collectives import gather, get_rank, get_world_size, warn
 
 
@@ -119,7 +119,7 @@ def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Ten
     bad = getattr(dataset, "bad", None)
     if bad is None or not (dropped := bad[indices] > 0).any():
         return columns
-    names = ", ".join(printable(dataset.files.paths[i]) for i in indices[dropped].tolist()[:5])
+    names = some(printable(dataset.files.paths[i]) for i in indices[dropped].tolist())
     warn(f"{int(dropped.sum())} images could not be decoded and are left out of the figures: {names}")
     return [column[~dropped] for column in columns]
 

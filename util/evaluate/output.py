@@ -1,15 +1,16 @@
 """Writes predictions and features: a table, a CSV file, an .npz file."""
 
+import contextlib
 import csv
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from util.data.read import printable
 from util.errors import UserError
 from util.evaluate.predict import Predictions
+from util.files import check_writable, printable, replacing
 
 
 def table(files: list[str], class_names: list[str], predictions: Predictions) -> str:
@@ -35,35 +36,22 @@ def table(files: list[str], class_names: list[str], predictions: Predictions) ->
 
 def check_output(flag: str, path: str) -> None:
     """Raises UserError unless a file can be written at `path`; leaves what is there alone."""
-    folder = os.path.dirname(path) or "."
-    probe = os.path.join(folder, f".write-test-{os.getpid()}")
     if os.path.isdir(path):
         raise UserError(f"{flag} {path}: is a folder; name a file")
-    try:
-        with open(probe, "wb"):
-            pass
-        os.remove(probe)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from None
+    check_writable(flag, os.path.dirname(path) or ".", f"{path}:", make=False)
 
 
 def write_csv(path: str, files: list[str], class_names: list[str], predictions: Predictions) -> None:
     """Writes path, class_1, probability_1, class_2, ...: a line per image, the best class first."""
     ranks = range(predictions.classes.shape[1])
 
-    def write(temporary: str) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["path", *(f"{name}_{i + 1}" for i in ranks for name in ("class", "probability"))]
-            )
-            for name, classes, shares in zip(
-                files, predictions.classes, predictions.probabilities, strict=True
-            ):
-                cells = ((class_names[i], f"{p:.6f}") for i, p in zip(classes, shares, strict=True))
-                writer.writerow([name, *(cell for pair in cells for cell in pair)])
-
-    _replace("--csv", path, write)
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with _replacing("--csv", path) as temporary, open(temporary, "w", **text) as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", *(f"{name}_{i + 1}" for i in ranks for name in ("class", "probability"))])
+        for name, classes, shares in zip(files, predictions.classes, predictions.probabilities, strict=True):
+            cells = ((class_names[i], f"{p:.6f}") for i, p in zip(classes, shares, strict=True))
+            writer.writerow([name, *(cell for pair in cells for cell in pair)])
 
 
 def write_features(
@@ -80,25 +68,15 @@ def write_features(
         "grid": np.array(grid),
     }
 
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-
-    _replace("--features", path, write)
+    with _replacing("--features", path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
-def _replace(flag: str, path: str, write: Callable[[str], None]) -> None:
-    """Puts what `write(temporary path)` writes in the place of `path`, as a whole or not at all."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def _replacing(flag: str, path: str) -> Iterator[Path]:
+    """`replacing`, with an error that names the flag."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as error:
-        with suppress(OSError):
-            os.remove(temporary)
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror or error})") from None
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from util.files import replacing
 
 MIN_PANEL_WIDTH, MAX_SCALED_HEIGHT = 160, 640  # pixels
 BACKGROUND, INK, FAINT_INK, RULE = (255, 255, 255), (24, 24, 27), (95, 95, 105), (200, 200, 206)
@@ -126,17 +127,7 @@ def grid_tensor(image: Image.Image) -> np.ndarray:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> str | os.PathLike:
-    """Writes `image` to `path` as a whole or not at all and returns `path`; OSError when it cannot.
-
-    The temporary file lies in the same folder, so that the rename is atomic: no viewer meets half a picture.
-    """
-    folder, name = os.path.split(os.fspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
+    """Writes `image` to `path` as a whole or not at all and returns `path`; OSError when it cannot."""
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
     return path

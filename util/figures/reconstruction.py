@@ -15,22 +15,7 @@ from torch import Tensor
 
 from util.data.read import open_pil
 from util.errors import UserError
-from util.figures.canvas import draw_grid, grid_tensor, panel_pixels, save_png
-
-__all__ = [
-    "BORROWED_STATISTICS",
-    "PANELS",
-    "column_headings",
-    "draw_grid",
-    "grid_tensor",
-    "mask_noise",
-    "panel_pixels",
-    "ratio_grid",
-    "read_mask",
-    "reconstruct",
-    "reconstruction_grid",
-    "save_png",
-]
+from util.figures.canvas import draw_grid
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
 BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix_loss model must say

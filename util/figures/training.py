@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from util.data.transforms import normalize_batch
-from util.figures.reconstruction import grid_tensor, reconstruction_grid, save_png
+from util.figures.canvas import grid_tensor, save_png
+from util.figures.reconstruction import reconstruction_grid
 from util.processes.collectives import warn
 from util.rng import fixed_noise
 

@@ -15,10 +15,15 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
-def warn(message: str) -> None:
+def note(message: str) -> None:
     """Prints on standard error on any process, with its rank when there are several."""
     rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
-    print(f"{rank}warning: {message}\n", end="", file=sys.stderr, flush=True)  # one write: of threads too
+    print(f"{rank}{message}\n", end="", file=sys.stderr, flush=True)  # one write: of threads too
+
+
+def warn(message: str) -> None:
+    """As `note`, of what may be wrong."""
+    note(f"warning: {message}")
 
 
 def get_world_size() -> int:

@@ -9,6 +9,8 @@ precision would also round norms and position tables to 16 bits.)
 All that is not training takes a `full_copy`, a plain model that any process may call as often as it likes.
 Checkpoints hold whole tensors: `util.run.writer.snapshot` gathers them, one at a time, and `load_state` and
 `split_optimizer_state` take this process's share, so that runs with and without --fsdp read each other's.
+(`torch.distributed.checkpoint.state_dict` would name the optimizer's entries by parameter, not by number, and
+have a fresh optimizer make a step.)
 """
 
 import contextlib
@@ -45,15 +47,11 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module
     Raises:
         UserError: this version of torch cannot do it on `device`.
     """
-    old = device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event")
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        old = True
-    if old:
-        where = "on CPU" if device.type == "cpu" else "here"
-        raise UserError(f"--fsdp: does not work {where} with torch {torch.__version__}; install a newer one")
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(f"--fsdp: does not work on CPU with torch {torch.__version__}; install a newer one")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # The loss does not change the view in place that this speaks of, and nobody else uses it
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     empty = {
@@ -99,14 +97,8 @@ def own_share(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = like.device_mesh, like.placements
-    chunks = tensor.chunk(mesh.size(), dim=placements[0].dim)  # as FSDP2 cuts: the last ones may get nothing
-    rank = mesh.get_local_rank()
-    share = chunks[rank] if rank < len(chunks) else tensor.narrow(placements[0].dim, 0, 0)
-    share = share.to(like.to_local(), copy=True)
-    return DTensor.from_local(
-        share, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    everywhere = DTensor.from_local(tensor.to(like.device, like.dtype), like.device_mesh, run_check=False)
+    return everywhere.redistribute(placements=like.placements)  # of what each has: nothing is sent
 
 
 def load_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -121,16 +113,14 @@ def split_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> dict
     Args:
         state: {number of the parameter: {name: tensor or number}}, as in `optimizer.state_dict()`.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
 
     def split(value, like):
-        fits = isinstance(value, torch.Tensor) and value.shape == like.shape
+        fits = isinstance(value, torch.Tensor) and like is not None and value.shape == like.shape
         return own_share(value, like) if fits else value
 
     return {
-        number: {name: split(value, parameters[number]) for name, value in entry.items()}
-        if number in range(len(parameters)) and is_sharded(parameters[number])
-        else entry
+        number: {name: split(value, parameters.get(number)) for name, value in entry.items()}
         for number, entry in state.items()
     }
 

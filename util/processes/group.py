@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 import time
+import uuid
 from argparse import Namespace
 from datetime import timedelta
 
@@ -14,14 +16,14 @@ import torch.distributed as dist
 
 from util.errors import UserError
 from util.processes import watch
-from util.processes.collectives import all_reduce_sum, barrier, get_rank
+from util.processes.collectives import all_reduce_sum, barrier, gather, note
 
 
 def find_processes(args: Namespace) -> tuple[int, int, int] | None:
     """(rank, world size, local rank) from the environment of OpenMPI, torchrun or srun; None: a single
     process.
 
-    Under srun also sets MASTER_ADDR and MASTER_PORT where they are missing.
+    Under srun also sets MASTER_ADDR, MASTER_PORT and LOCAL_WORLD_SIZE where they are missing.
     """
     env = os.environ
     try:
@@ -30,13 +32,15 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
         if "RANK" in env and "WORLD_SIZE" in env:
             local_rank = int(env.get("LOCAL_RANK", max(getattr(args, "local_rank", -1), 0)))
             return int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank
-        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if "SLURM_PROCID" in env and (tasks := int(env.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
             from util.processes.nodes import master_address, master_port
 
-            nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-            env.setdefault("MASTER_ADDR", master_address(nodes))
-            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])))
-            return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+            nodes, count = env.get("SLURM_STEP_NODELIST"), int(env.get("SLURM_STEP_NUM_NODES", "1"))
+            start = int(env["SLURM_STEP_ID"]) + int(env.get("SLURM_RESTART_COUNT", "0"))
+            env.setdefault("MASTER_ADDR", master_address(nodes or env["SLURM_JOB_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(master_port(env["SLURM_JOB_ID"], start)))
+            env.setdefault("LOCAL_WORLD_SIZE", str(math.ceil(tasks / count)))
+            return int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"])
     except KeyError as missing:
         raise UserError(f"the launcher did not set {missing} in the environment") from None
     return None
@@ -61,19 +65,17 @@ def init_distributed_mode(args: Namespace) -> None:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         args.gpu %= max(torch.cuda.device_count(), 1)  # srun --gpus-per-task shows a process its own one only
-    url, minutes = getattr(args, "dist_url", "env://"), getattr(args, "dist_timeout", 30)
+    url, patience = getattr(args, "dist_url", "env://"), timedelta(minutes=getattr(args, "dist_timeout", 30))
     if url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
     try:
         if on_gpu:
             torch.cuda.set_device(args.gpu)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            url,
-            rank=args.rank,
-            world_size=args.world_size,
-            timeout=timedelta(minutes=minutes),
-        )
+        store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
+        store.set_timeout(patience)
+        known = dict(rank=args.rank, world_size=args.world_size, timeout=patience)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=_own_part(store), **known)
+        part = gather(uuid.uuid4().hex)[0]
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
     except (RuntimeError, ValueError, AssertionError) as error:
         lines = str(error).strip().splitlines()
@@ -85,7 +87,18 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError(
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
-    watch.start(args.rank, args.world_size, url)
+    watch.start(args.rank, args.world_size, store, part)
+
+
+def _own_part(store: dist.Store) -> dist.Store:
+    """A part of `store` without the addresses of processes before: torchrun keeps it for all its tries.
+
+    Of several machines each counts its own tries, so there `store` is as torchrun gives it.
+    """
+    env = os.environ
+    if env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
+        return store
+    return dist.PrefixStore(f"try-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def lost_contact(error: BaseException) -> str | None:
@@ -105,10 +118,11 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
     """
     first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
     if first:
-        print(f"[rank {get_rank()}] {message}", file=sys.stderr, flush=True)
+        note(message)
     if (first or own_fault) and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        # torchrun ends the log with it; torch's own handler would write the whole traceback of a mistake
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": message, "extraInfo": extra}}  # torchrun ends the log with it
+        content = {"message": {"message": message, "extraInfo": extra}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
     sys.stdout.flush()

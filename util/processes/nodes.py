@@ -32,11 +32,11 @@ def master_address(nodelist: str) -> str:
     return host
 
 
-def master_port(job_id: str, start: str = "0") -> int:
+def master_port(job_id: str, start: int = 0) -> int:
     """A port below those that systems give out themselves, from the job's id and the number of its start or
     step: the same on all processes, and another one than for jobs that may run on the same node.
     """
-    return 10000 + (int(re.sub(r"\D", "", job_id)) + 1000 * int(start)) % 20000
+    return 10000 + (int(re.sub(r"\D", "", job_id)) + 1000 * start) % 20000
 
 
 def run_command(*words: str) -> subprocess.CompletedProcess:

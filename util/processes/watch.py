@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from datetime import timedelta
-from urllib.parse import urlparse
 
 import torch.distributed as dist
 
@@ -20,25 +19,27 @@ PATIENCE = 4.0  # seconds to wait for another process's reason when a collective
 
 _thread: threading.Thread | None = None
 _stop = threading.Event()
-_address: tuple[str, int] | None = None
-_rank = 0
+_place: tuple[str, int, str] | None = None  # host, port, part of the store
 
 
-def _connect() -> dist.TCPStore:
-    return dist.TCPStore(*_address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+def _connect() -> dist.Store:
+    *server, part = _place  # a connection of its own: one that waits for a key makes others wait
+    patience = timedelta(seconds=10)
+    store = dist.TCPStore(*server, is_master=False, wait_for_workers=False, timeout=patience)
+    return dist.PrefixStore(f"watch/{part}", store)
 
 
-def start(rank: int, world_size: int, url: str) -> None:
-    """Starts the watch after the processes have met at `url` ("env://" or "tcp://HOST:PORT")."""
-    global _thread, _address, _rank
-    if url.startswith("tcp://"):
-        parsed = urlparse(url)
-        _address = (parsed.hostname, parsed.port)
-    elif url == "env://":
-        _address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    else:
+def start(rank: int, world_size: int, store: dist.Store, part: str) -> None:
+    """Starts the watch after the processes have met at `store`.
+
+    Args:
+        part: a name that all have agreed on, and no processes before: torchrun keeps the store when it starts
+            all again (`--max_restarts`), and with it why the first try failed.
+    """
+    global _thread, _place
+    if not isinstance(store, dist.TCPStore):
         return  # a shared file has no server to beat at; the collectives' time-out remains
-    _rank = rank
+    _place = (store.host, store.port, part)
     _stop.clear()
     _thread = threading.Thread(target=_watch, args=(rank, world_size), daemon=True, name="watch")
     _thread.start()
@@ -46,24 +47,23 @@ def start(rank: int, world_size: int, url: str) -> None:
 
 def stop() -> None:
     """Ends the watch: from now on processes may leave."""
-    global _thread, _address
+    global _thread, _place
     if _thread is not None:
         _stop.set()
         _thread.join(timeout=15)
-    _thread = _address = None
+    _thread = _place = None
 
 
 def _watch(rank: int, world_size: int) -> None:
     neighbour = (rank + 1) % world_size
     try:
         store = _connect()
-        beat, seen, since = 0, None, time.monotonic()
+        seen, since = None, time.monotonic()
         while not _stop.wait(INTERVAL):
-            beat += 1
-            store.set(f"watch/beat/{rank}", str(beat))
-            if store.check(["watch/reason"]):
+            store.add(f"beats/{rank}", 1)
+            if store.check(["reason"]):
                 leave(1)
-            now = store.get(f"watch/beat/{neighbour}") if store.check([f"watch/beat/{neighbour}"]) else None
+            now = store.add(f"beats/{neighbour}", 0)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
@@ -82,16 +82,18 @@ def claim(reason: str, wait_seconds: float = 0.0) -> bool:
 
     Waits up to `wait_seconds` for another one's reason first.
     """
-    if _address is None:
+    if _place is None:
         return True
     try:
         store = _connect()
         deadline = time.monotonic() + wait_seconds
         while time.monotonic() < deadline:
-            if store.check(["watch/reason"]):
+            if store.check(["reason"]):
                 return False
             time.sleep(0.2)
-        return store.add("watch/claims", 1) == 1 and (store.set("watch/reason", reason) or True)
+        if first := store.add("claims", 1) == 1:
+            store.set("reason", reason)
+        return first
     except (RuntimeError, OSError):
         return True
 

@@ -5,8 +5,6 @@ The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `mai
 """
 
 import argparse
-import os
-from pathlib import Path
 
 import torch
 
@@ -14,6 +12,7 @@ import models_vit
 from util.cli.flags import at_least, check_flags
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
+from util.files import check_writable
 from util.processes.collectives import is_main_process, log, warn
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
@@ -59,15 +58,8 @@ def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentPar
 
 def make_report_dir(folder: str) -> None:
     """Makes the folder of a result that is not a checkpoint; raises UserError unless it can be written."""
-    if not folder or not is_main_process():
-        return
-    probe = Path(folder) / f".write-test-{os.getpid()}"
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    if folder and is_main_process():
+        check_writable("--output_dir", folder)
 
 
 def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) -> Checkpoint | None:

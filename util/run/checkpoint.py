@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from util.errors import TrainingError, UserError
+from util.files import check_writable
 from util.processes.collectives import get_world_size, is_main_process, warn
 from util.processes.fsdp import is_sharded
 from util.run.writer import BackgroundWriter, save_checkpoint, snapshot
@@ -28,17 +29,10 @@ def prepare_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
     _writer.failed = False  # of an earlier run in this process
     if not output_dir or not is_main_process():
         return
-    probe = Path(output_dir) / f".write-test-{os.getpid()}"
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        for left in Path(output_dir).glob(".checkpoint-*.tmp-*"):
-            left.unlink()  # of a save that was killed
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
-    except OSError as error:
+    check_writable("--output_dir", output_dir)
+    for left in Path(output_dir).glob(".checkpoint-*.tmp-*"):
         with contextlib.suppress(OSError):
-            probe.unlink()
-        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
+            left.unlink()  # of a save that was killed
     needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(output_dir).free
     if free < needed:

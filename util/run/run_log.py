@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
+from util.files import replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
@@ -80,10 +81,9 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
                 there = there or epoch == start_epoch - 1
                 if epoch < start_epoch:
                     kept.append(line + "\n")
-        temporary = path.with_name(f".log.txt.tmp-{os.getpid()}")
         try:
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
         except OSError as error:
             warn(f"{path}: not rewritten: {error.strerror or error}")
     return gather(there or not output_dir)[0]

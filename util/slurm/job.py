@@ -19,7 +19,7 @@ import time
 from util.cli.parser import errors_in_one_line
 from util.errors import TrainingError
 from util.processes import signals
-from util.processes.nodes import master_address, master_port, run_command
+from util.processes.nodes import run_command
 from util.sizes import default_workers
 
 LOCAL_RESTART = 144  # exit status with which a local job asks to be started again, as submitit's
@@ -50,7 +50,8 @@ class TrainingJob:
         from util.weights.files import list_checkpoints
 
         with errors_in_one_line(self.script):
-            set_up_processes(env)
+            if env.cluster == "slurm":  # whose own variables `find_processes` reads
+                forget_launcher()
             set_up_arguments(self.args, env)
             newest = list_checkpoints(self.args.output_dir)[:1]
             try:
@@ -61,27 +62,11 @@ class TrainingJob:
                 sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
 
 
-def set_up_processes(env) -> None:
-    """Tells `util.processes.group.init_distributed_mode` what submitit's `JobEnvironment` knows."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # of the shell that submitted
-    if env.num_tasks == 1:
-        return
-    address, start = "127.0.0.1", "0"
-    if env.cluster == "slurm":
-        address = master_address(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
-        start = os.environ.get("SLURM_RESTART_COUNT", "0")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # at some sites a process sees its own GPU only
-    gpu = env.local_rank % len(visible.split(",")) if visible else env.local_rank
-    known = {
-        "RANK": env.global_rank,
-        "WORLD_SIZE": env.num_tasks,
-        "LOCAL_RANK": gpu,
-        "LOCAL_WORLD_SIZE": env.num_tasks // env.num_nodes,
-        "MASTER_ADDR": address,
-        "MASTER_PORT": master_port(env.job_id, start),
-    }
-    os.environ.update({name: str(value) for name, value in known.items()})
+def forget_launcher() -> None:
+    """Removes what torchrun or the like told the shell that submitted: a job's processes are others."""
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_USE_AGENT_STORE"
+    for name in names.split():
+        os.environ.pop(name, None)
 
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from util.errors import UserError
+from util.files import check_writable
 from util.processes import signals
-from util.slurm.job import LOCAL_RESTART, TrainingJob
+from util.processes.nodes import master_port
+from util.slurm.job import LOCAL_RESTART, TrainingJob, forget_launcher
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -33,25 +34,20 @@ def check_job_dir(job_dir: str) -> None:
     from submitit.core.utils import JobPaths
 
     folder = JobPaths.get_first_id_independent_folder(job_dir)
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
-        raise UserError(f"--job_dir {job_dir}: {folder} cannot be written ({reason})") from None
+    check_writable("--job_dir", folder, f"{job_dir}: {folder}")
 
 
 def run_here(job: TrainingJob, args: argparse.Namespace) -> int:
     """Runs the job on this machine, shows its first process's log, and returns the highest exit status.
 
     The time limit holds as under SLURM. Signals go to the job: after SIGINT or SIGTERM it has saved and ends,
-    after SIGUSR1 or SIGUSR2 it has saved and starts again.
+    after SIGUSR1 or SIGUSR2 it has saved and starts again. (submitit's own local jobs pass SIGTERM on alone,
+    kill a save that takes longer than a second, and forget the exit statuses.)
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     check_job_dir(args.job_dir)
+    forget_launcher()
     # Process ids come again: a folder of the same name would be one to go on from
     job_id, count = time.strftime("%Y%m%d%H%M%S") + str(os.getpid()), args.tasks_per_node
     paths = [JobPaths(args.job_dir, job_id, rank) for rank in range(count)]
@@ -87,14 +83,17 @@ def run_here(job: TrainingJob, args: argparse.Namespace) -> int:
 
 
 def start_process(command: list[str], paths, job_id: str, rank: int, count: int) -> subprocess.Popen:
-    """Starts one process of a local job, as submitit's own local jobs are told who they are."""
+    """Starts one process of a local job, which is told who it is as by submitit and, of several, torchrun."""
     known = {"JOB_ID": job_id, "NTASKS": count, "JOB_NUM_NODES": 1, "NODEID": 0}
     known |= {"GLOBALID": rank, "LOCALID": rank}
-    env = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in known.items()}
+    env = {f"SUBMITIT_LOCAL_{name}": value for name, value in known.items()} | {"SUBMITIT_EXECUTOR": "local"}
+    if count > 1:
+        env |= {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": master_port(job_id)}
     with open(paths.stdout, "a") as out, open(paths.stderr, "a") as err:
         return subprocess.Popen(
             command,
-            env=os.environ | env | {"SUBMITIT_EXECUTOR": "local"},
+            env=os.environ | {name: str(value) for name, value in env.items()},
             stdout=out,
             stderr=err,
             start_new_session=True,  # signals of the terminal come through the launcher, once

@@ -1,15 +1,14 @@
 """One image of a data set copied, made smaller where it is large; see `tools.resize_dataset`."""
 
-import contextlib
 import errno
 import os
 import shutil
-import tempfile
 
 import numpy as np
 from PIL import Image
 
-from util.data.read import BadImage, open_pil, printable, probe_image, read_image
+from util.data.read import BadImage, open_pil, read_image, sniff_header
+from util.files import printable, replacing
 
 _FORMATS = {"MPO": "JPEG", "GIF": "PNG"}  # what is written for them; the others stay what they are
 _OPTIONS = {"TIFF": {"compression": "tiff_deflate"}, "JPEG": {"subsampling": "4:2:0"}}
@@ -61,32 +60,27 @@ def copy_image(source: str, target: str, spare: str, short: int, quality: int) -
     Raises:
         BadImage: `source` cannot be read. CannotWrite: `target` cannot be written.
     """
-    if reason := probe_image(source):
+    if reason := sniff_header(source):
         raise BadImage(source, reason)
     try:
         times = os.stat(source)
         content, options = _small_copy(source, short, quality)
     except OSError as error:
         raise BadImage(source, error.strerror or str(error)) from None
-    temporary = None
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=spare, delete=False) as file:
-            temporary = file.name
+        with replacing(
+            target, spare, flush=False
+        ) as temporary:  # a power cut costs some images, said to be done
             if content is None:
-                with open(source, "rb") as original:
-                    shutil.copyfileobj(original, file)
+                shutil.copyfile(source, temporary)
             elif isinstance(content, np.ndarray):
-                np.save(file, content)
+                with open(temporary, "wb") as file:  # np.save would give a path its own extension
+                    np.save(file, content)
             else:
-                content.save(file, **options)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.utime(temporary, ns=(times.st_mtime_ns, times.st_mtime_ns))
-        os.replace(temporary, target)
+                content.save(temporary, **options)
+            os.utime(temporary, ns=(times.st_mtime_ns, times.st_mtime_ns))
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         if error.errno == errno.ENAMETOOLONG:
             raise BadImage(source, "the name of its copy would be too long") from None
         raise CannotWrite(f"{printable(target)}: {error.strerror or error}") from None
@@ -125,9 +119,3 @@ def _small_array(source: str, short: int) -> np.ndarray | None:
     width, height = small_size((shape[1], shape[0]), short)
     bands = [np.asarray(scale(Image.fromarray(band), (width, height))) for band in np.moveaxis(array, 2, 0)]
     return np.stack(bands, axis=2) if len(shape) == 3 else bands[0]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

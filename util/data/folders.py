@@ -1,0 +1,83 @@
+"""Lists the folders of a data set, and asks a file system many small questions at once."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from util.data.read import IMG_EXTENSIONS
+
+THREADS = 16  # they wait for the disk or the network, not for the processor
+
+
+def ask_all(question: Callable, items: Sequence) -> Iterator:
+    """question(item) of every item, in their order, in threads; raises what the first failing one raises."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(question, items)
+
+
+@dataclass(slots=True)
+class Folder:
+    """A folder's visible entries.
+
+    name: relative to the root, "" for itself. images: names, sorted, with zero bytes between; as strings a
+    million would take 80 MB more. count: of them. others: how many other files have each extension.
+    folders: names of folders and links to folders, sorted.
+    """
+
+    name: str
+    images: bytes = b""
+    count: int = 0
+    others: Counter = field(default_factory=Counter)
+    folders: list[str] = field(default_factory=list)
+
+
+def list_folders(root: str) -> list[Folder]:
+    """`root` and all folders in it, level by level: the order does not depend on what answers first.
+
+    Hidden entries are passed over. A link to a folder is followed unless it leads back to one that it is in.
+
+    Raises:
+        OSError: a folder cannot be read; `filename` says which.
+    """
+
+    def look(task: tuple[str, tuple]) -> tuple[Folder | None, tuple]:
+        name, above = task
+        path = os.path.join(root, name) if name else root
+        try:
+            info = os.stat(path)
+            identity = (info.st_dev, info.st_ino)
+            return (None, ()) if identity in above else (_list(path, name), (*above, identity))
+        except OSError as error:
+            error.filename = path  # missing if reading broke off inside the folder
+            raise
+
+    found, tasks = [], [("", ())]
+    while tasks:
+        level = [(folder, above) for folder, above in ask_all(look, tasks) if folder is not None]
+        found += [folder for folder, _ in level]
+        tasks = [(os.path.join(f.name, inner), above) for f, above in level for inner in f.folders]
+    return found
+
+
+def _list(path: str, name: str) -> Folder:
+    folder, images = Folder(name), []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                is_folder = False
+            extension = os.path.splitext(entry.name)[1].lower()
+            if is_folder:
+                folder.folders.append(entry.name)
+            elif extension in IMG_EXTENSIONS:
+                images.append(entry.name)
+            else:
+                folder.others[extension] += 1
+    folder.folders.sort()
+    folder.count, folder.images = len(images), b"\0".join(map(os.fsencode, sorted(images)))
+    return folder
