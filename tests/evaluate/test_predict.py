@@ -17,7 +17,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.cli.parser import ArgumentParser, parse_args, run_script
 from util.data.presets import eval_transform
-from util.data.read import read_picture
+from util.data.read import read_image, read_picture
 from util.errors import UserError
 from util.evaluate.features import encoder_features
 
@@ -65,7 +65,9 @@ def images_of(paths, always_crop=False, **change):
 
     options = {**{name: INFO[name] for name in ("input_size", "in_chans", "mean", "std")}, **change}
     transform = eval_transform(Namespace(**options), always_crop=always_crop)
-    return torch.stack([transform(read_picture(str(path), options["in_chans"])) for path in paths])
+    channels = options["in_chans"]
+    read = read_picture if channels in (1, 3) else read_image
+    return torch.stack([transform(read(str(path), channels)) for path in paths])
 
 
 def read_csv(path):

@@ -65,24 +65,19 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.files.paths)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> tuple[torch.Tensor, int, int]:
-        epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
-        return self._samples(epoch, index, repeat)[0]
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[int | tuple[int, ...]]) -> list[tuple[torch.Tensor, int, int]]:
-        """The samples of a batch; a DataLoader asks for them so."""
-        samples = []
-        for pair, group in itertools.groupby(keys, lambda key: key[:2] if isinstance(key, tuple) else key):
-            group = list(group)
-            if len(group) > 1 and isinstance(pair, tuple) and len(group[0]) > 2:
-                samples += self._samples(*pair, [key[2] for key in group])
-            else:
-                samples += [self[key] for key in group]
+        """The samples of a batch; a DataLoader asks for them so. What comes again in a row is read once."""
+        samples, full = [], [(*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0) for key in keys]
+        for (epoch, index), group in itertools.groupby(full, lambda key: key[:2]):
+            samples += self._samples(epoch, index, [repeat for *_, repeat in group])
         return samples
 
     def _samples(self, epoch: int, index: int, repeats: list[int]) -> list[tuple[torch.Tensor, int, int]]:
-        """Samples of one image, which is read once; one if `repeats` is empty."""
+        """Samples of one image, which is read once."""
         position = self.position(index)
-        draws = [(self.seed, epoch, index, *([repeat] if repeat else [])) for repeat in repeats or [0]]
+        draws = [(self.seed, epoch, index, *([repeat] if repeat else [])) for repeat in repeats]
         while True:
             try:
                 images = self.read(self.files.paths[position], draws)
