@@ -7,7 +7,7 @@ import torch
 
 from util import lr_sched
 from util.compute.precision import autocast, resolve_amp_dtype
-from util.compute.prefetch import OnDevice
+from util.compute.prefetch import DevicePrefetcher
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_batch
 from util.evaluate.exact import closing_line, predict_samples, summarize
 from util.processes.collectives import get_rank, log
@@ -68,7 +68,7 @@ def train_one_epoch(
     def move(batch: list) -> list[torch.Tensor]:
         return [normalize_batch(batch[0], device, mean, std), batch[1].to(device, non_blocking=True)]
 
-    batches = OnDevice(data_loader, device, move)
+    batches = DevicePrefetcher(data_loader, device, move)
     batches = metrics.log_every(batches, print_freq, f"Epoch: [{epoch}]", start)
     for step, (batch, (images, targets)) in enumerate(batches, start):
         if step % accum_iter == 0:

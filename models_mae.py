@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
-from torch.nn.functional import linear
 
 from util.compute.blocks import Block, run_blocks
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -87,18 +86,20 @@ class MaskedAutoencoderViT(nn.Module):
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_2d_sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size, cls_token=True)
             table.copy_(torch.from_numpy(values).unsqueeze(0))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(self._init_weights)
         # The patch convolution is a linear layer on flattened patches and is drawn as one
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, L, p * p * C); inside a patch: row, column, channel."""
@@ -126,17 +127,22 @@ class MaskedAutoencoderViT(nn.Module):
         """
         n, length, _ = x.shape
         keep = int(length * (1 - mask_ratio))
-        ids_shuffle = draw_order(n, length, x.device, noise)  # (N, L)
+        if noise is None:
+            noise = torch.rand(n, length, device=x.device)
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # (N, L)
         ids_restore = torch.argsort(ids_shuffle, dim=1)  # (N, L)
-        x = take(x, ids_shuffle[:, :keep])  # (N, K, D)
+        x = gather_tokens(x, ids_shuffle[:, :keep])  # (N, K, D)
         mask = (ids_restore >= keep).float()  # (N, L)
         return x, mask, ids_restore
 
     def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
         """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        if imgs.shape[1:] != (self.in_chans, *self.img_size):
+            sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
+            raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
         x = self.patch_embed(imgs)  # (N, L, D)
         x = x + self.pos_embed[:, 1:]  # before masking: a token keeps its place
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, K, D)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, *given(noise))  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
@@ -148,7 +154,7 @@ class MaskedAutoencoderViT(nn.Module):
         n, length = ids_restore.shape
         mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1)  # (N, L, E), shuffled
-        patches = take(patches, ids_restore)  # image order
+        patches = gather_tokens(patches, ids_restore)  # image order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1 + L, E)
         x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
@@ -159,97 +165,38 @@ class MaskedAutoencoderViT(nn.Module):
         Args:
             imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch was removed.
         """
-        target = self.make_target(self.patchify(imgs))  # (N, L, p * p * C)
+        target = self.patchify(imgs)  # (N, L, p * p * C)
+        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (N, L, 1), unbiased
+            target = (target - mean) / (variance + 1e-6).sqrt()
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (N, L)
         return (loss * mask).sum() / mask.sum()
 
-    def make_target(self, patches: torch.Tensor) -> torch.Tensor:
-        """What is predicted for patches (N, any number, p * p * C), in at least float32."""
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        if not self.norm_pix_loss:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
-        return (patches - mean) / (variance + 1e-6).sqrt()
-
-    def loss_of_removed(self, imgs: torch.Tensor, ids_shuffle: torch.Tensor, keep: int) -> torch.Tensor:
-        """The loss of `forward` without what it does not need: no kept patch is predicted or passes the
-        decoder's last MLP, no removed one is embedded.
-
-        The decoder's tokens stay shuffled, each with the row of the position table that belongs to it. Its
-        blocks treat a token the same at any place, so nothing else changes, and the removed patches are those
-        at the end. No random draw, sync or shape that depends on data: `compile` makes it one graph.
-
-        Args:
-            imgs: (N, C, H, W); ids_shuffle: (N, L), the order of `draw_order`; keep: how many stay, K.
-        """
-        patches, (ids_keep, ids_remove) = self.patchify(imgs), (ids_shuffle[:, :keep], ids_shuffle[:, keep:])
-        # The patch convolution as a linear layer; its weight is (D, C, p, p), a patch (p, p, C)
-        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
-        x = linear(take(patches, ids_keep), weight.permute(0, 2, 3, 1).flatten(1), bias)  # (N, K, D)
-        x = self.patch_embed.norm(x) + self.pos_embed[0, 1:][ids_keep]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = run_blocks(self.blocks, torch.cat([cls_token, x], dim=1), self.grad_checkpointing)
-
-        x = self.decoder_embed(self.norm(x))  # (N, 1 + K, E)
-        mask_tokens = self.mask_token.expand(len(x), ids_remove.shape[1], -1)
-        table = self.decoder_pos_embed
-        places = torch.cat([table[:, :1].expand(len(x), -1, -1), table[0, 1:][ids_shuffle]], dim=1)
-        x = torch.cat([x, mask_tokens.to(x.dtype)], dim=1) + places  # (N, 1 + L, E)
-        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing, start=1 + keep)  # (N, L - K, E)
-        pred = self.decoder_pred(self.decoder_norm(x))  # (N, L - K, p * p * C)
-
-        target = self.make_target(take(patches, ids_remove))
-        return (pred.to(target.dtype) - target).square().mean()
-
-    def forward(
-        self,
-        imgs: torch.Tensor,
-        mask_ratio: float = 0.75,
-        noise: torch.Tensor | None = None,
-        loss_only: bool = False,
-    ):
-        """Masks, encodes, decodes and scores a batch.
+    def forward(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+        """Masks, encodes, decodes and scores a batch: all that training computes.
 
         Args:
             imgs: (N, C, H, W), normalised.
             mask_ratio: share of patches to remove.
             noise: (N, L) fixes the masking, the smallest values are kept; default: drawn anew.
-            loss_only: return the loss alone, the same to rounding and with the same masking, for less work.
 
         Returns:
             loss (scalar; NaN if no patch is removed), pred (N, L, p * p * C), mask (N, L) with 0 = kept,
             1 = removed.
         """
-        if loss_only and not self.is_changed():
-            if imgs.shape[1:] != (self.in_chans, *self.img_size):
-                sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
-                raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
-            length = self.patch_embed.num_patches
-            ids_shuffle = draw_order(len(imgs), length, imgs.device, noise)
-            return self.loss_of_removed(imgs, ids_shuffle, int(length * (1 - mask_ratio)))
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *given(noise))
         pred = self.forward_decoder(latent, ids_restore)
         loss = self.forward_loss(imgs, pred, mask)
-        return loss if loss_only else (loss, pred, mask)
-
-    def is_changed(self) -> bool:
-        """Whether a subclass or an assignment has replaced a part that `loss_of_removed` does without."""
-        parts = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
-        embed = self.patch_embed
-        return (type(embed), type(embed.proj)) != (PatchEmbed, nn.Conv2d) or any(
-            name in vars(self) or getattr(type(self), name) is not getattr(MaskedAutoencoderViT, name)
-            for name in parts
-        )
+        return loss, pred, mask
 
 
-def draw_order(n: int, length: int, device, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, L) indices that sort the masking noise (N, L), drawn here if not given: a shuffle of each row."""
-    if noise is None:
-        noise = torch.rand(n, length, device=device)
-    return torch.argsort(noise, dim=1, stable=True)
+def given(noise: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The last argument of a call, left out where it is None: an override need not know it."""
+    return () if noise is None else (noise,)
 
 
-def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens (N, L, D) at the places (N, K) -> (N, K, D)."""
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 

@@ -112,7 +112,7 @@ class Model:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
         self.model = main_pretrain.build_model(args).to(device)
-        compile_model(self.model, "loss_of_removed", args, device)
+        compile_model(self.model, "forward", args, device)
         groups = param_groups_weight_decay(self.model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=has_fused_adamw(device))
         amp_dtype = resolve_amp_dtype(args.amp_dtype, device)

@@ -37,7 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import main_pretrain
 from util.cli.parser import ArgumentParser
-from util.compute.compile import compile_model, loss_alone
+from util.compute.compile import compile_model
 from util.compute.precision import (
     autocast,
     has_fused_adamw,
@@ -69,7 +69,7 @@ def worker(options: argparse.Namespace) -> dict:
     prepare_device(device, amp_dtype)
     torch.manual_seed(0)
     model = bare = main_pretrain.build_model(args).to(device)
-    compile_model(model, "loss_of_removed", args, device)
+    compile_model(model, "forward", args, device)
     buckets: dict[int, int] = {}
 
     def count(state, bucket: dist.GradBucket):
@@ -81,7 +81,6 @@ def worker(options: argparse.Namespace) -> dict:
     if args.distributed:
         model = wrap_model(model, device)
         model.register_comm_hook(None, count)
-    loss_of = loss_alone(model)
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(bare, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=has_fused_adamw(device)
     )
@@ -94,7 +93,7 @@ def worker(options: argparse.Namespace) -> dict:
         start = time.perf_counter()
         for _ in range(count):
             with without_gradient_traffic(model, not exchange), autocast(device, amp_dtype):
-                loss = loss_of(normalize_batch(images, device), mask_ratio=0.75)
+                loss = model(normalize_batch(images, device), mask_ratio=0.75)[0]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_no_graph_breaks(checkpointing):
 def test_one_graph_for_training_and_none_for_evaluation(counter):
     model, imgs = tiny_mae(), torch.randn(4, 3, 32, 32)
     names = list(model.state_dict())
-    assert compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    assert compiling.compile_model(model, "forward", flags(), CPU)
     for ratio in (0.75, 0.75, 0.75):
         model(imgs, ratio, loss_only=True).backward()
     assert counter.frame_count == 1
@@ -98,7 +98,7 @@ class FixedLoss(FixedNoise):
 def run_golden_trajectory():
     """Two epochs compiled, as the recorded run; returns the model, whose weights are those at its end."""
     data, model, optimizer, loader = make_run()
-    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    compiling.compile_model(model, "forward", flags(), CPU)
     wrapped = FixedLoss(model, data["noise"])
     for epoch in range(2):
         train_one_epoch(
@@ -120,7 +120,7 @@ def test_compiled_draws_what_eager_draws_from_the_first_step_on(counter, distrib
     torch.manual_seed(0)
     vit = tiny_vit(depth=2, drop_path_rate=0.5)
     mae, imgs = tiny_mae(), torch.randn(4, 3, 32, 32)
-    for model, method in [(mae, "loss_of_removed"), (vit, "forward")]:
+    for model, method in [(mae, "forward"), (vit, "forward")]:
         results = []
         plain = copy.deepcopy(model)
         compiling.compile_model(model, method, flags(distributed=distributed), CPU)
@@ -149,7 +149,7 @@ def test_compiled_blocks_that_are_computed_again(group, counter, capsys, fsdp):
     plain, imgs, noise = tiny_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     model = copy.deepcopy(plain)
     model.grad_checkpointing = True
-    compiling.compile_model(model, "loss_of_removed", flags(distributed=True), CPU)
+    compiling.compile_model(model, "forward", flags(distributed=True), CPU)
     several = wrap_model(model, CPU, fsdp)
     for _ in range(2):
         for either in (plain, several):
@@ -162,7 +162,7 @@ def test_compiled_blocks_that_are_computed_again(group, counter, capsys, fsdp):
 @pytest.mark.slow
 def test_copies_and_pickles_belong_to_themselves(counter):
     model, imgs, noise = tiny_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    compiling.compile_model(model, "forward", flags(), CPU)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.nn.init.zeros_(other.decoder_pred.weight)
         assert not torch.equal(other(imgs, 0.75, noise, True), model(imgs, 0.75, noise, True))
@@ -180,7 +180,7 @@ def test_where_compiling_fails_there_is_one_warning_and_eager_mode(monkeypatch, 
     monkeypatch.setattr(compiling, "BACKEND", backend)
     model, imgs = tiny_mae(), torch.randn(2, 3, 32, 32)
     plain, noise = copy.deepcopy(model), torch.rand(2, 16)
-    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    compiling.compile_model(model, "forward", flags(), CPU)
     for _ in range(2):
         loss = model(imgs, 0.75, noise, loss_only=True)
         loss.backward()
@@ -216,7 +216,7 @@ def test_blocks_of_which_some_are_frozen(monkeypatch, capsys, broken):
 
 def test_an_error_of_the_model_stays_that_error(counter, capsys):
     model = tiny_mae()
-    compiling.compile_model(model, "loss_of_removed", flags(), CPU)
+    compiling.compile_model(model, "forward", flags(), CPU)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         model.decoder_embed = torch.nn.Linear(7, 16)
         model(torch.randn(2, 3, 32, 32), loss_only=True)
@@ -282,7 +282,7 @@ def test_compiled_on_cuda_agrees_with_eager(mode):
     plain = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=7, std=0.2, skip="pos_embed")
     plain = plain.float().to(device)
     model = copy.deepcopy(plain)
-    compiling.compile_model(model, "loss_of_removed", flags(compile_mode=mode), device)
+    compiling.compile_model(model, "forward", flags(compile_mode=mode), device)
     losses = []
     for either in (plain, model):
         torch.manual_seed(3)
