@@ -3,7 +3,7 @@ arXiv 2111.06377).
 
     python models_mae.py     sends one image through the base model and prints the shape of every step
 
-Shape letters: N images, C channels, H x W pixels, p patch size, L = (H / p) * (W / p) patches, K kept
+Shape letters: N images, C channels, H x W pixels, p patch size, L = (H / p) * (W / p) patches, K visible
 patches, D encoder width, E decoder width.
 """
 
@@ -82,7 +82,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Fixed position tables; everything else drawn as the paper's appendix says."""
+        """Fixed positional embeddings; everything else drawn as the paper's appendix says."""
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_2d_sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size, cls_token=True)
             table.copy_(torch.from_numpy(values).unsqueeze(0))
@@ -114,25 +114,25 @@ class MaskedAutoencoderViT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.in_chans, rows * p, columns * p)
 
     def random_masking(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
-        """Keeps a random part of every sample's tokens.
+        """Masks a random part of every image's tokens.
 
         Args:
             x: tokens (N, L, D).
-            mask_ratio: share of tokens to remove; int(L * (1 - mask_ratio)) stay.
-            noise: (N, L); the smallest values are kept. Default: uniform.
+            mask_ratio: share of tokens to mask; int(L * (1 - mask_ratio)) stay visible.
+            noise: (N, L); where it is smallest, tokens stay visible. Default: uniform.
 
         Returns:
-            Kept tokens (N, K, D) in shuffled order; mask (N, L) float, 0 kept and 1 removed, in image order;
-            ids_restore (N, L), the place of each token in the shuffle.
+            Visible tokens (N, K, D) in shuffled order; mask (N, L) float, 0 visible and 1 masked, in image
+            order; ids_restore (N, L), the place of each token in the shuffle.
         """
         n, length, _ = x.shape
-        keep = int(length * (1 - mask_ratio))
+        visible = int(length * (1 - mask_ratio))  # K
         if noise is None:
             noise = torch.rand(n, length, device=x.device)
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # (N, L)
         ids_restore = torch.argsort(ids_shuffle, dim=1)  # (N, L)
-        x = gather_tokens(x, ids_shuffle[:, :keep])  # (N, K, D)
-        mask = (ids_restore >= keep).float()  # (N, L)
+        x = gather_tokens(x, ids_shuffle[:, :visible])  # (N, K, D)
+        mask = (ids_restore >= visible).float()  # (N, L)
         return x, mask, ids_restore
 
     def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
@@ -142,7 +142,8 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
         x = self.patch_embed(imgs)  # (N, L, D)
         x = x + self.pos_embed[:, 1:]  # before masking: a token keeps its place
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, *given(noise))  # (N, K, D)
+        fixed = () if noise is None else (noise,)  # an override need not know it
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, *fixed)  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
@@ -160,10 +161,10 @@ class MaskedAutoencoderViT(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error per removed patch, a scalar in at least float32 whatever autocast says.
+        """Mean squared error over the masked patches, a scalar in at least float32 whatever autocast says.
 
         Args:
-            imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch was removed.
+            imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch is masked.
         """
         target = self.patchify(imgs)  # (N, L, p * p * C)
         target = target.to(torch.promote_types(target.dtype, torch.float32))
@@ -178,22 +179,17 @@ class MaskedAutoencoderViT(nn.Module):
 
         Args:
             imgs: (N, C, H, W), normalised.
-            mask_ratio: share of patches to remove.
-            noise: (N, L) fixes the masking, the smallest values are kept; default: drawn anew.
+            mask_ratio: share of patches to mask.
+            noise: (N, L) fixes the masking: where it is smallest, patches stay visible; default: drawn anew.
 
         Returns:
-            loss (scalar; NaN if no patch is removed), pred (N, L, p * p * C), mask (N, L) with 0 = kept,
-            1 = removed.
+            loss (scalar; NaN if no patch is masked), pred (N, L, p * p * C), mask (N, L), 1 = masked.
         """
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *given(noise))
+        fixed = () if noise is None else (noise,)  # an override need not know it
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *fixed)
         pred = self.forward_decoder(latent, ids_restore)
         loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
-
-
-def given(noise: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The last argument of a call, left out where it is None: an override need not know it."""
-    return () if noise is None else (noise,)
 
 
 def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -207,14 +203,12 @@ def check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, d
         raise ValueError(
             f"image size {img_size[0]}x{img_size[1]} is not divisible by the patch size {patch_size}"
         )
-    for name, width, heads in [
-        ("encoder", embed_dim, num_heads),
-        ("decoder", decoder_embed_dim, decoder_num_heads),
-    ]:
+    encoder, decoder = ("encoder", embed_dim, num_heads), ("decoder", decoder_embed_dim, decoder_num_heads)
+    for name, width, heads in (encoder, decoder):
         if width % heads:
             raise ValueError(f"{name} width {width} is not divisible by its {heads} heads")
         if width % 4:
-            raise ValueError(f"{name} width {width} is not divisible by 4, as its position table needs")
+            raise ValueError(f"{name} width {width} is not divisible by 4, as its positional embedding needs")
 
 
 def mae_vit(defaults: dict, **kwargs) -> MaskedAutoencoderViT:
@@ -273,23 +267,20 @@ def print_shapes(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> None:
         ("image (N, C, H, W)", imgs),
         ("target patches, patchify (N, L, p*p*C)", model.patchify(imgs)),
         ("patch tokens, patch_embed (N, L, D)", tokens),
-        ("position table, pos_embed (1, 1+L, D)", model.pos_embed),
-        ("kept tokens, random_masking (N, K, D)", model.random_masking(tokens, mask_ratio)[0]),
-        ("mask, 1 = removed (N, L)", mask),
+        ("positional embedding, pos_embed (1, 1+L, D)", model.pos_embed),
+        ("visible tokens, random_masking (N, K, D)", model.random_masking(tokens, mask_ratio)[0]),
+        ("mask, 1 = masked (N, L)", mask),
         ("place in the shuffle, ids_restore (N, L)", ids_restore),
         (f"latent, class token + {len(model.blocks)} blocks + norm (N, 1+K, D)", latent),
         ("decoder tokens, decoder_embed (N, 1+K, E)", decoded),
-        (
-            "with mask tokens, in image order (N, 1+L, E)",
-            decoded.new_empty(1, 1 + mask.shape[1], decoded.shape[2]),
-        ),
+        ("with mask tokens, in image order, + decoder_pos_embed (1, 1+L, E)", model.decoder_pos_embed),
         (f"prediction, {len(model.decoder_blocks)} blocks + norm + linear (N, L, p*p*C)", pred),
         ("predicted image, unpatchify (N, C, H, W)", model.unpatchify(pred)),
         ("loss", model.forward_loss(imgs, pred, mask)),
     ]
     for name, tensor in steps:
-        print(f"{name:60s} {tuple(tensor.shape)}")
-    print(f"{int(mask.sum())} of {mask.shape[1]} patches removed, loss {steps[-1][1].item():.4f}")
+        print(f"{name:68s} {tuple(tensor.shape)}")
+    print(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
