@@ -7,7 +7,7 @@ import torch
 
 from util import lr_sched
 from util.compute.precision import autocast
-from util.compute.prefetch import OnDevice
+from util.compute.prefetch import DevicePrefetcher
 from util.evaluate.exact import closing_line, predict_samples, summarize
 from util.processes.collectives import log
 from util.processes.fsdp import without_gradient_traffic
@@ -57,7 +57,7 @@ def train_one_epoch(
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
-    batches = OnDevice(data_loader, steps.device, lambda batch: steps.move(batch[:2]))
+    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(batch[:2]))
     batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
     for step, (batch, (images, targets)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 import torch
 
 from util import lr_sched
-from util.compute.compile import loss_alone
 from util.compute.precision import autocast, resolve_amp_dtype
-from util.compute.prefetch import OnDevice
+from util.compute.prefetch import DevicePrefetcher
 from util.data.transforms import normalize_batch
 from util.processes.collectives import all_reduce_sum
 from util.processes.fsdp import without_gradient_traffic
@@ -52,8 +51,7 @@ def train_one_epoch(
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
-    loss_of = loss_alone(model)
-    batches = OnDevice(data_loader, steps.device, lambda batch: steps.move(batch[:1]))
+    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(batch[:1]))
     batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
     for step, (batch, (images,)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
@@ -63,7 +61,7 @@ def train_one_epoch(
 
         with without_gradient_traffic(model, not update):
             with autocast(steps.device, steps.amp_dtype):
-                loss = loss_of(images, mask_ratio=args.mask_ratio)
+                loss = model(images, mask_ratio=args.mask_ratio)[0]  # of loss, prediction, mask
             part = loss / steps.window_size(step)
             grad_norm = loss_scaler(part, optimizer, steps.clip_grad, model.parameters(), update_grad=update)
 
@@ -97,14 +95,13 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     """
     was_training = model.training
     model.eval()
-    loss_of = loss_alone(model)
     length = model.patch_embed.num_patches
     total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
     for images, _, indices in data_loader:
         noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
         with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
             images = normalize_batch(images, device, args.mean, args.std)
-            loss = loss_of(images, args.mask_ratio, noise)
+            loss = model(images, args.mask_ratio, noise)[0]
         total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
     model.train(was_training)
     loss_total, count = all_reduce_sum(total).tolist()

@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model_without_ddp = model = build_model(args).to(device)
     model.grad_checkpointing = args.grad_checkpointing
-    compiled = compile_model(model, "loss_of_removed", args, device)
+    compiled = compile_model(model, "forward", args, device)
     if args.distributed:
         model = wrap_model(model, device, args.fsdp)
 

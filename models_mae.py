@@ -3,7 +3,7 @@ arXiv 2111.06377).
 
     python models_mae.py     sends one image through the base model and prints the shape of every step
 
-Shape letters: N images, C channels, H x W pixels, p patch size, L = (H / p) * (W / p) patches, K kept
+Shape letters: N images, C channels, H x W pixels, p patch size, L = (H / p) * (W / p) patches, K visible
 patches, D encoder width, E decoder width.
 """
 
@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
-from torch.nn.functional import linear
 
 from util.compute.blocks import Block, run_blocks
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -83,22 +82,24 @@ class MaskedAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Fixed position tables; everything else drawn as the paper's appendix says."""
+        """Fixed positional embeddings; everything else drawn as the paper's appendix says."""
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_2d_sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size, cls_token=True)
             table.copy_(torch.from_numpy(values).unsqueeze(0))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(self._init_weights)
         # The patch convolution is a linear layer on flattened patches and is drawn as one
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, L, p * p * C); inside a patch: row, column, channel."""
@@ -113,30 +114,36 @@ class MaskedAutoencoderViT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.in_chans, rows * p, columns * p)
 
     def random_masking(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
-        """Keeps a random part of every sample's tokens.
+        """Masks a random part of every image's tokens.
 
         Args:
             x: tokens (N, L, D).
-            mask_ratio: share of tokens to remove; int(L * (1 - mask_ratio)) stay.
-            noise: (N, L); the smallest values are kept. Default: uniform.
+            mask_ratio: share of tokens to mask; int(L * (1 - mask_ratio)) stay visible.
+            noise: (N, L); where it is smallest, tokens stay visible. Default: uniform.
 
         Returns:
-            Kept tokens (N, K, D) in shuffled order; mask (N, L) float, 0 kept and 1 removed, in image order;
-            ids_restore (N, L), the place of each token in the shuffle.
+            Visible tokens (N, K, D) in shuffled order; mask (N, L) float, 0 visible and 1 masked, in image
+            order; ids_restore (N, L), the place of each token in the shuffle.
         """
         n, length, _ = x.shape
-        keep = int(length * (1 - mask_ratio))
-        ids_shuffle = draw_order(n, length, x.device, noise)  # (N, L)
+        visible = int(length * (1 - mask_ratio))  # K
+        if noise is None:
+            noise = torch.rand(n, length, device=x.device)
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  # (N, L)
         ids_restore = torch.argsort(ids_shuffle, dim=1)  # (N, L)
-        x = take(x, ids_shuffle[:, :keep])  # (N, K, D)
-        mask = (ids_restore >= keep).float()  # (N, L)
+        x = gather_tokens(x, ids_shuffle[:, :visible])  # (N, K, D)
+        mask = (ids_restore >= visible).float()  # (N, L)
         return x, mask, ids_restore
 
     def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
         """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        if imgs.shape[1:] != (self.in_chans, *self.img_size):
+            sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
+            raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
         x = self.patch_embed(imgs)  # (N, L, D)
         x = x + self.pos_embed[:, 1:]  # before masking: a token keeps its place
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, K, D)
+        fixed = () if noise is None else (noise,)  # an override need not know it
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, *fixed)  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
@@ -148,108 +155,44 @@ class MaskedAutoencoderViT(nn.Module):
         n, length = ids_restore.shape
         mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1)  # (N, L, E), shuffled
-        patches = take(patches, ids_restore)  # image order
+        patches = gather_tokens(patches, ids_restore)  # image order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1 + L, E)
         x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error per removed patch, a scalar in at least float32 whatever autocast says.
+        """Mean squared error over the masked patches, a scalar in at least float32 whatever autocast says.
 
         Args:
-            imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch was removed.
+            imgs: (N, C, H, W); pred: (N, L, p * p * C); mask: (N, L), 1 where a patch is masked.
         """
-        target = self.make_target(self.patchify(imgs))  # (N, L, p * p * C)
+        target = self.patchify(imgs)  # (N, L, p * p * C)
+        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # (N, L, 1), unbiased
+            target = (target - mean) / (variance + 1e-6).sqrt()
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)  # (N, L)
         return (loss * mask).sum() / mask.sum()
 
-    def make_target(self, patches: torch.Tensor) -> torch.Tensor:
-        """What is predicted for patches (N, any number, p * p * C), in at least float32."""
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        if not self.norm_pix_loss:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased
-        return (patches - mean) / (variance + 1e-6).sqrt()
-
-    def loss_of_removed(self, imgs: torch.Tensor, ids_shuffle: torch.Tensor, keep: int) -> torch.Tensor:
-        """The loss of `forward` without what it does not need: no kept patch is predicted or passes the
-        decoder's last MLP, no removed one is embedded.
-
-        The decoder's tokens stay shuffled, each with the row of the position table that belongs to it. Its
-        blocks treat a token the same at any place, so nothing else changes, and the removed patches are those
-        at the end. No random draw, sync or shape that depends on data: `compile` makes it one graph.
-
-        Args:
-            imgs: (N, C, H, W); ids_shuffle: (N, L), the order of `draw_order`; keep: how many stay, K.
-        """
-        patches, (ids_keep, ids_remove) = self.patchify(imgs), (ids_shuffle[:, :keep], ids_shuffle[:, keep:])
-        # The patch convolution as a linear layer; its weight is (D, C, p, p), a patch (p, p, C)
-        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
-        x = linear(take(patches, ids_keep), weight.permute(0, 2, 3, 1).flatten(1), bias)  # (N, K, D)
-        x = self.patch_embed.norm(x) + self.pos_embed[0, 1:][ids_keep]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = run_blocks(self.blocks, torch.cat([cls_token, x], dim=1), self.grad_checkpointing)
-
-        x = self.decoder_embed(self.norm(x))  # (N, 1 + K, E)
-        mask_tokens = self.mask_token.expand(len(x), ids_remove.shape[1], -1)
-        table = self.decoder_pos_embed
-        places = torch.cat([table[:, :1].expand(len(x), -1, -1), table[0, 1:][ids_shuffle]], dim=1)
-        x = torch.cat([x, mask_tokens.to(x.dtype)], dim=1) + places  # (N, 1 + L, E)
-        x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing, start=1 + keep)  # (N, L - K, E)
-        pred = self.decoder_pred(self.decoder_norm(x))  # (N, L - K, p * p * C)
-
-        target = self.make_target(take(patches, ids_remove))
-        return (pred.to(target.dtype) - target).square().mean()
-
-    def forward(
-        self,
-        imgs: torch.Tensor,
-        mask_ratio: float = 0.75,
-        noise: torch.Tensor | None = None,
-        loss_only: bool = False,
-    ):
-        """Masks, encodes, decodes and scores a batch.
+    def forward(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+        """Masks, encodes, decodes and scores a batch: all that training computes.
 
         Args:
             imgs: (N, C, H, W), normalised.
-            mask_ratio: share of patches to remove.
-            noise: (N, L) fixes the masking, the smallest values are kept; default: drawn anew.
-            loss_only: return the loss alone, the same to rounding and with the same masking, for less work.
+            mask_ratio: share of patches to mask.
+            noise: (N, L) fixes the masking: where it is smallest, patches stay visible; default: drawn anew.
 
         Returns:
-            loss (scalar; NaN if no patch is removed), pred (N, L, p * p * C), mask (N, L) with 0 = kept,
-            1 = removed.
+            loss (scalar; NaN if no patch is masked), pred (N, L, p * p * C), mask (N, L), 1 = masked.
         """
-        if loss_only and not self.is_changed():
-            if imgs.shape[1:] != (self.in_chans, *self.img_size):
-                sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
-                raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
-            length = self.patch_embed.num_patches
-            ids_shuffle = draw_order(len(imgs), length, imgs.device, noise)
-            return self.loss_of_removed(imgs, ids_shuffle, int(length * (1 - mask_ratio)))
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        fixed = () if noise is None else (noise,)  # an override need not know it
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *fixed)
         pred = self.forward_decoder(latent, ids_restore)
         loss = self.forward_loss(imgs, pred, mask)
-        return loss if loss_only else (loss, pred, mask)
-
-    def is_changed(self) -> bool:
-        """Whether a subclass or an assignment has replaced a part that `loss_of_removed` does without."""
-        parts = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
-        embed = self.patch_embed
-        return (type(embed), type(embed.proj)) != (PatchEmbed, nn.Conv2d) or any(
-            name in vars(self) or getattr(type(self), name) is not getattr(MaskedAutoencoderViT, name)
-            for name in parts
-        )
+        return loss, pred, mask
 
 
-def draw_order(n: int, length: int, device, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, L) indices that sort the masking noise (N, L), drawn here if not given: a shuffle of each row."""
-    if noise is None:
-        noise = torch.rand(n, length, device=device)
-    return torch.argsort(noise, dim=1, stable=True)
-
-
-def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens (N, L, D) at the places (N, K) -> (N, K, D)."""
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
@@ -260,14 +203,12 @@ def check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, d
         raise ValueError(
             f"image size {img_size[0]}x{img_size[1]} is not divisible by the patch size {patch_size}"
         )
-    for name, width, heads in [
-        ("encoder", embed_dim, num_heads),
-        ("decoder", decoder_embed_dim, decoder_num_heads),
-    ]:
+    encoder, decoder = ("encoder", embed_dim, num_heads), ("decoder", decoder_embed_dim, decoder_num_heads)
+    for name, width, heads in (encoder, decoder):
         if width % heads:
             raise ValueError(f"{name} width {width} is not divisible by its {heads} heads")
         if width % 4:
-            raise ValueError(f"{name} width {width} is not divisible by 4, as its position table needs")
+            raise ValueError(f"{name} width {width} is not divisible by 4, as its positional embedding needs")
 
 
 def mae_vit(defaults: dict, **kwargs) -> MaskedAutoencoderViT:
@@ -326,23 +267,20 @@ def print_shapes(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> None:
         ("image (N, C, H, W)", imgs),
         ("target patches, patchify (N, L, p*p*C)", model.patchify(imgs)),
         ("patch tokens, patch_embed (N, L, D)", tokens),
-        ("position table, pos_embed (1, 1+L, D)", model.pos_embed),
-        ("kept tokens, random_masking (N, K, D)", model.random_masking(tokens, mask_ratio)[0]),
-        ("mask, 1 = removed (N, L)", mask),
+        ("positional embedding, pos_embed (1, 1+L, D)", model.pos_embed),
+        ("visible tokens, random_masking (N, K, D)", model.random_masking(tokens, mask_ratio)[0]),
+        ("mask, 1 = masked (N, L)", mask),
         ("place in the shuffle, ids_restore (N, L)", ids_restore),
         (f"latent, class token + {len(model.blocks)} blocks + norm (N, 1+K, D)", latent),
         ("decoder tokens, decoder_embed (N, 1+K, E)", decoded),
-        (
-            "with mask tokens, in image order (N, 1+L, E)",
-            decoded.new_empty(1, 1 + mask.shape[1], decoded.shape[2]),
-        ),
+        ("with mask tokens, in image order, + decoder_pos_embed (1, 1+L, E)", model.decoder_pos_embed),
         (f"prediction, {len(model.decoder_blocks)} blocks + norm + linear (N, L, p*p*C)", pred),
         ("predicted image, unpatchify (N, C, H, W)", model.unpatchify(pred)),
         ("loss", model.forward_loss(imgs, pred, mask)),
     ]
     for name, tensor in steps:
-        print(f"{name:60s} {tuple(tensor.shape)}")
-    print(f"{int(mask.sum())} of {mask.shape[1]} patches removed, loss {steps[-1][1].item():.4f}")
+        print(f"{name:68s} {tuple(tensor.shape)}")
+    print(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

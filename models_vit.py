@@ -7,6 +7,8 @@ with `strict=False`; on top come pooling, a norm and a linear head ("An Image is
 The two ways of pooling are spelled out here instead of left to timm's `VisionTransformer`, whose meaning of
 `global_pool` and of the norm that goes with it changed between versions; only its block and patch embedding
 are used.
+
+Shape letters: N images, C channels, H x W pixels, L patches, D width.
 """
 
 from functools import partial
@@ -86,7 +88,7 @@ class VisionTransformer(nn.Module):
             self.fc_norm = norm_layer(embed_dim)
         self.initialize_weights()
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Initialises for a run from scratch: truncated normal (std 0.02), biases 0, norms 1 / 0."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -96,29 +98,32 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed although they have more than one dimension."""
         return {"pos_embed", "cls_token"}
 
-    def forward_tokens(self, x):
+    def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W) -> tokens of the last block, no norm (N, 1 + L, D), class token first."""
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        x = self.patch_embed(x)  # (N, L, D)
+        cls_token = self.cls_token.expand(len(x), -1, -1)  # (N, 1, D)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed  # (N, 1 + L, D)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 
-    def forward_features(self, x):
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W) -> pooled, normed features (N, D)."""
-        x = self.forward_tokens(x)
+        x = self.forward_tokens(x)  # (N, 1 + L, D)
         if self.global_pool:
-            return self.fc_norm(x[:, 1:].mean(dim=1))
-        return self.norm(x)[:, 0]
+            return self.fc_norm(x[:, 1:].mean(dim=1))  # over the patches
+        return self.norm(x)[:, 0]  # the class token
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W), normalised -> logits (N, num_classes)."""
         return self.head(self.head_drop(self.forward_features(x)))
 
 
-def _check_sizes(img_size, patch_size, embed_dim, num_heads):
+def _check_sizes(
+    img_size: int | tuple[int, int], patch_size: int | tuple[int, int], embed_dim: int, num_heads: int
+) -> None:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     patch_h, patch_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if height % patch_h or width % patch_w:
@@ -129,33 +134,34 @@ def _check_sizes(img_size, patch_size, embed_dim, num_heads):
         raise ValueError(f"width {embed_dim} is not divisible by the number of heads {num_heads}")
 
 
-def _named(defaults, kwargs):
+def vit(defaults: dict, **kwargs) -> VisionTransformer:
+    """A named model: its sizes, which `kwargs` override."""
     return VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
 
 
-def vit_tiny_patch16(**kwargs):
+def vit_tiny_patch16(**kwargs) -> VisionTransformer:
     """192 wide, 12 blocks, 3 heads: 5.5 M parameters without the head. For CPUs and small data sets."""
-    return _named(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3), kwargs)
+    return vit(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3), **kwargs)
 
 
-def vit_small_patch16(**kwargs):
+def vit_small_patch16(**kwargs) -> VisionTransformer:
     """384 wide, 12 blocks, 6 heads: 21.7 M parameters without the head."""
-    return _named(dict(patch_size=16, embed_dim=384, depth=12, num_heads=6), kwargs)
+    return vit(dict(patch_size=16, embed_dim=384, depth=12, num_heads=6), **kwargs)
 
 
-def vit_base_patch16(**kwargs):
+def vit_base_patch16(**kwargs) -> VisionTransformer:
     """768 wide, 12 blocks, 12 heads: 85.8 M parameters without the head (the paper's ViT-B)."""
-    return _named(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), kwargs)
+    return vit(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), **kwargs)
 
 
-def vit_large_patch16(**kwargs):
+def vit_large_patch16(**kwargs) -> VisionTransformer:
     """1024 wide, 24 blocks, 16 heads: 303 M parameters without the head (the paper's ViT-L)."""
-    return _named(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), kwargs)
+    return vit(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), **kwargs)
 
 
-def vit_huge_patch14(**kwargs):
+def vit_huge_patch14(**kwargs) -> VisionTransformer:
     """1280 wide, 32 blocks, 16 heads, patch 14: 631 M parameters without the head (the paper's ViT-H)."""
-    return _named(dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16), kwargs)
+    return vit(dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16), **kwargs)
 
 
 # What `--model` may be: the names are argparse's choices.

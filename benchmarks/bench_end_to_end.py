@@ -77,7 +77,7 @@ def endless(loader) -> Iterator:
 def make_run(args: argparse.Namespace, device: torch.device) -> Callable:
     """`run(batches, warm, steps)` trains `args.model` as main_pretrain.py does; a segment's figures."""
     model = main_pretrain.build_model(args).to(device)
-    compile_model(model, "loss_of_removed", args, device)
+    compile_model(model, "forward", args, device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     fused = precision.has_fused_adamw(device)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=fused)

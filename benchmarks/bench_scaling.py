@@ -28,16 +28,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from workload import noise_batch, pretrain_args, synchronize
 
 import main_pretrain
 from util.cli.parser import errors_in_one_line
 from util.compute import precision
-from util.compute.compile import compile_model, loss_alone
+from util.compute.compile import compile_model
 from util.data.transforms import normalize_batch
 from util.processes import watch
 from util.processes.collectives import get_world_size
@@ -63,7 +63,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
     precision.prepare_device(device, amp_dtype)
     torch.manual_seed(0)
     model = bare = main_pretrain.build_model(args).to(device)
-    compile_model(model, "loss_of_removed", args, device)
+    compile_model(model, "forward", args, device)
     buckets: dict[int, int] = {}
 
     def count(state, bucket: dist.GradBucket):
@@ -75,7 +75,6 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
     if args.distributed:
         model = wrap_model(model, device)
         model.register_comm_hook(None, count)
-    loss_of = loss_alone(model)
     groups, fused = param_groups_weight_decay(bare, 0.05), precision.has_fused_adamw(device)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=fused)
     images = noise_batch((options.batch_size, 3, options.input_size, options.input_size))[0].to(device)
@@ -86,7 +85,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
         start = time.perf_counter()
         for _ in range(count):
             with without_gradient_traffic(model, not exchange), precision.autocast(device, amp_dtype):
-                loss = loss_of(normalize_batch(images, device), mask_ratio=0.75)
+                loss = model(normalize_batch(images, device), mask_ratio=0.75)[0]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -119,8 +118,8 @@ def start(options: argparse.Namespace, processes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         try:
-            torch.multiprocessing.spawn(worker, (options, processes, port, path), processes)
-        except torch.multiprocessing.ProcessException as error:
+            spawn(worker, (options, processes, port, path), processes)
+        except (ProcessExitedException, ProcessRaisedException) as error:
             sys.exit(f"a process failed: {error}")
         return json.loads(path.read_text())
 
@@ -192,6 +191,7 @@ def main(options: argparse.Namespace) -> int:
         if not options.processes:
             sys.exit("pass other --processes, or --device cpu")
     heads = [" processes", "a step", "without exchange", "exchange costs", "images/s"]
+    say()
     print_table(heads, [], name=10, width=18)
     results = {}
     for n in options.processes:

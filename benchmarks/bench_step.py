@@ -9,18 +9,17 @@
 Variants, all on the same synthetic images, built once and timed in turn, round after round:
     eager, compiled, graphs   this project's engines (compile.py; graphs: --compile_mode reduce-overhead)
     plain         our model in a plain loop as the reference runs it: fp16 autocast with a scaler on CUDA,
-                  float32 on CPU; softmax attention written out, every patch embedded and predicted, float32
-                  batches, AdamW without fusion, .item() and a synchronisation in every step
+                  float32 on CPU; softmax attention written out, float32 batches, AdamW without fusion,
+                  .item() and a synchronisation in every step
     hf, hf_compiled   ViTMAEForPreTraining or ViTForImageClassification of Hugging Face transformers (pip
                   install transformers), same sizes and precision as ours, no synchronisation; AdamW as torch
                   makes it by default (--hf_adamw fused: as ours); on an H100 hf_compiled compiles for over a
                   minute at base size, so it runs where it is asked for only
 
-FLOP count matrix products only, 2 per multiplication and addition, for the work the method needs: kept
-patches embedded, encoder over K + 1 tokens, decoder over L + 1 (its last MLP over those removed), removed
-patches predicted, times 3 for the backward pass (ViT-B 57, ViT-L 122 GFLOP an image at 224 pixels and mask
-ratio 0.75). The peak is that of a large product, measured between the rounds, in bf16 on CUDA and in the
-precision of ours on CPU.
+FLOP count matrix products only, 2 per multiplication and addition, for what the model computes: all L
+patches embedded, encoder over K + 1 tokens, decoder over L + 1, all of them predicted, times 3 for the
+backward pass (ViT-B 59, ViT-L 125 GFLOP an image at 224 pixels and mask ratio 0.75). The peak is that of a
+large product, measured between the rounds, in bf16 on CUDA and in the precision of ours on CPU.
 """
 
 import argparse
@@ -51,10 +50,9 @@ def pretrain_flop(model, mask_ratio: float) -> int:
     length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     narrow = model.mask_token.shape[-1]
     keep, pixels = int(length * (1 - mask_ratio)), model.patch_size**2 * model.in_chans
-    encoder = 2 * keep * pixels * width + len(model.blocks) * block_flop(width, keep + 1)
+    encoder = 2 * length * pixels * width + len(model.blocks) * block_flop(width, keep + 1)
     decoder = 2 * (keep + 1) * width * narrow + len(model.decoder_blocks) * block_flop(narrow, length + 1)
-    decoder -= 16 * (keep + 1) * narrow * narrow  # MLP of kept tokens in the last block
-    return 3 * (encoder + decoder + 2 * (length - keep) * narrow * pixels)
+    return 3 * (encoder + decoder + 2 * (length + 1) * narrow * pixels)
 
 
 def finetune_flop(model) -> int:

@@ -62,7 +62,7 @@ def make_ours(variant: str, task: str, name: str, args):
         amp_dtype=args.amp_dtype, print_freq=10**9, distributed=False, compile=variant != "eager",
         compile_mode="reduce-overhead" if variant == "graphs" else "default",
     )  # fmt: skip
-    compile_model(model, "loss_of_removed" if task == "pretrain" else "forward", run, args.where)
+    compile_model(model, "forward", run, args.where)
     optimizer = make_optimizer(model, fused=precision.has_fused_adamw(args.where))
     amp = precision.resolve_amp_dtype(args.amp_dtype, args.where)
     scaler = precision.NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)

@@ -79,8 +79,7 @@ def train(recipe: str, model, loader, amp_dtype: str, compiled: bool = False) ->
     scaler = NativeScalerWithGradNormCount(enabled=amp_dtype == "fp16")
     assert scaler.state_dict() or amp_dtype != "fp16"  # it scales
     guard = RunGuard(args, lambda *_: changed.append("saved"), None, STEPS)
-    method = {"pretrain": "loss_of_removed", "finetune": "forward", "linprobe": "forward_features"}[recipe]
-    compile_model(model, method, args, device)
+    compile_model(model, "forward_features" if recipe == "linprobe" else "forward", args, device)
     if recipe == "linprobe":
         optimizer = LARS(model.head.parameters(), lr=0.1)
     else:

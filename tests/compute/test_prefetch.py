@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.compute.prefetch import OnDevice
+from util.compute.prefetch import DevicePrefetcher
 
 
 class Loader(list):
@@ -23,13 +23,13 @@ def batches(n, size=4, pin=False):
 
 def test_without_cuda_each_batch_is_moved_when_it_is_asked_for():
     loader = batches(3)
-    on_device = OnDevice(loader, torch.device("cpu"), lambda batch: [batch[0] + 1])
+    on_device = DevicePrefetcher(loader, torch.device("cpu"), lambda batch: [batch[0] + 1])
     assert len(on_device) == 3
     for i, (batch, (moved,)) in enumerate(on_device):
         assert loader.fetched == i + 1 and batch is loader[i] and moved.eq(i + 1).all()
     assert i == 2
     assert [batch for batch, _ in on_device] == list.copy(loader)  # a second epoch
-    assert list(OnDevice(batches(0), torch.device("cpu"), lambda batch: batch)) == []
+    assert list(DevicePrefetcher(batches(0), torch.device("cpu"), lambda batch: batch)) == []
 
 
 @pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_on_cuda_the_next_batch_is_under_way_and_none_is_overwritten(count):
         return [batch[0].to(device, non_blocking=True) * 2, batch[1].to(device, non_blocking=True)]
 
     seen, work = [], torch.ones(2048, 2048, device=device)
-    for i, (batch, (images, label)) in enumerate(OnDevice(loader, device, move)):
+    for i, (batch, (images, label)) in enumerate(DevicePrefetcher(loader, device, move)):
         assert loader.fetched == min(i + 2, count) and batch is loader[i]
         for _ in range(10):
             work = work @ work * 1e-6  # the host runs far ahead of the device

@@ -15,27 +15,32 @@ FEW_TOKENS = 260  # 224 pixels in patches of 14, and some
 
 
 class Block(vision_transformer.Block):
-    """timm's block, same parameters and numbers, which saves copies in the attention's backward pass and can
-    leave out tokens that nobody reads.
-    """
+    """timm's block, whose attention is `Attention`; another `attn_layer` or assigned module runs as it is."""
 
-    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Tokens (N, L, D) -> (N, L - start, D): those from place `start` on, which attend to all L."""
-        x = x[:, start:] + self.drop_path1(self.ls1(self.attend(self.norm1(x), start)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The module that timm made is kept, as another one would draw its weights anew; not every version
+        # of timm can be told to make it of another class
+        if type(self.attn) is vision_transformer.Attention and not kwargs.get("scale_attn_norm"):
+            self.attn.__class__ = Attention
 
-    def attend(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """The same shapes. timm's order of axes makes query, key and value one after the other in memory,
-        and their gradients must be put side by side again for the layer that made them.
+
+class Attention(vision_transformer.Attention):
+    """timm's attention, same parameters and numbers, with a cheaper backward pass."""
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+        """Tokens (N, L, D) -> (N, L, D). timm's order of axes makes query, key and value one after the other
+        in memory, and their gradients must be put side by side again for the layer that made them.
         """
-        attn, (n, length, _) = self.attn, x.shape
-        if not attn.fused_attn:
-            return attn(x)[:, start:]
-        qkv = attn.qkv(x).view(n, length, 3, attn.num_heads, -1)
+        how = {"attn_mask": attn_mask} if attn_mask is not None else {}
+        how |= {"is_causal": True} if is_causal else {}
+        if how or not self.fused_attn:
+            return super().forward(x, **how)
+        n, length, _ = x.shape
+        qkv = self.qkv(x).view(n, length, 3, self.num_heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, L, D / heads)
-        q, k = attn.q_norm(q[:, :, start:]), attn.k_norm(k)
-        x = attention(q, k, v, attn.attn_drop.p if self.training else 0.0)
-        return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))  # (N, L - start, D)
+        x = attention(self.q_norm(q), self.k_norm(k), v, self.attn_drop.p if self.training else 0.0)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
@@ -57,26 +62,22 @@ def recomputing(method: Callable) -> Callable:
     """A forward method of blocks that keeps its input alone and runs again in the backward pass."""
 
     @functools.wraps(method)
-    def forward(block: torch.nn.Module, x: torch.Tensor, *few: int) -> torch.Tensor:
+    def forward(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return method(block, x, *few)
-        return checkpoint(lambda x: method(block, x, *few), x, use_reentrant=False)
+            return method(block, x)
+        return checkpoint(lambda x: method(block, x), x, use_reentrant=False)
 
     return forward
 
 
-def run_blocks(
-    blocks: Iterable[torch.nn.Module], x: torch.Tensor, recompute: bool = False, start: int = 0
-) -> torch.Tensor:
-    """Tokens (N, L, D) through all `blocks` -> (N, L - start, D), those from place `start` on.
+def run_blocks(blocks: Iterable[torch.nn.Module], x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+    """Tokens (N, L, D) through all `blocks` -> (N, L, D).
 
     recompute: keep only what enters each block and run the block again in the backward pass: the memory of
     activations falls from all blocks' to about one's, for a third more work (arXiv 1604.06174). Loss and
     gradients are the same, and random draws (drop path) come out the same in both passes.
     """
-    recompute, blocks = recompute and torch.is_grad_enabled(), list(blocks)
-    for place, block in enumerate(blocks):
-        # What leaves the last block is read, and nothing attends to it any more
-        few = (start,) if start and place + 1 == len(blocks) and isinstance(block, Block) else ()
-        x = checkpoint(block, x, *few, use_reentrant=False) if recompute else block(x, *few)
-    return x if few or not start else x[:, start:]
+    recompute = recompute and torch.is_grad_enabled()
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x

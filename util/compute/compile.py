@@ -1,11 +1,10 @@
 """torch.compile of what a training step computes, with the way back to eager mode where it fails."""
 
 import functools
-import inspect
 import types
-from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from util.compute.blocks import recomputing
 from util.errors import UserError
@@ -23,7 +22,8 @@ def compile_model(model: torch.nn.Module, method: str, args, device: torch.devic
     end, and none could be sent while others are computed.
 
     Args:
-        method: what forward and backward pass go through, e.g. "forward"; without graph breaks.
+        method: what forward and backward pass go through, e.g. "forward"; without graph breaks. One that was
+            assigned to this model or block alone stays as it is.
         args: compile, compile_mode, accum_iter, distributed.
 
     Raises:
@@ -41,20 +41,22 @@ def compile_model(model: torch.nn.Module, method: str, args, device: torch.devic
         recompute, model.grad_checkpointing = getattr(model, "grad_checkpointing", False), False
         compiled = {}  # one for each class of blocks
         for block in [*model.blocks, *getattr(model, "decoder_blocks", [])]:
+            if "forward" in vars(block):
+                continue
             if type(block) not in compiled:
                 forward = type(block).forward
                 compiled[type(block)] = Compiled(recomputing(forward) if recompute else forward)
             block.forward = types.MethodType(compiled[type(block)], block)
+    elif method in vars(model):
+        return False
     else:
         setattr(model, method, types.MethodType(Compiled(getattr(type(model), method), graphs), model))
     return True
 
 
-def loss_alone(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-    """`model` as a function that returns the loss; a fork's may know (loss, pred, mask) only."""
-    if "loss_only" in inspect.signature(getattr(model, "module", model).forward).parameters:
-        return functools.partial(model, loss_only=True)
-    return lambda *inputs, **named: model(*inputs, **named)[0]
+def tensors_in(tree) -> list[torch.Tensor]:
+    """The tensors of what a function takes or returns: nested tuples, lists and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Compiled:
@@ -81,36 +83,37 @@ class Compiled:
             options=options if BACKEND == "inductor" else None,
         )
 
-    def __call__(self, module: torch.nn.Module, *inputs):
+    def __call__(self, module: torch.nn.Module, *inputs, **named):
         if self.failed or not module.training or not torch.is_grad_enabled():
-            return self.method(module, *inputs)
+            return self.method(module, *inputs, **named)
         try:
             if id(module) not in self.checked:
-                self._check(module, inputs)
-            result = self.compiled(module, *inputs)
+                self._check(module, *inputs, **named)
+            result = self.compiled(module, *inputs, **named)
             # The next run of a CUDA graph overwrites what it returned; the loss is read later
-            return result.clone() if self.cuda_graphs else result
+            return tree_map_only(torch.Tensor, torch.clone, result) if self.cuda_graphs else result
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             cause = getattr(error, "inner_exception", None) or error
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
-        result = self.method(module, *inputs)  # an error that is not the compiler's comes again here
+        result = self.method(module, *inputs, **named)  # an error that is not the compiler's comes again here
         self.failed = True
         warn(f"torch.compile failed, training goes on without it (--no_compile): {reason}")
         return result
 
-    def _check(self, module: torch.nn.Module, inputs: tuple) -> None:
+    def _check(self, module: torch.nn.Module, *inputs, **named) -> None:
         """Forward and backward pass once, as torch compiles the latter only when it runs, where nothing could
         be done any more; for each module, as blocks that share this function may differ in what learns.
         Leaves no gradients and no random draws behind.
         """
-        tensors = [*module.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor))]
+        tensors = [*module.parameters(), *tensors_in(inputs), *tensors_in(named)]
         device = tensors[0].device if tensors else torch.device("cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            result = self.compiled(module, *inputs)
-            if result.requires_grad:
+            result = self.compiled(module, *inputs, **named)
+            outputs = [t.sum() for t in tensors_in(result) if t.requires_grad]
+            if outputs:
                 with torch.autocast(device.type, enabled=False):
                     wanted = [t for t in tensors if t.requires_grad]
-                    torch.autograd.grad(result.sum(), wanted, allow_unused=True)
+                    torch.autograd.grad(outputs, wanted, allow_unused=True)
         self.checked.add(id(module))

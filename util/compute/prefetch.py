@@ -14,7 +14,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class OnDevice:
+class DevicePrefetcher:
     """Iterates over a loader and yields (batch, tensors): the loader's batch as it came, on the CPU, and what
     `move` made of it on the device.
 

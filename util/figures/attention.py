@@ -20,11 +20,16 @@ COLOURS = np.stack(
 
 def block_attention(block: nn.Module, x: Tensor) -> Tensor:
     """Weights (N, heads, T, T) with which a timm `Block` mixes tokens x (N, T, D); rows sum to 1."""
-    attention, y = block.attn, block.norm1(x)
-    n, length, _ = y.shape
-    q, k, _ = attention.qkv(y).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    return (q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+    attn, seen = block.attn, []
+    # Not fused, timm's attention makes them a tensor and hands it to its dropout
+    fused, attn.fused_attn = attn.fused_attn, False
+    hook = attn.attn_drop.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        block(x)
+    finally:
+        attn.fused_attn = fused
+        hook.remove()
+    return seen[0]
 
 
 @torch.no_grad()
