@@ -60,7 +60,7 @@ from util.rng import seed_all
 from util.run.checkpoint import check_output_dir, finish_saving, load_model
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, log_run, make_log_writer
-from util.weights.model_info import make_model_info
+from util.weights.describe import make_model_info
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -7,13 +7,8 @@ import torch
 
 import models_vit
 from util.errors import UserError
-from util.weights.model_info import (
-    adopt_model_info,
-    check_class_names,
-    make_model_info,
-    read_model_info,
-    warn_of_other_stats,
-)
+from util.weights.describe import make_model_info, read_model_info
+from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 
 
 def test_read_off_the_tensors_of_a_file_without_info():

@@ -6,8 +6,8 @@ from pathlib import Path, PurePath
 import timm
 import torch
 
+from util.export.source import Source
 from util.sizes import size_pair
-from util.weights.export_source import Source
 
 # Settings of the machine, not of the training
 _MACHINE = {

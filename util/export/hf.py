@@ -18,8 +18,8 @@ import torch
 
 from util.errors import UserError
 from util.export.files import write_json, write_safetensors
+from util.export.source import Source
 from util.export.timm import write_timm
-from util.weights.export_source import Source
 from util.weights.hugging_face import classifier_config, mae_config, to_hugging_face
 
 _BICUBIC = 3

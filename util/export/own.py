@@ -9,9 +9,9 @@ import models_mae
 import models_vit
 from util.export.files import write_safetensors
 from util.export.hf import compare_original
+from util.export.source import Source, read_source
 from util.export.timm import compare_timm, load_original
 from util.run.writer import save_checkpoint
-from util.weights.export_source import Source, read_source
 
 _SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std")
 _FULL = ("norm_pix_loss", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")

@@ -9,7 +9,7 @@ import torch
 
 from util.errors import UserError
 from util.export.files import write_json, write_safetensors
-from util.weights.export_source import Source
+from util.export.source import Source
 
 # timm's model of the same architecture, and its settings of those that have weights of an MAE; and what the
 # name alone says: patch, width, blocks, heads, classes

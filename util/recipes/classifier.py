@@ -27,9 +27,10 @@ from util.evaluate.report import (
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
 from util.run.run_log import write_log
 from util.sizes import image_size
+from util.weights.describe import read_model_info
 from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_encoder
 from util.weights.files import find_newest, load_checkpoint
-from util.weights.model_info import adopt_model_info, check_class_names, read_model_info, warn_of_other_stats
+from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 from util.weights.state import check_entries, check_state, model_state
 
 

@@ -16,16 +16,16 @@ from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 from util.weights.files import load_checkpoint
-from util.weights.hugging_face import HF_LAYER, from_hugging_face
-from util.weights.state import compare_state, describe_kind, model_state
+from util.weights.hugging_face import from_hugging_face
+from util.weights.state import compare_state, describe_kind, model_state, stored_settings
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
-# the encoder computes (a norm before the blocks, register tokens, ...)
-_BESIDE = ("decoder", "mask_token", "head", "norm.", "fc_norm", "pre_logits", "pooler", "classifier")
+# the encoder computes (register tokens, a norm before the blocks, ...)
+_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier")
 
 
 @dataclass
@@ -77,12 +77,7 @@ def load_encoder(
     """
     content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
-    if not has_encoder(state):
-        some = ", ".join(list(state)[:3]) or "no tensors"
-        raise UserError(
-            f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
-            f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth"
-        )
+    require_encoder(state, kind, content, f"{flag} {source}")
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
@@ -92,8 +87,7 @@ def load_encoder(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    names = {key: key.removeprefix("vit.").removeprefix("embeddings.") for key in unexpected}
-    if strange := [key for key, name in names.items() if not name.startswith(_BESIDE)]:
+    if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
         raise UserError(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
@@ -116,27 +110,66 @@ def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
     state = model_state(content)
     kind = describe_kind(state)
-    if kind.startswith("Hugging Face") or any(HF_LAYER.search(key) for key in state):
-        if not kind.startswith("Hugging Face"):
-            kind = "Hugging Face ViT, encoder only"
-        if "classifier.weight" in state:
-            kind = "Hugging Face ViT classifier"
-        return from_hugging_face(state), kind
-    if "head.1.weight" in state:
-        kind = "linear probe (encoder, BatchNorm, head)"
-    return state, kind
+    return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
 
 
-def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
-    """(rows, columns) that a checkpoint's position table was made for, where its stored flags say so."""
-    info = content.get("model_info") or content.get("args") or {}
-    size = info.get("input_size") if isinstance(info, dict) else None
-    if not isinstance(size, int | tuple | list):
+def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """The tensors, float32, of a part of a file: "full", "classifier" or "encoder".
+
+    What stands beside that part and changes nothing of what it computes is left out; all else is there.
+    """
+    beside = {"full": ("pooler",), "classifier": ("decoder", "mask_token", "pooler")}.get(part, _BESIDE)
+    return {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+        if not _bare(key).startswith(beside)
+    }
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("vit.").removeprefix("embeddings.")
+
+
+def has_encoder(state: dict) -> bool:
+    """Whether a state dict with this code's key names has the encoder of a vision transformer."""
+    shapes = {key: value.ndim for key, value in state.items()}
+    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    return all(shapes.get(key) == rank for key, rank in ranks.items()) and count_blocks(state) > 0
+
+
+def require_encoder(state: dict, kind: str, content: dict, where: str) -> None:
+    """Raises UserError, which says what the file is, unless it has an encoder.
+
+    Args:
+        state, kind: what `encoder_state` returns for `content`.
+        where: flag and file.
+    """
+    if has_encoder(state):
+        return
+    if "model" not in content and {"param_groups", "state"} <= content.keys():
+        kind = "an optimizer's state"
+    elif any(key.startswith(("decoder_", "decoder.")) for key in state):
+        kind = "a decoder without its encoder"
+    some = ", ".join(list(state)[:3]) or "no tensors"
+    raise UserError(
+        f"{where}: has no usable encoder keys because this file is {kind} (keys: {some}). "
+        "Pass a pre-training checkpoint or a mae_pretrain_*.pth"
+    )
+
+
+def count_blocks(state: dict, name: str = "blocks") -> int:
+    """Blocks in a state dict, the encoder's or those of "decoder_blocks"."""
+    return len({match[1] for key in state if (match := re.match(rf"{name}\.(\d+)\.", key))})
+
+
+def stored_grid(state: dict, settings: dict) -> tuple[int, int] | None:
+    """(rows, columns) that a file's positional embedding was made for, where its settings say so."""
+    size = settings.get("input_size")
+    if not isinstance(size, int | tuple | list) or len(size := size_pair(size)) != 2:
         return None
     patch_h, patch_w = state["patch_embed.proj.weight"].shape[-2:]
-    height, width = size_pair(size)
-    grid = (height // patch_h, width // patch_w)
-    # The reference stored a size that it did not use: believed only where it fits the table
+    grid = (size[0] // patch_h, size[1] // patch_w)
+    # The reference stored a size that it did not use: believed only where it fits the positions
     return grid if grid[0] * grid[1] == state["pos_embed"].shape[1] - 1 else None
 
 
@@ -144,7 +177,7 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
     table, width = state["pos_embed"], model.pos_embed.shape[2]
     if table.shape[2] != width:
         return  # another width: reported with the other shapes
-    grid, (rows, columns) = stored_grid(content, state), model.patch_embed.grid_size
+    grid, (rows, columns) = stored_grid(state, stored_settings(content)), model.patch_embed.grid_size
     if grid is None and rows != columns and table.shape == model.pos_embed.shape and is_main_process():
         warn(
             f"{report.source}: does not say the patch grid of its {rows * columns} positions; they are taken "
@@ -161,37 +194,19 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         ) from None
 
 
-def has_encoder(state: dict) -> bool:
-    shapes = {key: value.ndim for key, value in state.items()}
-    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    return all(shapes.get(key) == rank for key, rank in ranks.items()) and _count_blocks(state) > 0
-
-
-def _count_blocks(state: dict) -> int:
-    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
-
-def _kind_of_useless(content: dict, kind: str) -> str:
-    if "model" not in content and {"param_groups", "state"} <= content.keys():
-        return "an optimizer's state"
-    if any(key.startswith(("decoder_", "decoder.")) for key in model_state(content)):
-        return "a decoder without its encoder"
-    return kind
-
-
 def _misfit_text(model, state, where, kind, differences) -> str:
     """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
     patch = state["patch_embed.proj.weight"].shape
     own = model.patch_embed.proj.weight.shape
     hints = []
-    if patch[0] != own[0] or _count_blocks(state) != len(model.blocks):
+    if patch[0] != own[0] or count_blocks(state) != len(model.blocks):
         hints.append("--model")
     if patch[1] != own[1]:
         hints.append(f"--in_chans {patch[1]}")
     if patch[-1] != own[-1]:
         hints.append(f"--patch_size {patch[-1]}")
     some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
-    theirs = f"{_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
+    theirs = f"{count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
     ours = f"{len(model.blocks)} blocks, width {own[0]}, patch {own[-1]}, {own[1]} channels"
     return (
         f"{where} ({kind}): its encoder ({theirs}) does not fit the model ({ours}): {some}. "

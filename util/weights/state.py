@@ -18,6 +18,14 @@ def model_state(content: dict, source: str = "the checkpoint") -> dict[str, torc
     return strip_prefixes(tensors)
 
 
+def stored_settings(content: dict) -> dict:
+    """What a loaded checkpoint says of its model beside the tensors: `model_info` or `args`, under the names
+    of flags; of a folder what its `config.json` says; {} of a file with tensors only.
+    """
+    entries = content.get("settings"), content.get("model_info") or content.get("args")
+    return {name: v for entry in entries if isinstance(entry, dict) for name, v in entry.items()}
+
+
 def strip_prefixes(state: dict) -> dict:
     """Removes what DistributedDataParallel and torch.compile put in front of every key."""
     for prefix in _PREFIXES * 2:
@@ -27,17 +35,19 @@ def strip_prefixes(state: dict) -> dict:
 
 
 def describe_kind(state: dict) -> str:
-    """What kind of model a state dict belongs to, in words."""
+    """What kind of model a state dict belongs to, in words; the first are "Hugging Face" for its files."""
     if any(key.startswith(("vit.embeddings.", "embeddings.patch_embeddings.")) for key in state):
-        return "Hugging Face ViTMAE" + (
-            " with decoder" if "decoder.mask_token" in state else ", encoder only"
-        )
+        if "classifier.weight" in state:
+            return "Hugging Face ViT classifier"
+        decoder = " with decoder" if "decoder.mask_token" in state else ", encoder only"
+        return f"Hugging Face ViTMAE{decoder}"
     if "patch_embed.proj.weight" not in state:
-        return (
-            "a decoder without its encoder" if "decoder_pred.weight" in state else "not a vision transformer"
-        )
+        decoder = "decoder_pred.weight" in state
+        return "a decoder without its encoder" if decoder else "not a vision transformer"
     if "mask_token" in state and "decoder_pred.weight" in state:
         return "full MAE (encoder and decoder)"
+    if "head.1.weight" in state:
+        return "linear probe (encoder, BatchNorm, head)"
     if "head.weight" in state:
         return "classifier" + (" (global pool)" if "fc_norm.weight" in state else " (class token)")
     return "encoder only"
