@@ -75,7 +75,7 @@ def test_same_bytes_twice_with_labels(tmp_path, drawn, capsys):
 
 
 def test_ratios_rows_and_mask_file(tmp_path, drawn, capsys):
-    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={})
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"mask_ratio": 0.6})  # another than is drawn
     folder, output = make_folder(tmp_path / "images", 9), tmp_path / "out.png"
     common = ["--resume", checkpoint, *HEADS, "--output", output]
     run(*common, folder, "--rows", 2, "--mask_ratio", 0.5, 0.75, 0.875)

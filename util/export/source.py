@@ -84,6 +84,8 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
     source = Source(**vars(weights))
     source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
     source.mae = build(weights) if weights.part == "full" else None
+    if args.mask_ratio is not None:
+        source.mask_ratio = args.mask_ratio
     stored = stored_settings(content)
     eps = content.get("config", {}).get("layer_norm_eps", 1e-6)
     if eps != 1e-6:

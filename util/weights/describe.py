@@ -22,16 +22,17 @@ from util.weights.encoder import (
     encoder_state,
     has_encoder,
     part_state,
-    require_encoder,
     stored_grid,
+    words_for_useless,
 )
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
 from util.weights.state import stored_settings
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
+_OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
 # Flags of what no tensor shows, beside the size of the images
-_UNSEEN = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "mean", "std")
+_UNSEEN = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mean", "std")
 _ABSENT = {
     "full": "no decoder ({kind}), which reconstructions need; pass a checkpoint-*.pth of main_pretrain.py or "
     "a released mae_visualize_vit_*.pth",
@@ -67,8 +68,8 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
 
     Args:
         content: the file at `path`, as `load_checkpoint` returns it.
-        flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mask_ratio, mean, std, for what the
-            file does not say; None, or absent, where not given.
+        flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mean, std, for what the file does not
+            say; None, or absent, where not given.
         parts: "full", "classifier", "encoder"; the first that the file holds is described.
         override: flags win over what the file says, instead of being refused where they contradict it.
 
@@ -79,7 +80,9 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     where = f"--resume {path}"
     state, kind = encoder_state(content)
     state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
-    require_encoder(state, kind, content, where)
+    if not has_encoder(state):
+        words = words_for_useless(state, kind, content)
+        raise UserError(f"{where}: has no usable encoder keys but is {words}")
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise UserError(f"{where}: its weights are not finite ({bad[0]}); take an earlier checkpoint")
     held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
@@ -94,11 +97,11 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
         str(path), kind, found[0], part_state(state, found[0]), sizes, sizes["img_size"],
         *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
         norm_pix_loss=bool(said["norm_pix_loss"]),
-        mask_ratio=0.75 if said["mask_ratio"] is None else said["mask_ratio"],
+        mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
         model=info.get("model"),
         recipe=stored.get("recipe", info.get("recipe")),
         class_names=stored.get("class_names"),
-        content={k: v for k, v in content.items() if k not in ("model", "state_dict", "optimizer")},
+        content={k: v for k, v in content.items() if k in _OTHERS},
     )  # fmt: skip
     if weights.part == "full":
         width, depth = state["mask_token"].shape[-1], count_blocks(state, "decoder_blocks")
@@ -112,7 +115,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
 
 def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     """What the file says of the flags of `describe`; None for those that it does not say."""
-    _check_settings({name: stored.get(name) for name in (*_UNSEEN, "class_names")})
+    _check_settings({name: stored.get(name) for name in (*_UNSEEN, "mask_ratio", "class_names")})
     known = {name: stored.get(name) for name in _UNSEEN}
     known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
     if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
@@ -137,7 +140,7 @@ def _sizes(state: dict, info: dict, said: dict, path) -> dict:
         raise UserError(f"--resume {path}: does not say the grid of its {patches}; pass --input_size "
                         "HEIGHTxWIDTH")  # fmt: skip
     if any(length % side for length in size) or math.prod(size) != positions * side * side:
-        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that it should: "
+        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that are needed: "
                         f"{path} has {patches}")  # fmt: skip
     mlp = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width))
     return {

@@ -1,8 +1,8 @@
 """Takes the encoder out of any kind of weights file, and says exactly what was taken and what was not.
 
 Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and
-fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or
-`.safetensors`, with or without the prefixes of DistributedDataParallel and torch.compile.
+fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth`,
+`.safetensors` or folder, with or without the prefixes of DistributedDataParallel and torch.compile.
 """
 
 import re
@@ -30,20 +30,14 @@ _BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier"
 
 @dataclass
 class LoadReport:
-    """What `load_encoder` did.
+    """What `load_encoder` did."""
 
-    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial
-    values). unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of
-    its head, which is new in every recipe. resized: ((rows, columns) in the file, in the model) of the
-    position table, or None.
-    """
-
-    source: str
-    kind: str
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    resized: tuple | None = None
+    source: str  # the file
+    kind: str  # the file in words
+    missing: list[str] = field(default_factory=list)  # the model's keys, not in the file: as initialised
+    unexpected: list[str] = field(default_factory=list)  # the file's keys, not in the model: not used
+    dropped: list[str] = field(default_factory=list)  # "key: shape" of the file's head: new in every recipe
+    resized: tuple | None = None  # ((rows, columns) in the file, in the model) of the positional embedding
 
     def __str__(self) -> str:
         lines = [f"encoder: {self.source} ({self.kind})"]
@@ -66,10 +60,10 @@ def _shorten(keys: list[str]) -> str:
 def load_encoder(
     model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
 ) -> LoadReport:
-    """Loads the encoder of the file or https URL `source` into `model`, in place; a head is left.
+    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left.
 
-    Position tables are resized bicubically when the patch grid differs. `content`: of `source`, where it has
-    been read already.
+    A positional embedding is resized bicubically when the patch grid differs. `content`: of `source`, where
+    it has been read already.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
@@ -77,7 +71,10 @@ def load_encoder(
     """
     content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
-    require_encoder(state, kind, content, f"{flag} {source}")
+    if not has_encoder(state):
+        raise UserError(f"{flag} {source}: has no usable encoder keys; this file is "
+                        f"{words_for_useless(state, kind, content)}. Pass a pre-training checkpoint or a "
+                        "mae_pretrain_*.pth")  # fmt: skip
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
@@ -137,24 +134,13 @@ def has_encoder(state: dict) -> bool:
     return all(shapes.get(key) == rank for key, rank in ranks.items()) and count_blocks(state) > 0
 
 
-def require_encoder(state: dict, kind: str, content: dict, where: str) -> None:
-    """Raises UserError, which says what the file is, unless it has an encoder.
-
-    Args:
-        state, kind: what `encoder_state` returns for `content`.
-        where: flag and file.
-    """
-    if has_encoder(state):
-        return
+def words_for_useless(state: dict, kind: str, content: dict) -> str:
+    """What a file without an encoder is, with some of its keys; `state`, `kind`: as of `encoder_state`."""
     if "model" not in content and {"param_groups", "state"} <= content.keys():
         kind = "an optimizer's state"
     elif any(key.startswith(("decoder_", "decoder.")) for key in state):
         kind = "a decoder without its encoder"
-    some = ", ".join(list(state)[:3]) or "no tensors"
-    raise UserError(
-        f"{where}: has no usable encoder keys because this file is {kind} (keys: {some}). "
-        "Pass a pre-training checkpoint or a mae_pretrain_*.pth"
-    )
+    return f"{kind} (keys: {', '.join(list(state)[:3]) or 'no tensors'})"
 
 
 def count_blocks(state: dict, name: str = "blocks") -> int:

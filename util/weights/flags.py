@@ -16,7 +16,9 @@ def add_weights_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the weights file, and of what it may not say about itself."""
     flag = parser.add_argument_group("model").add_argument
     # fmt: off
-    flag("--resume", required=True, metavar="FILE|URL", help="the checkpoint; its model's sizes come with it")
+    flag("--resume", required=True, metavar="FILE|URL|FOLDER",
+         help="a checkpoint, a released file, or the folder of a Hugging Face or timm model; its sizes come "
+         "with it")
     flag("--input_size", type=image_size, help="only for files that do not say it: 224, or 32x128 "
          "(height x width)")
     flag("--num_heads", type=int, help="only for files that do not say it: attention heads of the encoder")
