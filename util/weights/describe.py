@@ -89,6 +89,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     if not (found := [part for part in parts if held[part]]):
         raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
     stored = stored_settings(content)
+    _check_settings({k: stored.get(k) for k in (*_UNSEEN, "mask_ratio", "class_names")}, where)
     info = _info_of_tensors(state, stored)
     known = _known_flags(state, stored, info)
     said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}
@@ -115,7 +116,6 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
 
 def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     """What the file says of the flags of `describe`; None for those that it does not say."""
-    _check_settings({name: stored.get(name) for name in (*_UNSEEN, "mask_ratio", "class_names")})
     known = {name: stored.get(name) for name in _UNSEEN}
     known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
     if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
@@ -221,8 +221,8 @@ def _head(state: dict) -> str | None:
     return next((key for key in ("head.weight", "head.1.weight") if key in state), None)
 
 
-def _check_settings(info: dict) -> None:
-    """Raises UserError for settings of a checkpoint that no model can be built from."""
+def _check_settings(info: dict, whose: str = "the checkpoint's model_info") -> None:
+    """Raises UserError for settings that no model can be built from."""
 
     def numbers(value, kind=int, least: float = 1) -> bool:
         return isinstance(value, list | tuple) and all(isinstance(v, kind) and v >= least for v in value)
@@ -238,4 +238,4 @@ def _check_settings(info: dict) -> None:
     }
     for name, test in tests.items():
         if info.get(name) is not None and not test(info[name]):
-            raise UserError(f"the checkpoint's model_info is damaged: {name} is {str(info[name])[:40]!r}")
+            raise UserError(f"{whose} is damaged: {name} is {str(info[name])[:40]!r}")
