@@ -8,7 +8,7 @@ from models_vit import VisionTransformer
 from util.errors import UserError
 from util.weights.describe import WeightsFile
 from util.weights.encoder import part_state
-from util.weights.state import compare_state
+from util.weights.state import compare_state, some
 
 
 def build(
@@ -45,10 +45,10 @@ def build(
         raise UserError(f"--resume {weights.path}: {error}") from None
     missing, unexpected, mismatched = compare_state(model, state)
     if missing or unexpected or mismatched:
-        some = "; ".join((mismatched + unexpected + missing)[:3])
+        differences = some(mismatched + unexpected + missing, 3, "; ")
         raise UserError(f"--resume {weights.path} ({weights.kind}): is not a plain ViT of this code: "
                         f"{len(missing)} tensors are missing, {len(unexpected)} are not known, "
-                        f"{len(mismatched)} have other shapes ({some})")  # fmt: skip
+                        f"{len(mismatched)} have other shapes ({differences})")  # fmt: skip
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -17,7 +17,7 @@ from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 from util.weights.files import load_checkpoint
 from util.weights.hugging_face import from_hugging_face
-from util.weights.state import compare_state, describe_kind, model_state, stored_settings
+from util.weights.state import compare_state, describe_kind, model_state, some, stored_settings
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
@@ -72,9 +72,10 @@ def load_encoder(
     content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
     if not has_encoder(state):
-        raise UserError(f"{flag} {source}: has no usable encoder keys; this file is "
-                        f"{words_for_useless(state, kind, content)}. Pass a pre-training checkpoint or a "
-                        "mae_pretrain_*.pth")  # fmt: skip
+        raise UserError(
+            f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {some(state)}). Pass a "
+            "pre-training checkpoint or a mae_pretrain_*.pth"
+        )
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
@@ -107,6 +108,8 @@ def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
     state = model_state(content)
     kind = describe_kind(state)
+    if not state and {"param_groups", "state"} <= content.keys():
+        kind = "an optimizer's state"
     return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
 
 
@@ -132,15 +135,6 @@ def has_encoder(state: dict) -> bool:
     shapes = {key: value.ndim for key, value in state.items()}
     ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     return all(shapes.get(key) == rank for key, rank in ranks.items()) and count_blocks(state) > 0
-
-
-def words_for_useless(state: dict, kind: str, content: dict) -> str:
-    """What a file without an encoder is, with some of its keys; `state`, `kind`: as of `encoder_state`."""
-    if "model" not in content and {"param_groups", "state"} <= content.keys():
-        kind = "an optimizer's state"
-    elif any(key.startswith(("decoder_", "decoder.")) for key in state):
-        kind = "a decoder without its encoder"
-    return f"{kind} (keys: {', '.join(list(state)[:3]) or 'no tensors'})"
 
 
 def count_blocks(state: dict, name: str = "blocks") -> int:
@@ -182,19 +176,17 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
 
 def _misfit_text(model, state, where, kind, differences) -> str:
     """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
-    patch = state["patch_embed.proj.weight"].shape
-    own = model.patch_embed.proj.weight.shape
-    hints = []
-    if patch[0] != own[0] or count_blocks(state) != len(model.blocks):
-        hints.append("--model")
-    if patch[1] != own[1]:
-        hints.append(f"--in_chans {patch[1]}")
-    if patch[-1] != own[-1]:
-        hints.append(f"--patch_size {patch[-1]}")
-    some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
-    theirs = f"{count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
-    ours = f"{len(model.blocks)} blocks, width {own[0]}, patch {own[-1]}, {own[1]} channels"
+
+    def sizes(state: dict) -> tuple[int, int, int, int]:
+        width, channels, _, patch = state["patch_embed.proj.weight"].shape
+        return count_blocks(state), width, channels, patch
+
+    theirs, ours = sizes(state), sizes(model.state_dict())
+    words = "{} blocks, width {}, {} channels, patch {}"
+    hints = ["--model"] if theirs[:2] != ours[:2] else []
+    pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)
+    hints += [f"--{flag} {their}" for flag, their, our in pairs if their != our]
     return (
-        f"{where} ({kind}): its encoder ({theirs}) does not fit the model ({ours}): {some}. "
-        f"Check {' and '.join(hints) or '--model'}"
+        f"{where} ({kind}): its encoder ({words.format(*theirs)}) does not fit the model "
+        f"({words.format(*ours)}): {some(differences, 2, '; ')}. Check {' and '.join(hints) or '--model'}"
     )

@@ -1,5 +1,7 @@
 """What a state dict is, and whether it fits a model."""
 
+from collections.abc import Iterable
+
 import torch
 
 from util.errors import UserError
@@ -42,7 +44,7 @@ def describe_kind(state: dict) -> str:
         decoder = " with decoder" if "decoder.mask_token" in state else ", encoder only"
         return f"Hugging Face ViTMAE{decoder}"
     if "patch_embed.proj.weight" not in state:
-        decoder = "decoder_pred.weight" in state
+        decoder = any(key.startswith(("decoder_", "decoder.")) for key in state)
         return "a decoder without its encoder" if decoder else "not a vision transformer"
     if "mask_token" in state and "decoder_pred.weight" in state:
         return "full MAE (encoder and decoder)"
@@ -80,7 +82,7 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
             "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
         )
     parts = [("different shapes", mismatched), ("missing keys", missing), ("unexpected keys", unexpected)]
-    details = "; ".join(f"{len(keys)} {name} ({_some(keys)})" for name, keys in parts if keys)
+    details = "; ".join(f"{len(keys)} {name} ({some(keys)})" for name, keys in parts if keys)
     raise UserError(
         f"{source}: is of another architecture ({kind}): {details}; pass the flags it was trained with"
     )
@@ -153,5 +155,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 raise ValueError(f"'{name}' of parameter {number} has another shape or kind")
 
 
-def _some(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+def some(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first `most` names, for a message."""
+    first = list(names)
+    return separator.join(first[:most] + ["..."] * (len(first) > most)) or "none"
