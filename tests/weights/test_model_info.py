@@ -86,6 +86,8 @@ def test_other_means_are_warned_of(capsys):
     warn_of_other_stats(args, {"args": {"mean": (0.4, 0.5, 0.5)}}, "a.pth")
     expected = "a.pth was trained with --mean 0.4 0.5 0.5, now it is 0.5 0.5 0.5"
     assert expected in capsys.readouterr().err
+    warn_of_other_stats(args, {"args": {"mean": ["grey"]}}, "a.pth")  # not this code's: no crash
+    assert "a.pth was trained with --mean grey, now" in capsys.readouterr().err
 
 
 def test_class_names():

@@ -104,7 +104,7 @@ def check_class_names(
 
 def _plain(value):
     """A form that can be compared: one size, mean or deviation stands for all sides or channels."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
         values = [round(float(v), 6) for v in value]
         return values[0] if len(set(values)) == 1 else values
     return value
