@@ -26,8 +26,8 @@ from util.errors import TrainingError, UserError
 from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
+from util.export.source import Source, read_source
 from util.sizes import image_size
-from util.weights.export_source import Source, read_source
 
 TOLERANCE = 1e-4
 

@@ -50,7 +50,7 @@ from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
 from util.run.start import RunState, announce, close_run, open_run, train_loader
-from util.weights.model_info import make_model_info
+from util.weights.describe import make_model_info
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -25,9 +25,10 @@ from util.recipes.classifier import build_classifier, make_report_dir, start_fro
 from util.rng import seed_all
 from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
+from util.weights.describe import read_model_info
 from util.weights.encoder import check_final_norm
 from util.weights.files import load_checkpoint
-from util.weights.model_info import adopt_model_info, read_model_info
+from util.weights.flags import adopt_model_info
 
 import models_vit  # isort: skip
 

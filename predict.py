@@ -30,8 +30,10 @@ from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
 from util.processes.collectives import warn
 from util.sizes import default_workers
-from util.weights.predict_model import build_classifier, build_encoder, class_names
-from util.weights.predict_weights import add_weights_args, read_weights
+from util.weights.build import build
+from util.weights.describe import describe
+from util.weights.files import load_checkpoint
+from util.weights.flags import add_weights_args
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("run").add_argument
     flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
     flag("--num_workers", default=default_workers(), type=at_least(0),
-         help="loader processes (default: one per core, at most 10)")
+         help="loader processes (default: one per core, at most 16)")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
@@ -87,7 +89,7 @@ def read_names(path: str, count: int) -> list[str]:
         ) from None
     if len(names) != count:
         raise UserError(f"--class_names {path}: has {len(names)} lines, the checkpoint {count} classes")
-    return class_names(names, count)
+    return names
 
 
 def say(message: str) -> None:
@@ -106,17 +108,17 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     resolve_amp_dtype(args.amp_dtype, device)
-    weights = read_weights(args)
     wants_classes = not args.features or bool(args.csv or args.top_k)
-    names: list[str] = []
+    part = "classifier" if wants_classes else "encoder"
+    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, part)
+    model, names = build(weights), []
     if wants_classes:
-        model, names = build_classifier(weights)
-        names = read_names(args.class_names, len(names)) if args.class_names else names
+        stored, count = weights.class_names or [], model.num_classes
+        names = [*stored[:count], *(f"class {i}" for i in range(len(stored), count))]
+        names = read_names(args.class_names, count) if args.class_names else names
         args.top_k = min(5, len(names)) if args.top_k is None else args.top_k
         if args.top_k > len(names):
             raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
-    else:
-        model = build_encoder(weights)
     kind = (args.feature_kind or "mean") if args.features else None
     if kind in ("cls", "patches") and model.global_pool:
         say(f"note: {args.resume} has a norm for the mean of its patches only: {kind} come without a norm")

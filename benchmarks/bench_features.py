@@ -31,7 +31,7 @@ from util.demo_set.files import ensure_demo_data
 from util.evaluate.output import write_features
 from util.evaluate.predict import predict, prediction_loader
 from util.sizes import default_workers
-from util.weights.predict_weights import Weights
+from util.weights.describe import WeightsFile
 
 TARGET = 1.05
 
@@ -79,7 +79,7 @@ def measure(args) -> dict[str, list[dict]]:
     )
     model = model.eval().to(device)
     size = (args.input_size, args.input_size)
-    weights = Weights("", {}, "", {}, {}, {"in_chans": 3}, size, IMAGENET_MEAN, IMAGENET_STD)
+    weights = WeightsFile("", "", "encoder", {}, {"in_chans": 3}, size, IMAGENET_MEAN, IMAGENET_STD)
     args.bad_images = "error"
     files = take_files(args)
     dataset = prediction_loader(files, weights, args).dataset

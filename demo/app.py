@@ -33,8 +33,10 @@ from util.figures.canvas import panel_pixels
 from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
-from util.weights.predict_model import build_mae
-from util.weights.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
+from util.weights.build import build
+from util.weights.describe import WeightsFile, describe
+from util.weights.files import load_checkpoint
+from util.weights.flags import add_decoder_args, add_weights_args
 
 SAMPLES = 8  # at most
 SHOWN_WIDTH = 384  # pixels to which small pictures are enlarged, by a whole factor
@@ -75,7 +77,7 @@ class Player:
     """A model and what it needs to show a picture with any mask."""
 
     model: torch.nn.Module
-    weights: Weights
+    weights: WeightsFile
     device: torch.device
 
     @property
@@ -171,7 +173,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
         return draw({**state, "removed": ~state["removed"]})
 
     _, *titles = column_headings(player.model.norm_pix_loss, player.weights.sizes["in_chans"])
-    name = os.path.basename(player.weights.source)
+    name = os.path.basename(player.weights.path)
     first = take(samples[0], 0.75, 0)
     with gradio.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
         gradio.Markdown(
@@ -233,8 +235,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--port must lie between 1 and 65535, --max_upload_mb be at least 1")
     gradio = load_gradio()
     device = resolve_device(args.device)
-    weights = read_weights(args)
-    model = build_mae(weights, args.norm_pix_loss, args.decoder_num_heads).to(device)
+    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, "full")
+    model = build(weights).to(device)
     for note in weights.notes:
         log(f"note: {note}")
     player = Player(model, weights, device)

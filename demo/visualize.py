@@ -39,8 +39,10 @@ from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
 from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
-from util.weights.predict_model import build_encoder, build_mae
-from util.weights.predict_weights import Weights, add_decoder_args, add_weights_args, read_weights
+from util.weights.build import build
+from util.weights.describe import WeightsFile, describe
+from util.weights.files import load_checkpoint
+from util.weights.flags import add_decoder_args, add_weights_args
 
 DEMO_ROWS = 5  # when no image is named
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones
@@ -115,7 +117,7 @@ def choose_images(args: argparse.Namespace) -> tuple[PathList, PathList]:
 
 
 def read_images(
-    paths: PathList, names: PathList, weights: Weights, skip: bool
+    paths: PathList, names: PathList, weights: WeightsFile, skip: bool
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
     transform, images, labels = EvalTransform(weights.input_size), [], []
@@ -174,13 +176,10 @@ def write(picture: Image.Image, path: str) -> None:
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
-    weights = read_weights(args)
-    attention_only = args.attention and not weights.has_decoder
-    model = (
-        build_encoder(weights)
-        if attention_only
-        else build_mae(weights, args.norm_pix_loss, args.decoder_num_heads)
-    )
+    parts = ["full", "encoder"] if args.attention else ["full"]
+    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, *parts)
+    attention_only = weights.part == "encoder"
+    model = build(weights)
     for note in weights.notes:
         log(f"note: {note}")
     paths, names = choose_images(args)
@@ -188,10 +187,10 @@ def main(args: argparse.Namespace) -> None:
     heads = weights.sizes["num_heads"] if args.attention else 0
     check_size(len(paths), max(1 + 3 * len(masks), 2 + heads), weights.input_size)
     images, labels = read_images(paths, names, weights, args.bad_images == "skip")
-    model, name = model.to(device), os.path.basename(weights.source)
+    model, name = model.to(device), os.path.basename(weights.path)
 
     if attention_only:
-        log(f"{weights.source} holds no decoder ({weights.kind}): no reconstructions, attention only")
+        log(f"{weights.path} holds no decoder ({weights.kind}): no reconstructions, attention only")
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""

@@ -46,8 +46,8 @@ def checkpoint(tmp_path_factory):
 def player(checkpoint):
     app = load_script()
     args = app.ArgumentParser(parents=[app.get_args_parser()]).parse_args(["--resume", str(checkpoint)])
-    weights = app.read_weights(args)
-    return app.Player(app.build_mae(weights), weights, torch.device("cpu"))
+    weights = app.describe(app.load_checkpoint(args.resume), args.resume, args, "full")
+    return app.Player(app.build(weights), weights, torch.device("cpu"))
 
 
 def test_masks_and_clicks(player):

@@ -17,9 +17,11 @@ from util.errors import UserError
 from util.evaluate.features import encoder_features
 from util.figures import canvas
 from util.figures.attention import attention_grid, block_attention, class_token_attention, overlay
+from util.weights.build import build
+from util.weights.describe import describe
+from util.weights.files import load_checkpoint
+from util.weights.flags import add_decoder_args, add_weights_args
 from util.weights.hugging_face import to_hugging_face
-from util.weights.predict_model import build_encoder, build_mae
-from util.weights.predict_weights import add_weights_args, read_weights
 
 HEADS = ["--num_heads", "3", "--decoder_num_heads", "4"]  # of TINY_MAE, which is no named model
 
@@ -73,7 +75,7 @@ def test_same_bytes_twice_with_labels(tmp_path, drawn, capsys):
 
 
 def test_ratios_rows_and_mask_file(tmp_path, drawn, capsys):
-    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={})
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"mask_ratio": 0.6})  # another than is drawn
     folder, output = make_folder(tmp_path / "images", 9), tmp_path / "out.png"
     common = ["--resume", checkpoint, *HEADS, "--output", output]
     run(*common, folder, "--rows", 2, "--mask_ratio", 0.5, 0.75, 0.875)
@@ -229,10 +231,12 @@ def test_too_many_rows(tmp_path, monkeypatch):
 # What a file says about its model
 
 
-def weights_of(path, *flags):
+def weights_of(path, *flags, part="full"):
     parser = ArgumentParser()
     add_weights_args(parser)
-    return read_weights(parse_args(parser, ["--resume", str(path), *map(str, flags)]))
+    add_decoder_args(parser)
+    args = parse_args(parser, ["--resume", str(path), *map(str, flags)])
+    return describe(load_checkpoint(args.resume, "--resume"), args.resume, args, part)
 
 
 def test_sizes_come_from_the_checkpoint(tmp_path):
@@ -248,7 +252,7 @@ def test_sizes_come_from_the_checkpoint(tmp_path):
     }
     path = save(tmp_path / "c.pth", model, args={**args, "mean": (0.3,), "std": (0.2,)})
     weights = weights_of(path)
-    again = build_mae(weights)
+    again = build(weights)
     assert (
         again.img_size == (16, 32)
         and again.norm_pix_loss
@@ -262,7 +266,7 @@ def test_sizes_come_from_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"--num_heads 6: .* was trained with 3"):
         weights_of(path, "--num_heads", 6)
     with pytest.raises(UserError, match=r"--decoder_num_heads 4: .* was trained with 2"):
-        build_mae(weights, decoder_heads=4)
+        weights_of(path, "--decoder_num_heads", 4)
     # A run without --decoder_num_heads stores None: the named model's 8
     model = MODELS["mae_vit_tiny_patch16"](
         img_size=(16, 32), patch_size=8, decoder_depth=1, decoder_embed_dim=32
@@ -270,17 +274,18 @@ def test_sizes_come_from_the_checkpoint(tmp_path):
     weights = weights_of(
         save(path, model, args={**args, "decoder_num_heads": None, "mean": None, "std": None})
     )
-    assert build_mae(weights).decoder_blocks[0].attn.num_heads == 8
+    assert build(weights).decoder_blocks[0].attn.num_heads == 8
 
 
 def test_released_files_hold_tensors_only(tmp_path):
     """As mae_visualize_vit_*.pth: the named model of these sizes; the flag says what no tensor shows."""
     model = MODELS["mae_vit_tiny_patch16"](img_size=32)
-    weights = weights_of(save(tmp_path / "c.pth", model))
-    again = build_mae(weights)
+    path = save(tmp_path / "c.pth", model)
+    weights = weights_of(path)
+    again = build(weights)
     assert again.decoder_blocks[0].attn.num_heads == 8 and not again.norm_pix_loss
     assert "does not say whether it predicts normalised pixels" in weights.notes[0]
-    assert build_mae(weights, norm_pix_loss=True).norm_pix_loss
+    assert build(weights_of(path, "--norm_pix_loss")).norm_pix_loss
     assert weights.mean == (0.485, 0.456, 0.406) and weights.input_size == (32, 32)
 
     path = save(tmp_path / "d.pth", tiny_mae(img_size=(16, 32)))
@@ -290,18 +295,18 @@ def test_released_files_hold_tensors_only(tmp_path):
         weights_of(path, "--num_heads", 3, "--input_size", 32)
     with pytest.raises(UserError, match=r"attention heads \(width 24, 2 blocks.*pass --num_heads"):
         weights_of(path, "--input_size", "16x32")
-    weights = weights_of(path, "--input_size", "16x32", "--num_heads", 3)
+    flags = ["--input_size", "16x32", "--num_heads", 3]
     with pytest.raises(UserError, match=r"decoder's number of attention heads \(width 16, 2 blocks\)"):
-        build_mae(weights)
-    assert build_mae(weights, decoder_heads=4).img_size == (16, 32)
+        weights_of(path, *flags)
+    assert build(weights_of(path, *flags, "--decoder_num_heads", 4)).img_size == (16, 32)
 
 
 def test_hugging_face_file_with_decoder(tmp_path):
     model = tiny_mae()
     torch.save(to_hugging_face(model.state_dict()), tmp_path / "pytorch_model.bin")
-    weights = weights_of(tmp_path / "pytorch_model.bin", "--num_heads", 3)
+    weights = weights_of(tmp_path / "pytorch_model.bin", *HEADS)
     assert weights.kind == "Hugging Face ViTMAE with decoder"
-    again = build_mae(weights, decoder_heads=4).state_dict()
+    again = build(weights).state_dict()
     for key, value in model.state_dict().items():
         assert torch.equal(again[key], value), key
 
@@ -309,8 +314,7 @@ def test_hugging_face_file_with_decoder(tmp_path):
 def test_reference_checkpoint(tmp_path):
     """Its Namespace names another model than the tensors are of; the tensors are believed."""
     path = shutil.copy(REPO / "tests/golden/checkpoint-0.pth", tmp_path)
-    weights = weights_of(path, "--num_heads", 3)
-    assert build_mae(weights, decoder_heads=4).blocks[0].attn.qkv.in_features == 24
+    assert build(weights_of(path, *HEADS)).blocks[0].attn.qkv.in_features == 24
 
 
 def test_files_that_hold_no_model(tmp_path):
@@ -382,7 +386,7 @@ def test_attention_grid_has_a_panel_per_head(drawn):
 
 def test_build_encoder_equals_the_mae(tmp_path):
     model = tiny_mae()
-    encoder = build_encoder(weights_of(save(tmp_path / "c.pth", model), "--num_heads", 3))
+    encoder = build(weights_of(save(tmp_path / "c.pth", model), "--num_heads", 3, part="encoder"))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         for block in (*model.blocks, *encoder.blocks):

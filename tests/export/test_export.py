@@ -21,11 +21,11 @@ import models_vit
 from util.evaluate.features import encoder_features
 from util.export import checkpoint
 from util.export import timm as export_timm
+from util.export.source import read_source
 from util.recipes.classifier import resume_classifier
 from util.run.resume import load_model
 from util.weights.encoder import load_encoder
-from util.weights.export_load import load_any
-from util.weights.export_source import read_source
+from util.weights.files import load_checkpoint
 from util.weights.hugging_face import to_hugging_face
 
 MODELS = models_vit.MODELS
@@ -61,7 +61,7 @@ def test_encoder_of_a_full_mae_for_timm(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
     if hasattr(timm.models._hub, "load_model_config_from_path"):
         close(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)(IMAGES), tokens[:, 0])
-    config = load_any(str(tmp_path / "out"))["config"]
+    config = load_checkpoint(str(tmp_path / "out"))["config"]
     assert config["pretrained_cfg"]["mean"] == MEAN and config["pretrained_cfg"]["std"] == STD
 
 

@@ -33,7 +33,7 @@ from util.errors import UserError
 from util.processes import signals
 from util.recipes import epoch_end
 from util.run.checkpoint import finish_saving
-from util.weights.model_info import read_model_info
+from util.weights.describe import read_model_info
 
 RECIPE = "--batch_size 6 --epochs 2 --warmup_epochs 1 --blr 0.05 --drop_path 0.2"
 RECIPE += " --mixup 0.8 --cutmix 1.0 --clip_grad 5"

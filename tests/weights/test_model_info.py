@@ -7,13 +7,8 @@ import torch
 
 import models_vit
 from util.errors import UserError
-from util.weights.model_info import (
-    adopt_model_info,
-    check_class_names,
-    make_model_info,
-    read_model_info,
-    warn_of_other_stats,
-)
+from util.weights.describe import make_model_info, read_model_info
+from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 
 
 def test_read_off_the_tensors_of_a_file_without_info():
@@ -91,6 +86,8 @@ def test_other_means_are_warned_of(capsys):
     warn_of_other_stats(args, {"args": {"mean": (0.4, 0.5, 0.5)}}, "a.pth")
     expected = "a.pth was trained with --mean 0.4 0.5 0.5, now it is 0.5 0.5 0.5"
     assert expected in capsys.readouterr().err
+    warn_of_other_stats(args, {"args": {"mean": ["grey"]}}, "a.pth")  # not this code's: no crash
+    assert "a.pth was trained with --mean grey, now" in capsys.readouterr().err
 
 
 def test_class_names():

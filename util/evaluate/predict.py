@@ -19,7 +19,7 @@ from util.data.presets import eval_transform
 from util.data.transforms import normalize_batch
 from util.errors import UserError
 from util.evaluate.exact import in_groups
-from util.weights.predict_model import Weights
+from util.weights.describe import WeightsFile
 
 KINDS = ("mean", "cls", "patches")
 
@@ -38,7 +38,9 @@ class Predictions:
     features: np.ndarray | None = None
 
 
-def prediction_loader(files: ImageFiles, weights: Weights, args: Namespace) -> torch.utils.data.DataLoader:
+def prediction_loader(
+    files: ImageFiles, weights: WeightsFile, args: Namespace
+) -> torch.utils.data.DataLoader:
     """Batches of `files` under the evaluation's transform of the recipe that made the weights.
 
     A probe's and a bare encoder's is that of probing and k-NN: resize to size / 0.875, centre crop; a
@@ -47,9 +49,7 @@ def prediction_loader(files: ImageFiles, weights: Weights, args: Namespace) -> t
     Args:
         args: batch_size, num_workers, bad_images.
     """
-    info = weights.content.get("model_info") or {}
-    tuned = info.get("recipe", "finetune" if "head.weight" in weights.state else None) == "finetune"
-    channels = weights.sizes["in_chans"]
+    tuned, channels = weights.recipe == "finetune", weights.sizes["in_chans"]
     stats = Namespace(input_size=weights.input_size, in_chans=channels, mean=weights.mean, std=weights.std)
     dataset = LabelledImages(
         files, eval_transform(stats, always_crop=not tuned), channels, 0, args.bad_images

@@ -7,8 +7,8 @@ import timm
 import torch
 
 from util.export.files import last_part, render
+from util.export.source import Source
 from util.sizes import size_pair
-from util.weights.export_source import Source
 
 # Settings of the machine, not of the training
 _MACHINE = {

@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import models_mae
+from util.export.source import Source, read_source
 from util.run.writer import save_checkpoint
-from util.weights.export_source import Source, read_source
 
 FULL = ("norm_pix_loss", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 _SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "num_heads")

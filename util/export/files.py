@@ -12,7 +12,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
-from util.weights.export_source import Source
+from util.export.source import Source
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from util.export.files import write_json
-from util.weights.export_source import Source
+from util.export.source import Source
 
 # The number of images is free; torch 2.6 makes a graph of one number only where there is no largest
 FREE_BATCH = ({0: torch.export.Dim("batch", max=2**20)},)

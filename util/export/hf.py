@@ -18,7 +18,7 @@ import torch
 from util.errors import UserError
 from util.export import timm
 from util.export.files import render, write_json, write_safetensors
-from util.weights.export_source import Source, read_source
+from util.export.source import Source, read_source
 from util.weights.files import read_json
 from util.weights.hugging_face import classifier_config, mae_config, to_hugging_face
 

@@ -8,7 +8,7 @@ import models_mae
 import models_vit
 from util.export.checkpoint import FULL, read_again, settings
 from util.export.files import render, write_safetensors
-from util.weights.export_source import Source
+from util.export.source import Source
 
 
 def write(source: Source, folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from util.errors import UserError
 from util.export.files import render, write_json, write_safetensors
-from util.weights.export_source import Source, read_source
+from util.export.source import Source, read_source
 from util.weights.files import read_json
 
 # timm's model of the same architecture, and its settings of those that have weights of an MAE; and what the

@@ -6,7 +6,7 @@ import torch
 
 from util.export import graph
 from util.export.files import render
-from util.weights.export_source import Source
+from util.export.source import Source
 
 
 def write(source: Source, folder: Path) -> None:

@@ -16,9 +16,10 @@ from util.files import check_writable
 from util.processes.collectives import is_main_process, log, warn
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
+from util.weights.describe import read_model_info
 from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_encoder
 from util.weights.files import load_checkpoint
-from util.weights.model_info import adopt_model_info, check_class_names, read_model_info, warn_of_other_stats
+from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 from util.weights.state import check_state, model_state
 
 

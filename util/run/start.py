@@ -91,7 +91,7 @@ class RunState:
     model: torch.nn.Module  # bare, not its wrapper
     optimizer: torch.optim.Optimizer
     loss_scaler: object
-    model_info: dict | None = None  # of a classifier: see `util.weights.model_info`
+    model_info: dict | None = None  # of a classifier: see `util.weights.describe`
     best_acc1: float | None = None  # of a classifier: percent, of the best epoch so far; -1: none
     resumed: bool = False  # whether the run goes on from an epoch
     stats: dict[str, float] | None = None  # averages of that epoch

@@ -1,8 +1,8 @@
 """Takes the encoder out of any kind of weights file, and says exactly what was taken and what was not.
 
 Understood: pre-training checkpoints of this code and of the reference, the released encoder-only, full and
-fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth` or
-`.safetensors`, with or without the prefixes of DistributedDataParallel and torch.compile.
+fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their namings), as `.pth`,
+`.safetensors` or folder, with or without the prefixes of DistributedDataParallel and torch.compile.
 """
 
 import re
@@ -16,34 +16,28 @@ from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 from util.weights.files import load_checkpoint
-from util.weights.hugging_face import HF_LAYER, from_hugging_face
-from util.weights.state import compare_state, describe_kind, model_state
+from util.weights.hugging_face import from_hugging_face
+from util.weights.state import compare_state, describe_kind, model_state, some, stored_settings
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
-# the encoder computes (a norm before the blocks, register tokens, ...)
-_BESIDE = ("decoder", "mask_token", "head", "norm.", "fc_norm", "pre_logits", "pooler", "classifier")
+# the encoder computes (register tokens, a norm before the blocks, ...)
+_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier")
 
 
 @dataclass
 class LoadReport:
-    """What `load_encoder` did.
+    """What `load_encoder` did."""
 
-    kind: the file in words. missing: keys of the model that the file does not have (they keep their initial
-    values). unexpected: keys of the file that the model does not have. dropped: "key: shape in the file" of
-    its head, which is new in every recipe. resized: ((rows, columns) in the file, in the model) of the
-    position table, or None.
-    """
-
-    source: str
-    kind: str
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    resized: tuple | None = None
+    source: str  # the file
+    kind: str  # the file in words
+    missing: list[str] = field(default_factory=list)  # the model's keys, not in the file: as initialised
+    unexpected: list[str] = field(default_factory=list)  # the file's keys, not in the model: not used
+    dropped: list[str] = field(default_factory=list)  # "key: shape" of the file's head: new in every recipe
+    resized: tuple | None = None  # ((rows, columns) in the file, in the model) of the positional embedding
 
     def __str__(self) -> str:
         lines = [f"encoder: {self.source} ({self.kind})"]
@@ -66,10 +60,10 @@ def _shorten(keys: list[str]) -> str:
 def load_encoder(
     model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
 ) -> LoadReport:
-    """Loads the encoder of the file or https URL `source` into `model`, in place; a head is left.
+    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left.
 
-    Position tables are resized bicubically when the patch grid differs. `content`: of `source`, where it has
-    been read already.
+    A positional embedding is resized bicubically when the patch grid differs. `content`: of `source`, where
+    it has been read already.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
@@ -78,10 +72,9 @@ def load_encoder(
     content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
     if not has_encoder(state):
-        some = ", ".join(list(state)[:3]) or "no tensors"
         raise UserError(
-            f"{flag} {source}: has no usable encoder keys; this file is {_kind_of_useless(content, kind)} "
-            f"(keys: {some}). Pass a pre-training checkpoint or a mae_pretrain_*.pth"
+            f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {some(state)}). Pass a "
+            "pre-training checkpoint or a mae_pretrain_*.pth"
         )
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
@@ -92,8 +85,7 @@ def load_encoder(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    names = {key: key.removeprefix("vit.").removeprefix("embeddings.") for key in unexpected}
-    if strange := [key for key, name in names.items() if not name.startswith(_BESIDE)]:
+    if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
         raise UserError(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
@@ -116,27 +108,48 @@ def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
     state = model_state(content)
     kind = describe_kind(state)
-    if kind.startswith("Hugging Face") or any(HF_LAYER.search(key) for key in state):
-        if not kind.startswith("Hugging Face"):
-            kind = "Hugging Face ViT, encoder only"
-        if "classifier.weight" in state:
-            kind = "Hugging Face ViT classifier"
-        return from_hugging_face(state), kind
-    if "head.1.weight" in state:
-        kind = "linear probe (encoder, BatchNorm, head)"
-    return state, kind
+    if not state and {"param_groups", "state"} <= content.keys():
+        kind = "an optimizer's state"
+    return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
 
 
-def stored_grid(content: dict, state: dict) -> tuple[int, int] | None:
-    """(rows, columns) that a checkpoint's position table was made for, where its stored flags say so."""
-    info = content.get("model_info") or content.get("args") or {}
-    size = info.get("input_size") if isinstance(info, dict) else None
-    if not isinstance(size, int | tuple | list):
+def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """The tensors, float32, of a part of a file: "full", "classifier" or "encoder".
+
+    What stands beside that part and changes nothing of what it computes is left out; all else is there.
+    """
+    beside = {"full": ("pooler",), "classifier": ("decoder", "mask_token", "pooler")}.get(part, _BESIDE)
+    return {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+        if not _bare(key).startswith(beside)
+    }
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("vit.").removeprefix("embeddings.")
+
+
+def has_encoder(state: dict) -> bool:
+    """Whether a state dict with this code's key names has the encoder of a vision transformer."""
+    shapes = {key: value.ndim for key, value in state.items()}
+    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    return all(shapes.get(key) == rank for key, rank in ranks.items()) and count_blocks(state) > 0
+
+
+def count_blocks(state: dict, name: str = "blocks") -> int:
+    """Blocks in a state dict, the encoder's or those of "decoder_blocks"."""
+    return len({match[1] for key in state if (match := re.match(rf"{name}\.(\d+)\.", key))})
+
+
+def stored_grid(state: dict, settings: dict) -> tuple[int, int] | None:
+    """(rows, columns) that a file's positional embedding was made for, where its settings say so."""
+    size = settings.get("input_size")
+    if not isinstance(size, int | tuple | list) or len(size := size_pair(size)) != 2:
         return None
     patch_h, patch_w = state["patch_embed.proj.weight"].shape[-2:]
-    height, width = size_pair(size)
-    grid = (height // patch_h, width // patch_w)
-    # The reference stored a size that it did not use: believed only where it fits the table
+    grid = (size[0] // patch_h, size[1] // patch_w)
+    # The reference stored a size that it did not use: believed only where it fits the positions
     return grid if grid[0] * grid[1] == state["pos_embed"].shape[1] - 1 else None
 
 
@@ -144,7 +157,7 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
     table, width = state["pos_embed"], model.pos_embed.shape[2]
     if table.shape[2] != width:
         return  # another width: reported with the other shapes
-    grid, (rows, columns) = stored_grid(content, state), model.patch_embed.grid_size
+    grid, (rows, columns) = stored_grid(state, stored_settings(content)), model.patch_embed.grid_size
     if grid is None and rows != columns and table.shape == model.pos_embed.shape and is_main_process():
         warn(
             f"{report.source}: does not say the patch grid of its {rows * columns} positions; they are taken "
@@ -161,39 +174,19 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         ) from None
 
 
-def has_encoder(state: dict) -> bool:
-    shapes = {key: value.ndim for key, value in state.items()}
-    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    return all(shapes.get(key) == rank for key, rank in ranks.items()) and _count_blocks(state) > 0
-
-
-def _count_blocks(state: dict) -> int:
-    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
-
-def _kind_of_useless(content: dict, kind: str) -> str:
-    if "model" not in content and {"param_groups", "state"} <= content.keys():
-        return "an optimizer's state"
-    if any(key.startswith(("decoder_", "decoder.")) for key in model_state(content)):
-        return "a decoder without its encoder"
-    return kind
-
-
 def _misfit_text(model, state, where, kind, differences) -> str:
     """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
-    patch = state["patch_embed.proj.weight"].shape
-    own = model.patch_embed.proj.weight.shape
-    hints = []
-    if patch[0] != own[0] or _count_blocks(state) != len(model.blocks):
-        hints.append("--model")
-    if patch[1] != own[1]:
-        hints.append(f"--in_chans {patch[1]}")
-    if patch[-1] != own[-1]:
-        hints.append(f"--patch_size {patch[-1]}")
-    some = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
-    theirs = f"{_count_blocks(state)} blocks, width {patch[0]}, patch {patch[-1]}, {patch[1]} channels"
-    ours = f"{len(model.blocks)} blocks, width {own[0]}, patch {own[-1]}, {own[1]} channels"
+
+    def sizes(state: dict) -> tuple[int, int, int, int]:
+        width, channels, _, patch = state["patch_embed.proj.weight"].shape
+        return count_blocks(state), width, channels, patch
+
+    theirs, ours = sizes(state), sizes(model.state_dict())
+    words = "{} blocks, width {}, {} channels, patch {}"
+    hints = ["--model"] if theirs[:2] != ours[:2] else []
+    pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)
+    hints += [f"--{flag} {their}" for flag, their, our in pairs if their != our]
     return (
-        f"{where} ({kind}): its encoder ({theirs}) does not fit the model ({ours}): {some}. "
-        f"Check {' and '.join(hints) or '--model'}"
+        f"{where} ({kind}): its encoder ({words.format(*theirs)}) does not fit the model "
+        f"({words.format(*ours)}): {some(differences, 2, '; ')}. Check {' and '.join(hints) or '--model'}"
     )

@@ -1,4 +1,4 @@
-"""Weights files and checkpoints: their names, and reading them so that nothing in them is executed."""
+"""Weights files, checkpoints and their names, models' folders: read so that nothing in them is executed."""
 
 import argparse
 import contextlib
@@ -12,13 +12,16 @@ from util.errors import UserError
 from util.processes.collectives import gather, is_main_process, warn
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "model.pth")
 
 
 def load_checkpoint(source: str | Path, flag: str = "") -> dict:
-    """Reads a checkpoint file or https URL to CPU tensors, executing nothing (`weights_only=True`).
+    """Reads a file, https URL or folder of weights to CPU tensors, executing nothing (`weights_only=True`).
 
     The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
-    tensors}.
+    tensors} and the entries `args`, `model_info` and `epoch` that exports store in them. A folder is one of a
+    Hugging Face or timm model: 'config' and 'preprocessor' are its JSON files, 'settings' what they say in
+    this code's words.
 
     Raises:
         UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read; names
@@ -26,6 +29,8 @@ def load_checkpoint(source: str | Path, flag: str = "") -> dict:
     """
     source = str(source)
     named = f"{flag} {source}".strip()
+    if "://" not in source and Path(source).is_dir():
+        return _read_folder(Path(source), flag, named)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             if source.startswith("https://"):
@@ -36,9 +41,7 @@ def load_checkpoint(source: str | Path, flag: str = "") -> dict:
             elif "://" in source:
                 raise UserError(f"{named}: only https:// addresses and files can be loaded")
             elif source.endswith(".safetensors"):
-                from safetensors.torch import load_file  # comes with timm
-
-                content = {"model": load_file(source), **read_entries(source)}
+                content = _read_safetensors(source)
             else:
                 content = torch.load(source, map_location="cpu", weights_only=True)
     except UserError:
@@ -61,6 +64,40 @@ def load_checkpoint(source: str | Path, flag: str = "") -> dict:
     return content
 
 
+def _read_safetensors(path: str) -> dict:
+    from safetensors import safe_open  # comes with timm
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() or {}
+    content = {"model": load_file(path)}
+    for name in ("args", "model_info", "epoch"):
+        with contextlib.suppress(KeyError, ValueError):
+            content[name] = json.loads(stored[name])
+    return content
+
+
+def _read_folder(folder: Path, flag: str, named: str) -> dict:
+    from util.weights.hugging_face import settings_of_folder
+
+    index = folder / "model.safetensors.index.json"
+    files = [name for name in _IN_FOLDERS if (folder / name).exists()][:1]
+    if index.exists():  # large models come in parts
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not files:
+        raise UserError(f"{named}: is a folder without {' or '.join(_IN_FOLDERS)}")
+    parts = [load_checkpoint(folder / name, flag) for name in files]
+    content = parts[0] if len(parts) == 1 else {"model": {k: v for p in parts for k, v in p["model"].items()}}
+    for entry, name in (("config", "config.json"), ("preprocessor", "preprocessor_config.json")):
+        if (folder / name).exists():
+            content[entry] = read_json(folder / name)
+    try:
+        content["settings"] = settings_of_folder(content.get("config", {}), content.get("preprocessor", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{named}: its config.json {error}") from None
+    return content
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; raises UserError where the file holds none."""
     try:
@@ -70,21 +107,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
-
-
-def read_entries(path: str | Path) -> dict:
-    """The entries (`args`, `model_info`, `epoch`) that an export's safetensors file holds beside its tensors;
-    of other files, nothing.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
-    entries = {}
-    for name in ("args", "model_info", "epoch"):
-        with contextlib.suppress(KeyError, ValueError):
-            entries[name] = json.loads(stored[name])
-    return entries
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

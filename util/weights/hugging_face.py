@@ -1,6 +1,7 @@
 """Hugging Face's names of a ViT's or ViTMAE's tensors and settings, turned into this code's and back."""
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -25,20 +26,14 @@ _HF_OUTER = {
     "classifier.weight": "head.weight",
     "classifier.bias": "head.bias",
 }
-HF_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+_HF_LAYER = re.compile(r"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 # The decoder's blocks: of the public files, of version 5's modules, and of files that version 5 writes
 _HF_DECODER_LAYER = re.compile(
     r"decoder\.(?:decoder_layers|decoder_encoder\.layers?)\.(\d+)\.(.+)\.(weight|bias)"
 )
 _HF_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
-# Ours -> the names of the public files, which every version of transformers reads
-_TO_HF_BLOCK = {
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-}
+# Ours -> the names of the public files (the first above), which every version of transformers reads
+_TO_HF_BLOCK = {ours: theirs for theirs, ours in reversed(_HF_BLOCK.items())}
 _TO_HF_OUTER = {ours: theirs for theirs, ours in _HF_OUTER.items()}
 
 
@@ -47,41 +42,26 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
     Keys of the decoder and others that the encoder does not have keep their names.
     """
-    result, parts = {}, {}
-    for key, value in state.items():
-        name = key.removeprefix("vit.")
-        layer = None if key.startswith("decoder.") else HF_LAYER.fullmatch(name)
-        if name in _HF_OUTER:
-            result[_HF_OUTER[name]] = value
-        elif not (layer and _take_block("blocks", layer, value, result, parts)):
-            result[key] = value
-    return _join_qkv(result, parts)
+    return _rename(state, _HF_LAYER, "blocks", lambda key: _HF_OUTER.get(key.removeprefix("vit."), key))
 
 
 def decoder_from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `from_hugging_face` left of a ViTMAE's decoder brought under this code's names."""
+    return _rename(state, _HF_DECODER_LAYER, "decoder_blocks", lambda key: key.removeprefix("decoder."))
+
+
+def _rename(state: dict, layer: re.Pattern, blocks: str, rename: Callable[[str], str]) -> dict:
+    """The keys that match `layer` are `blocks` here; `rename` gives the names of all others."""
     result, parts = {}, {}
     for key, value in state.items():
-        layer = _HF_DECODER_LAYER.fullmatch(key)
-        if not (layer and _take_block("decoder_blocks", layer, value, result, parts)):
-            result[key.removeprefix("decoder.")] = value
-    return _join_qkv(result, parts)
-
-
-def _take_block(blocks: str, layer: re.Match, value, result: dict, parts: dict) -> bool:
-    """Puts a tensor of a block into `result`, or into `parts` if it is q, k or v; whether it was known."""
-    number, name, kind = layer.groups()
-    if qkv := _HF_QKV.fullmatch(name):
-        parts.setdefault((blocks, number, kind), {})[qkv[1][0]] = value
-    elif name in _HF_BLOCK:
-        result[f"{blocks}.{number}.{_HF_BLOCK[name]}.{kind}"] = value
-    else:
-        return False
-    return True
-
-
-def _join_qkv(result: dict, parts: dict) -> dict:
-    for (blocks, number, kind), values in parts.items():
+        number, name, kind = match.groups() if (match := layer.fullmatch(key)) else ("", "", "")
+        if qkv := _HF_QKV.fullmatch(name):
+            parts.setdefault((number, kind), {})[qkv[1][0]] = value
+        elif name in _HF_BLOCK:
+            result[f"{blocks}.{number}.{_HF_BLOCK[name]}.{kind}"] = value
+        else:
+            result[rename(key)] = value
+    for (number, kind), values in parts.items():
         if values.keys() == set("qkv"):
             result[f"{blocks}.{number}.attn.qkv.{kind}"] = torch.cat([values[letter] for letter in "qkv"])
     return result
@@ -117,7 +97,7 @@ def vit_config(info: dict) -> dict:
     """The part of `config.json` that Hugging Face's ViT and ViTMAE share.
 
     Args:
-        info: `util.weights.export_source.Source.info`.
+        info: `util.export.source.Source.info`.
     """
     height, width = info["input_size"]
     return {
@@ -189,3 +169,25 @@ def info_of_config(config: dict) -> dict:
     if labels and list(labels.values()) != [f"LABEL_{i}" for i in range(len(labels))]:
         info["class_names"] = [labels[str(i)] for i in range(len(labels))]
     return info
+
+
+def settings_of_folder(config: dict, preprocessor: dict) -> dict:
+    """What the `config.json` and `preprocessor_config.json` of a folder, timm's or Hugging Face's, say.
+
+    Returns num_heads, input_size, mean, std, class_names, ..., in this code's words; only what is there.
+
+    Raises:
+        ValueError, KeyError, TypeError: they describe a model that this code does not have, or are damaged.
+    """
+    info = {}
+    if "architecture" in config:  # timm's
+        cfg, args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
+        info = {"num_heads": args.get("num_heads"), "class_names": config.get("label_names")}
+        info |= {"mean": cfg.get("mean"), "std": cfg.get("std")}
+        info["input_size"] = args.get("img_size") or cfg.get("input_size", [])[1:] or None
+    elif config:
+        info = info_of_config(config)
+    for name in ("mean", "std"):
+        if isinstance(values := preprocessor.get(f"image_{name}"), list):
+            info[name] = values
+    return {name: value for name, value in info.items() if value is not None}

@@ -1,5 +1,7 @@
 """What a state dict is, and whether it fits a model."""
 
+from collections.abc import Iterable
+
 import torch
 
 from util.errors import UserError
@@ -18,6 +20,14 @@ def model_state(content: dict, source: str = "the checkpoint") -> dict[str, torc
     return strip_prefixes(tensors)
 
 
+def stored_settings(content: dict) -> dict:
+    """What a loaded checkpoint says of its model beside the tensors: `model_info` or `args`, under the names
+    of flags; of a folder what its `config.json` says; {} of a file with tensors only.
+    """
+    entries = content.get("settings"), content.get("model_info") or content.get("args")
+    return {name: v for entry in entries if isinstance(entry, dict) for name, v in entry.items()}
+
+
 def strip_prefixes(state: dict) -> dict:
     """Removes what DistributedDataParallel and torch.compile put in front of every key."""
     for prefix in _PREFIXES * 2:
@@ -27,17 +37,19 @@ def strip_prefixes(state: dict) -> dict:
 
 
 def describe_kind(state: dict) -> str:
-    """What kind of model a state dict belongs to, in words."""
+    """What kind of model a state dict belongs to, in words; the first are "Hugging Face" for its files."""
     if any(key.startswith(("vit.embeddings.", "embeddings.patch_embeddings.")) for key in state):
-        return "Hugging Face ViTMAE" + (
-            " with decoder" if "decoder.mask_token" in state else ", encoder only"
-        )
+        if "classifier.weight" in state:
+            return "Hugging Face ViT classifier"
+        decoder = " with decoder" if "decoder.mask_token" in state else ", encoder only"
+        return f"Hugging Face ViTMAE{decoder}"
     if "patch_embed.proj.weight" not in state:
-        return (
-            "a decoder without its encoder" if "decoder_pred.weight" in state else "not a vision transformer"
-        )
+        decoder = any(key.startswith(("decoder_", "decoder.")) for key in state)
+        return "a decoder without its encoder" if decoder else "not a vision transformer"
     if "mask_token" in state and "decoder_pred.weight" in state:
         return "full MAE (encoder and decoder)"
+    if "head.1.weight" in state:
+        return "linear probe (encoder, BatchNorm, head)"
     if "head.weight" in state:
         return "classifier" + (" (global pool)" if "fc_norm.weight" in state else " (class token)")
     return "encoder only"
@@ -70,7 +82,7 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
             "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
         )
     parts = [("different shapes", mismatched), ("missing keys", missing), ("unexpected keys", unexpected)]
-    details = "; ".join(f"{len(keys)} {name} ({_some(keys)})" for name, keys in parts if keys)
+    details = "; ".join(f"{len(keys)} {name} ({some(keys)})" for name, keys in parts if keys)
     raise UserError(
         f"{source}: is of another architecture ({kind}): {details}; pass the flags it was trained with"
     )
@@ -143,5 +155,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 raise ValueError(f"'{name}' of parameter {number} has another shape or kind")
 
 
-def _some(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+def some(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first `most` names, for a message."""
+    first = list(names)
+    return separator.join(first[:most] + ["..."] * (len(first) > most)) or "none"

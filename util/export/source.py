@@ -1,0 +1,96 @@
+"""What there is to export: any checkpoint that this code understands, with its models and all settings."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.weights.build import build
+from util.weights.describe import WeightsFile, describe
+from util.weights.files import load_checkpoint
+from util.weights.state import stored_settings
+
+
+@dataclass
+class Source(WeightsFile):
+    """A weights file and its models, which are in eval mode, float32, on the CPU."""
+
+    vit: VisionTransformer | None = None  # the encoder, with the head of a classifier; a probe's is one layer
+    mae: MaskedAutoencoderViT | None = None  # the full model (its encoder's tensors are those of `vit`)
+
+    @property
+    def info(self) -> dict:
+        """All settings in one dict: those of `WeightsFile`, and embed_dim, mlp_dim, decoder_mlp_dim, ...
+
+        nb_classes, global_pool and recipe are there for a classifier only, decoder_* for a full model only.
+        """
+        names = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+        info = {name: self.sizes[name] for name in names} | self.decoder
+        names = ("model", "input_size", "mean", "std", "mask_ratio", "norm_pix_loss", "class_names")
+        info |= {name: getattr(self, name) for name in names}
+        info |= {"mlp_dim": len(self.state["blocks.0.mlp.fc1.weight"]), "global_pool": self.pooled}
+        if self.part == "full":
+            bias = self.state.get("decoder_blocks.0.mlp.fc1.bias")
+            info["decoder_mlp_dim"] = 4 * info["decoder_embed_dim"] if bias is None else len(bias)
+        if self.part == "classifier":
+            info |= {"nb_classes": self.vit.num_classes, "recipe": self.recipe}
+        return info
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the encoder's output is the normed mean of its patch tokens (it has no norm of tokens)."""
+        return self.vit.global_pool
+
+    def images(self, number: int, seed: int = 0) -> torch.Tensor:
+        """A random batch (number, C, H, W), as normalised images are distributed."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(number, self.sizes["in_chans"], *self.input_size, generator=generator)
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """The checkpoint's own model on images: all tokens (N, 1 + L, D), normed unless `pooled`."""
+        if self.mae is not None:
+            in_order = torch.arange(self.mae.patch_embed.num_patches).expand(len(images), -1)
+            return self.mae.forward_encoder(images, 0.0, in_order)[0]
+        tokens = self.vit.forward_tokens(images)
+        return tokens if self.pooled else self.vit.norm(tokens)
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) of a classifier; by BatchNorm and linear layer where it is a probe."""
+        if "head.1.weight" not in self.state:
+            return self.vit(images)
+        mean, variance = self.state["head.0.running_mean"], self.state["head.0.running_var"]
+        features = F.batch_norm(self.vit.forward_features(images), mean, variance, eps=1e-6)
+        return F.linear(features, self.state["head.1.weight"], self.state["head.1.bias"])
+
+
+def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
+    """Reads a checkpoint file, URL, or folder of a Hugging Face or timm model.
+
+    Args:
+        args: encoder_only (leave decoder or head), and what a file may not say: input_size, num_heads,
+            decoder_num_heads, mean, std, mask_ratio, norm_pix_loss (None: as the file says).
+        decoder: a full MAE may be one; else its encoder is taken.
+
+    Raises:
+        UserError: unreadable, no ViT encoder in it, one that computes something else than this code's, or
+            one whose settings neither the file nor the flags tell.
+    """
+    content = load_checkpoint(path, "--resume")
+    parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
+    weights = describe(content, path, args, *parts, override=True)
+    source = Source(**vars(weights))
+    source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
+    source.mae = build(weights) if weights.part == "full" else None
+    if args.mask_ratio is not None:
+        source.mask_ratio = args.mask_ratio
+    stored = stored_settings(content)
+    eps = content.get("config", {}).get("layer_norm_eps", 1e-6)
+    if eps != 1e-6:
+        source.notes.append(f"its norms have eps {eps:g}, this code's 1e-06; the comparison decides")
+    if any(getattr(args, name) is None and stored.get(name) is None for name in ("mean", "std")):
+        source.notes.append("the file does not say which mean and std its images had: taken as this code's "
+                            "default; else pass --mean and --std")  # fmt: skip
+    return source

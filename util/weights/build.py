@@ -1,0 +1,61 @@
+"""Builds the model that a weights file holds: masked autoencoder, encoder or classifier."""
+
+import torch
+from torch import nn
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.errors import UserError
+from util.weights.describe import WeightsFile
+from util.weights.encoder import part_state
+from util.weights.state import compare_state, some
+
+
+def build(
+    weights: WeightsFile, part: str = "", fold_probe: bool = False
+) -> MaskedAutoencoderViT | VisionTransformer:
+    """The model of a weights file in eval mode, float32, on the CPU; its tensors are those of `weights`.
+
+    Args:
+        part: "full", "classifier" or "encoder" (a model without head, which pools as the file's does);
+            default: what `weights` describes.
+        fold_probe: make one linear layer of the BatchNorm and linear layer that a probe's head is.
+
+    Raises:
+        UserError: tensors are missing, are not known, or have other shapes: no plain ViT of this code.
+    """
+    part = part or weights.part
+    state = part_state(weights.state, part)
+    probe = "head.1.weight" in state
+    if probe and fold_probe:
+        state = _fold_probe(state)
+    head = state.get("head.1.weight", state.get("head.weight"))
+    try:
+        with torch.device("meta"):
+            if part == "full":
+                options = {**weights.decoder, "norm_pix_loss": weights.norm_pix_loss}
+                model = MaskedAutoencoderViT(**weights.sizes, **options)
+            else:
+                options = {"num_classes": 0 if head is None else len(head), **weights.sizes}
+                model = VisionTransformer("fc_norm.weight" in state, **options)
+            if probe and not fold_probe:
+                norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # as main_linprobe.py's
+                model.head = nn.Sequential(norm, model.head)
+    except ValueError as error:
+        raise UserError(f"--resume {weights.path}: {error}") from None
+    missing, unexpected, mismatched = compare_state(model, state)
+    if missing or unexpected or mismatched:
+        differences = some(mismatched + unexpected + missing, 3, "; ")
+        raise UserError(f"--resume {weights.path} ({weights.kind}): is not a plain ViT of this code: "
+                        f"{len(missing)} tensors are missing, {len(unexpected)} are not known, "
+                        f"{len(mismatched)} have other shapes ({differences})")  # fmt: skip
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _fold_probe(state: dict) -> dict[str, torch.Tensor]:
+    weight, bias = state["head.1.weight"].double(), state["head.1.bias"].double()
+    scale = (state["head.0.running_var"].double() + 1e-6).rsqrt()
+    shift = weight @ (state["head.0.running_mean"].double() * scale)
+    others = {key: value for key, value in state.items() if not key.startswith("head.")}
+    return {**others, "head.weight": (weight * scale).float(), "head.bias": (bias - shift).float()}

@@ -1,0 +1,233 @@
+"""What a weights file says about its model: which kind it is, its sizes, its images, its classes.
+
+Checkpoints of this code store their flags, folders of other libraries a config. Released files hold tensors
+only: width and depth tell which of the named models it is, and what no tensor shows is asked for.
+"""
+
+import functools
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import models_mae
+import models_vit
+from util.data.transforms import channel_stats
+from util.errors import UserError
+from util.sizes import size_pair
+from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
+from util.weights.flags import FLAGS, settle
+from util.weights.hugging_face import decoder_from_hugging_face
+from util.weights.state import some, stored_settings
+
+_DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
+_OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
+# Flags of what no tensor shows, beside the size of the images
+_UNSEEN = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mean", "std")
+_ABSENT = {
+    "full": "no decoder ({kind}), which reconstructions need; pass a checkpoint-*.pth of main_pretrain.py or "
+    "a released mae_visualize_vit_*.pth",
+    "classifier": "no classifier ({kind}); pass --features FILE.npz for its features, or a checkpoint of "
+    "main_finetune.py or main_linprobe.py",
+}
+
+
+@dataclass
+class WeightsFile:
+    """A weights file and what it says about its model."""
+
+    path: str  # file, URL or folder, as the user gave it
+    kind: str  # the file in words, for messages
+    part: str  # what is described of it: "full" (encoder and decoder), "classifier" or "encoder"
+    state: dict[str, torch.Tensor]  # that part's tensors, float32, under this code's names
+    sizes: dict  # of the encoder: img_size, patch_size, ..., as arguments of either model's constructor
+    input_size: tuple[int, int]  # (height, width) in pixels
+    mean: tuple[float, ...]  # of pixels in [0, 1], one per channel
+    std: tuple[float, ...]  # likewise
+    decoder: dict = field(default_factory=dict)  # of part "full": decoder_embed_dim, _depth and _num_heads
+    norm_pix_loss: bool = False  # the decoder predicts patches that are normalised by their own mean and std
+    mask_ratio: float = 0.75  # share of patches that pre-training masked
+    model: str | None = None  # the model in models_vit.MODELS of this width and depth
+    recipe: str | None = None  # of the file's classifier: "finetune" or "linprobe"; None without one
+    class_names: list[str] | None = None  # in the order of the outputs; None where the file stores none
+    content: dict = field(default_factory=dict)  # what it holds besides tensors: args, epoch, config, ...
+    notes: list[str] = field(default_factory=list)  # what was assumed, to be told to the user
+
+
+def describe(content: dict, path, flags: Namespace, *parts: str, override: bool = False) -> WeightsFile:
+    """Works out all that is needed to build one part of a weights file and to prepare images for it.
+
+    Args:
+        content: the file at `path`, as `load_checkpoint` returns it.
+        flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mean, std, for what the file does not
+            say; None, or absent, where not given.
+        parts: "full", "classifier", "encoder"; the first that the file holds is described.
+        override: flags win over what the file says, instead of being refused where they contradict it.
+
+    Raises:
+        UserError: the file holds no vision transformer or none of `parts`, its weights are not finite, flags
+            contradict it, or neither they nor it say something that is needed.
+    """
+    where = f"--resume {path}"
+    state, kind = encoder_state(content)
+    state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
+    if not has_encoder(state):
+        raise UserError(f"{where}: has no usable encoder keys but is {kind} (keys: {some(state)})")
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise UserError(f"{where}: its weights are not finite ({bad[0]}); take an earlier checkpoint")
+    held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
+    if not (found := [part for part in parts if held[part]]):
+        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
+    stored = stored_settings(content)
+    _check_settings({k: stored.get(k) for k in (*_UNSEEN, "mask_ratio", "class_names")}, where)
+    info = _info_of_tensors(state, stored)
+    known = _known_flags(state, stored, info)
+    said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}
+    sizes = _sizes(state, info, said, path)
+    weights = WeightsFile(
+        str(path), kind, found[0], part_state(state, found[0]), sizes, sizes["img_size"],
+        *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
+        norm_pix_loss=bool(said["norm_pix_loss"]),
+        mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
+        model=info.get("model"),
+        recipe=stored.get("recipe", info.get("recipe")),
+        class_names=stored.get("class_names"),
+        content={k: v for k, v in content.items() if k in _OTHERS},
+    )  # fmt: skip
+    if weights.part == "full":
+        width, depth = state["mask_token"].shape[-1], count_blocks(state, "decoder_blocks")
+        heads = _heads("decoder_num_heads", said, width, depth, models_mae.MODELS, path)
+        weights.decoder = {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
+        if said["norm_pix_loss"] is None:
+            weights.notes.append(f"{path} does not say whether it predicts normalised pixels; taken for "
+                                 "plain pixels (--norm_pix_loss if not)")  # fmt: skip
+    return weights
+
+
+def _known_flags(state: dict, stored: dict, info: dict) -> dict:
+    """What the file says of the flags of `describe`; None for those that it does not say."""
+    known = {name: stored.get(name) for name in _UNSEEN}
+    known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
+    if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
+        *_, known["num_heads"] = _stacks(models_vit.MODELS[info["model"]])[0]
+    constructor = models_mae.MODELS.get(str(stored.get("model")))
+    if known["decoder_num_heads"] is None and constructor:
+        encoder, decoder = _stacks(constructor)
+        known["decoder_num_heads"] = decoder[2] if encoder[:2] == _width_and_depth(state) else None
+    return known
+
+
+def _sizes(state: dict, info: dict, said: dict, path) -> dict:
+    """Arguments of the encoder's constructors; UserError for what neither file nor flags say."""
+    (width, depth), positions = _width_and_depth(state), state["pos_embed"].shape[1] - 1
+    _, channels, height, side = state["patch_embed.proj.weight"].shape
+    patches = f"{positions} patches of {height}x{side} pixels"
+    if height != side:
+        raise UserError(f"--resume {path}: has {patches}; only square ones are read")
+    heads = _heads("num_heads", said, width, depth, models_vit.MODELS, path)
+    size = info.get("input_size") if said["input_size"] is None else size_pair(said["input_size"])
+    if size is None:
+        raise UserError(f"--resume {path}: does not say the grid of its {patches}; pass --input_size "
+                        "HEIGHTxWIDTH")  # fmt: skip
+    if any(length % side for length in size) or math.prod(size) != positions * side * side:
+        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that are needed: "
+                        f"{path} has {patches}")  # fmt: skip
+    mlp = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width))
+    return {
+        "img_size": size, "patch_size": side, "in_chans": channels, "embed_dim": width,
+        "depth": depth, "num_heads": heads, "mlp_ratio": len(mlp) / width,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+    }  # fmt: skip
+
+
+def _heads(flag: str, said: dict, width: int, depth: int, named: dict, path) -> int:
+    """Attention heads: what the file or the flag says, else those of the `named` model of this size."""
+    heads = said[flag]
+    if heads is None:  # the last stack of a masked autoencoder is its decoder
+        stacks = (_stacks(constructor)[-1] for constructor in named.values())
+        heads = next((stack[2] for stack in stacks if stack[:2] == (width, depth)), None)
+    if heads is None:
+        whose = "decoder's " if flag.startswith("decoder") else ""
+        raise UserError(f"--resume {path}: does not say its {whose}number of attention heads (width {width}, "
+                        f"{depth} blocks), and is no named model; pass --{flag}")  # fmt: skip
+    if heads < 1 or width % heads:
+        raise UserError(f"--{flag} {heads}: must divide the width of {width}")
+    return heads
+
+
+@functools.cache
+def _stacks(constructor) -> list[tuple[int, int, int]]:
+    """(width, blocks, heads) of a named model's encoder and, if it has one, decoder."""
+    with torch.device("meta"):
+        model = constructor()
+    stacks = [(model.cls_token, model.blocks)]
+    if hasattr(model, "decoder_blocks"):
+        stacks.append((model.mask_token, model.decoder_blocks))
+    return [(token.shape[-1], len(blocks), blocks[0].attn.num_heads) for token, blocks in stacks]
+
+
+def _width_and_depth(state: dict) -> tuple[int, int]:
+    return state["cls_token"].shape[-1], count_blocks(state)
+
+
+def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dict:
+    """The checkpoint entry `model_info`: how to build the model, prepare images, and name its classes.
+
+    `recipe`: "finetune", or "linprobe" (the head is BatchNorm and linear layer).
+    """
+    info = {name: getattr(args, name) for name in FLAGS} | {"input_size": size_pair(args.input_size)}
+    return {**info, "class_names": list(class_names), "recipe": recipe}
+
+
+def read_model_info(content: dict) -> dict:
+    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
+    if isinstance(content.get("model_info"), dict):
+        _check_settings(content["model_info"])
+        return dict(content["model_info"])
+    state, _ = encoder_state(content)
+    return _info_of_tensors(state, stored_settings(content)) if has_encoder(state) else {}
+
+
+def _info_of_tensors(state: dict, stored: dict) -> dict:
+    weight, positions = state["patch_embed.proj.weight"], state["pos_embed"].shape[1] - 1
+    info = {"in_chans": weight.shape[1], "patch_size": weight.shape[-1]}
+    grid, side = stored_grid(state, stored), round(positions**0.5)
+    if grid is None and side * side == positions:
+        grid = (side, side)
+    if grid is not None:
+        info["input_size"] = (grid[0] * weight.shape[-2], grid[1] * weight.shape[-1])
+    if "fc_norm.weight" in state or "norm.weight" in state:
+        info["global_pool"] = "fc_norm.weight" in state
+    if (head := _head(state)) is not None:
+        info["nb_classes"] = state[head].shape[0]
+        info["recipe"] = "finetune" if head == "head.weight" else "linprobe"
+    for name, constructor in models_vit.MODELS.items():  # no two have the same width and depth
+        if _stacks(constructor)[0][:2] == _width_and_depth(state):
+            info["model"] = name
+    return info
+
+
+def _head(state: dict) -> str | None:
+    return next((key for key in ("head.weight", "head.1.weight") if key in state), None)
+
+
+def _check_settings(info: dict, whose: str = "the checkpoint's model_info") -> None:
+    """Raises UserError for settings that no model can be built from."""
+
+    def numbers(value, kind=int, least: float = 1) -> bool:
+        return isinstance(value, list | tuple) and all(isinstance(v, kind) and v >= least for v in value)
+
+    tests = {
+        "input_size": lambda v: numbers([v] if isinstance(v, int) else v),
+        **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_num_heads"), lambda v: numbers([v])),
+        "nb_classes": lambda v: numbers([v], least=0),
+        "mask_ratio": lambda v: numbers([v], int | float, 0),
+        "mean": lambda v: numbers(v, int | float, float("-inf")),
+        "std": lambda v: numbers(v, int | float, 0),
+        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    }
+    for name, test in tests.items():
+        if info.get(name) is not None and not test(info[name]):
+            raise UserError(f"{whose} is damaged: {name} is {str(info[name])[:40]!r}")
