@@ -82,7 +82,7 @@ def test_an_edit_of_the_file_reaches_training_in_two_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_edit_of_the_file_reaches_the_script(tmp_path, processes):
-    """In a copy of the project, which log.txt then holds, compiled and not."""
+    """In a copy of the project: what log.txt holds after the only step, compiled and not."""
     for source in REPO.glob("*.py"):
         shutil.copy(source, tmp_path)
     (tmp_path / "util").symlink_to(REPO / "util")
@@ -95,7 +95,8 @@ def test_an_edit_of_the_file_reaches_the_script(tmp_path, processes):
         ("compiled", "--compile", text.replace("return (loss * mask)", "return 3 * (loss * mask)")),
     ]:
         model.write_text(changed, encoding="utf-8")
-        flags = [*FLAGS, flag, "--max_steps", "1", "--log_dir", "", "--output_dir", tmp_path / name]
+        flags = [*FLAGS, flag, "--epochs", "1", "--warmup_epochs", "0", "--batch_size", 16 // processes]
+        flags += ["--log_dir", "", "--output_dir", tmp_path / name]
         run(processes, tmp_path / "main_pretrain.py", "--data_path", tmp_path / "images", *flags)
         losses.append(json.loads((tmp_path / name / "log.txt").read_text())["train_loss"])
     assert losses == pytest.approx([losses[0], 3 * losses[0], 3 * losses[0]], rel=1e-5)
