@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from harness import Parser, finish, paired_ratio, positive, print_table, run_benchmark, say, take_turns
 from timm.optim import param_groups_weight_decay
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from workload import noise_batch, pretrain_args, synchronize
 
 import main_pretrain
@@ -119,8 +119,8 @@ def start(options: argparse.Namespace, processes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         try:
-            torch.multiprocessing.spawn(worker, (options, processes, port, path), processes)
-        except torch.multiprocessing.ProcessException as error:
+            spawn(worker, (options, processes, port, path), processes)
+        except (ProcessExitedException, ProcessRaisedException) as error:
             sys.exit(f"a process failed: {error}")
         return json.loads(path.read_text())
 
