@@ -192,6 +192,7 @@ def main(options: argparse.Namespace) -> int:
         if not options.processes:
             sys.exit("pass other --processes, or --device cpu")
     heads = [" processes", "a step", "without exchange", "exchange costs", "images/s"]
+    say()
     print_table(heads, [], name=10, width=18)
     results = {}
     for n in options.processes:
