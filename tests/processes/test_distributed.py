@@ -142,17 +142,18 @@ def test_a_mistake_is_said_once_and_ends_all(images, tmp_path):
 FAILING = """
 import sys, os, signal, torch
 sys.path.insert(0, {repo!r})
-import engine_pretrain, main_pretrain
+import main_pretrain
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError
 from util.processes import collectives
-normalize, calls = engine_pretrain.normalize_batch, []
+from util.run import steps
+normalize, calls = steps.normalize_batch, []
 def broken(*args):
     calls.append(1)
     if collectives.get_rank() == 1 and len(calls) == 4:
         {action}
     return normalize(*args)
-engine_pretrain.normalize_batch = broken
+steps.normalize_batch = broken
 run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_parser()]))
 """
 
