@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W) -> tokens of the last block, no norm (N, 1 + L, D), class token first."""
         x = self.patch_embed(x)  # (N, L, D)
-        cls_token = self.cls_token.expand(len(x), -1, -1)  # (N, 1, D)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # (N, 1, D)
         x = torch.cat([cls_token, x], dim=1) + self.pos_embed  # (N, 1 + L, D)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 
