@@ -24,10 +24,10 @@ from util.cli.parser import ArgumentParser, run_script
 from util.cli.progress import progress_bar
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.inputs import find_inputs
-from util.data.read import printable
 from util.errors import UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
+from util.files import printable
 from util.processes.collectives import warn
 from util.sizes import default_workers
 from util.weights.build import build

@@ -50,6 +50,17 @@ def imports(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
+def defined(path: Path) -> set[str]:
+    """The names that a module makes itself at its top level."""
+    found = set()
+    for node in ast.walk(ast.parse((REPO / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_import_climbs(path):
     own = room_of(".".join(path.with_suffix("").parts))
@@ -70,9 +81,14 @@ def test_a_launcher_starts_without_torch(path):
 
 
 def test_only_the_doors_hand_names_on():
+    """What a module imports from ours is imported from its home, and only the doors list names."""
+    homes = {path: defined(path) for path in FILES}
     for path in FILES:
-        exported = "__all__" in (REPO / path).read_text(encoding="utf-8")
-        assert not exported or str(path) in DOORS or room_of(".".join(path.with_suffix("").parts)), path
+        assert str(path) in DOORS or "__all__" not in homes[path], path
+        for module, names in imports(path):
+            home = Path(*module.split(".")).with_suffix(".py")
+            if home in homes and str(home) not in DOORS:
+                assert not (away := [name for name in names if name not in homes[home]]), f"{path}: {away}"
 
 
 def test_no_circle_inside_a_room():

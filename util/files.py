@@ -115,10 +115,10 @@ def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = Non
         raise UserError(f"{flag} {shown or f'{folder}:'} cannot be written ({reason})") from None
 
 
-def some(names: Iterable[str], count: int = 5) -> str:
+def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
     """The first `count` of some names: "a, b, c, d, e, ..."."""
     first = list(itertools.islice(names, count + 1))
-    return ", ".join(first[:count]) + (", ..." if len(first) > count else "")
+    return separator.join(first[:count]) + (f"{separator}..." if len(first) > count else "")
 
 
 def printable(path: str | os.PathLike) -> str:

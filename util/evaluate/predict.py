@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from util.compute.precision import autocast, resolve_amp_dtype
-from util.data.dataset import ImageFiles
+from util.data.find import ImageFiles
 from util.data.labelled import LabelledImages
 from util.data.loader import build_loader
 from util.data.presets import eval_transform

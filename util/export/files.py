@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -13,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
 from util.export.source import Source
+from util.files import replacing_folder, some
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {
@@ -49,7 +49,7 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
         if strange := [name for name in there if name not in _WRITTEN]:
             raise UserError(
                 f"--output {output}: --overwrite replaces folders of an earlier export only, and this one "
-                f"also holds {', '.join(strange[:3])}; name another folder"
+                f"also holds {some(strange, 3)}; name another folder"
             )
     return path
 
@@ -79,27 +79,6 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
         if error.errno is None:  # a library's own, which has nothing to do with the disk
             raise
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends, and is gone after an error."""
-    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    umask = os.umask(0o077)  # can only be read by setting it
-    os.umask(umask)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for written in temporary.iterdir():  # some libraries make files that only their owner can read
-            written.chmod(0o666 & ~umask)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict) -> None:

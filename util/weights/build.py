@@ -6,9 +6,10 @@ from torch import nn
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.errors import UserError
+from util.files import some
 from util.weights.describe import WeightsFile
 from util.weights.encoder import part_state
-from util.weights.state import compare_state, some
+from util.weights.state import compare_state
 
 
 def build(

@@ -16,11 +16,12 @@ import models_mae
 import models_vit
 from util.data.transforms import channel_stats
 from util.errors import UserError
+from util.files import some
 from util.sizes import size_pair
 from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
-from util.weights.state import some, stored_settings
+from util.weights.state import stored_settings
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
@@ -74,7 +75,9 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     state, kind = encoder_state(content)
     state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
     if not has_encoder(state):
-        raise UserError(f"{where}: has no usable encoder keys but is {kind} (keys: {some(state)})")
+        raise UserError(
+            f"{where}: has no usable encoder keys but is {kind} (keys: {some(state, 3) or 'none'})"
+        )
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise UserError(f"{where}: its weights are not finite ({bad[0]}); take an earlier checkpoint")
     held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from util.errors import UserError
+from util.files import some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 from util.weights.files import load_checkpoint
 from util.weights.hugging_face import from_hugging_face
-from util.weights.state import compare_state, describe_kind, model_state, some, stored_settings
+from util.weights.state import compare_state, describe_kind, model_state, stored_settings
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
@@ -72,8 +73,9 @@ def load_encoder(
     content = load_checkpoint(source, flag) if content is None else content
     state, kind = encoder_state(content)
     if not has_encoder(state):
+        keys = some(state, 3) or "none"
         raise UserError(
-            f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {some(state)}). Pass a "
+            f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {keys}). Pass a "
             "pre-training checkpoint or a mae_pretrain_*.pth"
         )
     report = LoadReport(source, kind)

@@ -1,10 +1,9 @@
 """What a state dict is, and whether it fits a model."""
 
-from collections.abc import Iterable
-
 import torch
 
 from util.errors import UserError
+from util.files import some
 
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -82,7 +81,7 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
             "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
         )
     parts = [("different shapes", mismatched), ("missing keys", missing), ("unexpected keys", unexpected)]
-    details = "; ".join(f"{len(keys)} {name} ({some(keys)})" for name, keys in parts if keys)
+    details = "; ".join(f"{len(keys)} {name} ({some(keys, 3)})" for name, keys in parts if keys)
     raise UserError(
         f"{source}: is of another architecture ({kind}): {details}; pass the flags it was trained with"
     )
@@ -153,9 +152,3 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 continue
             if name != "step" or not isinstance(value, int | float):
                 raise ValueError(f"'{name}' of parameter {number} has another shape or kind")
-
-
-def some(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
-    """The first `most` names, for a message."""
-    first = list(names)
-    return separator.join(first[:most] + ["..."] * (len(first) > most)) or "none"
