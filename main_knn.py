@@ -27,7 +27,7 @@ from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
 from util.weights.describe import read_model_info
 from util.weights.encoder import check_final_norm
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.flags import adopt_model_info
 
 import models_vit  # isort: skip
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     init_distributed_mode(args)
     check_flags(args, parser)
     make_report_dir(args.output_dir)
-    content = load_checkpoint(args.finetune, "--finetune") if args.finetune else {}
+    content = read_file(args.finetune, "--finetune") if args.finetune else {}
     adopt_flags(args, content, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)

@@ -32,7 +32,7 @@ from util.processes.collectives import warn
 from util.sizes import default_workers
 from util.weights.build import build
 from util.weights.describe import describe
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.flags import add_weights_args
 
 
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     resolve_amp_dtype(args.amp_dtype, device)
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
-    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, part)
+    weights = describe(read_file(args.resume, "--resume"), args.resume, args, part)
     model, names = build(weights), []
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes

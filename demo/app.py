@@ -35,7 +35,7 @@ from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
 SAMPLES = 8  # at most
@@ -235,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--port must lie between 1 and 65535, --max_upload_mb be at least 1")
     gradio = load_gradio()
     device = resolve_device(args.device)
-    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, "full")
+    weights = describe(read_file(args.resume, "--resume"), args.resume, args, "full")
     model = build(weights).to(device)
     for note in weights.notes:
         log(f"note: {note}")

@@ -41,7 +41,7 @@ from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
 DEMO_ROWS = 5  # when no image is named
@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     parts = ["full", "encoder"] if args.attention else ["full"]
-    weights = describe(load_checkpoint(args.resume, "--resume"), args.resume, args, *parts)
+    weights = describe(read_file(args.resume, "--resume"), args.resume, args, *parts)
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:

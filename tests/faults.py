@@ -25,7 +25,7 @@ import torch
 from golden_utils import REPO
 from image_utils import make_folder
 
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 
 COMMON = (
     "--input_size 32 --patch_size 8 --batch_size 4 --warmup_epochs 1 --num_workers 1 --device cpu --log_dir="
@@ -90,7 +90,7 @@ def campaign(args, folder: Path) -> tuple[int, int]:
     last = f"checkpoint-{args.epochs - 1}.pth"
     if not run_once(args, data, folder / "undisturbed", None, random.Random()):
         sys.exit("the undisturbed run failed")
-    expected = load_checkpoint(folder / "undisturbed" / last)["model"]
+    expected = read_file(folder / "undisturbed" / last)["model"]
     identical = kills = 0
     for number in range(args.runs):
         rng = random.Random(f"{args.seed}-{number}")
@@ -99,7 +99,7 @@ def campaign(args, folder: Path) -> tuple[int, int]:
         while not run_once(args, data, output, rng.uniform(0, args.spread) if left else None, rng):
             kills += 1
             left = max(left - 1, 0)
-        final = load_checkpoint(output / last)["model"]
+        final = read_file(output / last)["model"]
         same = all(torch.equal(value, final[key]) for key, value in expected.items())
         identical += same
         print(f"run {number}: {args.kills - left} kills, {'identical' if same else 'DIFFERENT'}", flush=True)

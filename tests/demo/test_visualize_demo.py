@@ -19,7 +19,7 @@ from util.figures import canvas
 from util.figures.attention import attention_grid, block_attention, class_token_attention, overlay
 from util.weights.build import build
 from util.weights.describe import describe
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 from util.weights.hugging_face import to_hugging_face
 
@@ -236,7 +236,7 @@ def weights_of(path, *flags, part="full"):
     add_weights_args(parser)
     add_decoder_args(parser)
     args = parse_args(parser, ["--resume", str(path), *map(str, flags)])
-    return describe(load_checkpoint(args.resume, "--resume"), args.resume, args, part)
+    return describe(read_file(args.resume, "--resume"), args.resume, args, part)
 
 
 def test_sizes_come_from_the_checkpoint(tmp_path):

@@ -24,8 +24,8 @@ from util.export import timm as export_timm
 from util.export.source import read_source
 from util.recipes.classifier import resume_classifier
 from util.run.resume import load_model
-from util.weights.encoder import load_encoder
-from util.weights.files import load_checkpoint
+from util.weights.encoder import load_into
+from util.weights.files import read_file
 from util.weights.hugging_face import to_hugging_face
 
 MODELS = models_vit.MODELS
@@ -61,7 +61,7 @@ def test_encoder_of_a_full_mae_for_timm(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
     if hasattr(timm.models._hub, "load_model_config_from_path"):
         close(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)(IMAGES), tokens[:, 0])
-    config = load_checkpoint(str(tmp_path / "out"))["config"]
+    config = read_file(str(tmp_path / "out"))["config"]
     assert config["pretrained_cfg"]["mean"] == MEAN and config["pretrained_cfg"]["std"] == STD
 
 
@@ -131,7 +131,7 @@ def test_full_mae_as_safetensors_is_resumed_and_fine_tuned(tmp_path):
     load_model(args, fresh, None, None)
     assert torch.equal(fresh.decoder_pred.weight, mae.decoder_pred.weight)
     vit = make_vit(num_classes=2)
-    report = load_encoder(vit, str(file))
+    report = load_into(vit, str(file))
     assert report.missing == ["head.weight", "head.bias"]
     close(vit.forward_features(IMAGES), encoder_features(mae, IMAGES, global_pool=False))
     again = checkpoint.read_again(file)  # all settings are in the file
@@ -219,7 +219,7 @@ def test_from_timm(tmp_path, capsys, pool):
     assert (
         content["model_info"]["global_pool"] == (pool == "avg") and content["model_info"]["nb_classes"] == 5
     )
-    assert load_encoder(make_vit(), str(tmp_path / "out" / "model.pth")).dropped
+    assert load_into(make_vit(), str(tmp_path / "out" / "model.pth")).dropped
 
 
 def test_imported_classifier_is_evaluated_by_main_finetune(tmp_path):

@@ -15,7 +15,7 @@ from image_utils import make_folder
 
 from util.errors import UserError
 from util.processes import collectives, group
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 
 TINY = [
     *(
@@ -98,7 +98,7 @@ def pretrain(processes, images, output, *flags):
 
 
 def weights(path):
-    return load_checkpoint(path)["model"]
+    return read_file(path)["model"]
 
 
 def same(first, second):

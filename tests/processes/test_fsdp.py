@@ -25,7 +25,7 @@ from util.weights import files
 
 def state_of(path: Path) -> dict:
     """What must be the same in a checkpoint however it came about."""
-    content = files.load_checkpoint(path)
+    content = files.read_file(path)
     return {name: content[name] for name in ("model", "optimizer", "scaler", "epoch")}
 
 

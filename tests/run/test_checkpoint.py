@@ -40,7 +40,7 @@ def names(folder):
 def test_round_trip_and_reference_keys(tmp_path):
     model = make_model()
     path = save(tmp_path, 3, model=model, lr=0.1)
-    content = files.load_checkpoint(path)
+    content = files.read_file(path)
     assert set(content) == {"model", "optimizer", "epoch", "scaler", "args"}
     assert content["epoch"] == 3 and content["args"]["lr"] == 0.1 and type(content["args"]) is dict
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in content["model"].items())
@@ -100,7 +100,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, writer):
     else:
         path.write_bytes(pickle.dumps({"model": Malice(trap)}))
     with pytest.raises(UserError, match=r"evil\.pth: cannot be read as a checkpoint") as error:
-        files.load_checkpoint(path)
+        files.read_file(path)
     assert not trap.exists() and "\n" not in str(error.value)
 
 
@@ -108,17 +108,17 @@ def test_nothing_in_a_file_is_executed(tmp_path, writer):
 def test_rubbish(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth: cannot be read as a checkpoint"):
-        files.load_checkpoint(tmp_path / "x.pth")
+        files.read_file(tmp_path / "x.pth")
 
 
 def test_missing_files_other_addresses_and_other_content(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        files.load_checkpoint(tmp_path / "none.pth")
+        files.read_file(tmp_path / "none.pth")
     with pytest.raises(UserError, match="only https"):
-        files.load_checkpoint("http://example.org/x.pth")
+        files.read_file("http://example.org/x.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
-        files.load_checkpoint(tmp_path / "list.pth")
+        files.read_file(tmp_path / "list.pth")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch, capsys):
@@ -166,7 +166,7 @@ def test_kinds_and_prefixes():
 
 
 def test_the_references_checkpoint_loads_with_a_plain_dict_of_args():
-    content = files.load_checkpoint(GOLDEN / "checkpoint-0.pth")
+    content = files.read_file(GOLDEN / "checkpoint-0.pth")
     assert content["epoch"] == 0 and content["args"]["accum_iter"] == 2 and type(content["args"]) is dict
 
 

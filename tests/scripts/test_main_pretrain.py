@@ -16,7 +16,7 @@ import main_pretrain
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
 from util.processes import signals
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 
 TINY = [
     *(
@@ -52,7 +52,7 @@ def run(images, output, *flags):
 
 
 def weights(path):
-    return load_checkpoint(path)["model"]
+    return read_file(path)["model"]
 
 
 def assert_same(first, second):
@@ -77,7 +77,7 @@ def test_a_run_prints_and_writes_what_it_should(images, tmp_path, capsys):
     assert list((tmp_path / "tb").glob("events.*"))
     with Image.open(tmp_path / "out" / "reconstruction-1.png") as picture:
         assert picture.width > 600
-    content = load_checkpoint(tmp_path / "out" / "checkpoint-1.pth")
+    content = read_file(tmp_path / "out" / "checkpoint-1.pth")
     assert content["epoch"] == 1 and content["args"]["model"] == "mae_vit_tiny_patch16"
     assert (
         "given" not in content["args"] and "\ngiven: " not in out
@@ -172,7 +172,7 @@ def test_clipping_and_schedule_reach_the_optimizer(images, tmp_path):
         images, tmp_path, "--clip_grad", "0.1", "--lr", "0.5", "--warmup_epochs", "0", "--min_lr", "0.25"
     )
     assert log[0]["train_lr"] > 0.4 and 0.25 < log[1]["train_lr"] < 0.4
-    content = load_checkpoint(tmp_path / "checkpoint-1.pth")
+    content = read_file(tmp_path / "checkpoint-1.pth")
     assert content["args"]["lr"] == 0.5 and content["optimizer"]["param_groups"][1]["weight_decay"] == 0.05
 
 

@@ -14,7 +14,7 @@ from golden_utils import REPO
 from image_utils import make_folder
 from slurm_cluster import running_cluster, wait_for, why_not
 
-from util.weights.files import list_checkpoints, load_checkpoint
+from util.weights.files import list_checkpoints, read_file
 
 pytestmark = pytest.mark.slurm
 
@@ -81,7 +81,7 @@ def wait_until_trained(folder, seconds=120, step=r"Epoch: \[[1-9]"):
 
 def final_weights(folder):
     newest = list_checkpoints(folder)[0]
-    return newest.name, load_checkpoint(newest)["model"]
+    return newest.name, read_file(newest)["model"]
 
 
 def assert_same_weights(first, second):

@@ -11,8 +11,8 @@ from util.errors import UserError
 from util.export.files import write_json
 from util.weights.build import build
 from util.weights.describe import describe, read_model_info
-from util.weights.encoder import load_encoder
-from util.weights.files import load_checkpoint
+from util.weights.encoder import load_into
+from util.weights.files import read_file
 from util.weights.hugging_face import mae_config, to_hugging_face
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
@@ -24,7 +24,7 @@ CONFIG = dict(
 
 
 def described(path, *parts, override=False, **flags):
-    return describe(load_checkpoint(path), path, Namespace(**flags), *parts, override=override)
+    return describe(read_file(path), path, Namespace(**flags), *parts, override=override)
 
 
 def hf_folder(folder, mae):
@@ -84,10 +84,10 @@ def test_a_folder_needs_no_flags(tmp_path):
     assert torch.equal(
         build(weights)(IMAGES, 0.5, torch.ones(2, 16))[0], mae(IMAGES, 0.5, torch.ones(2, 16))[0]
     )
-    assert load_encoder(make_vit(), str(folder)).kind == "Hugging Face ViTMAE with decoder"
+    assert load_into(make_vit(), str(folder)).kind == "Hugging Face ViTMAE with decoder"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--resume .*empty: is a folder without model\.safetensors or"):
-        load_checkpoint(tmp_path / "empty", "--resume")
+        read_file(tmp_path / "empty", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_damaged_settings_are_one_clear_line(tmp_path, entry):
 def test_a_stored_size_is_believed_only_where_it_fits(tmp_path, size):
     path, _ = save_mae(tmp_path, input_size=size)
     assert described(path, "full").input_size == (32, 32)
-    assert read_model_info(load_checkpoint(path))["input_size"] == (32, 32)
+    assert read_model_info(read_file(path))["input_size"] == (32, 32)
 
 
 def test_tensors_of_another_model_are_refused(tmp_path):
     path, mae = save_mae(tmp_path)
-    content = load_checkpoint(path)
+    content = read_file(path)
     for change, text in [
         ({"reg_token": torch.zeros(1)}, "1 are not known"),
         ({"norm.weight": None}, "1 tensors are missing"),

@@ -16,7 +16,7 @@ import models_vit
 from util.errors import UserError
 from util.evaluate.features import encoder_features
 from util.recipes.classifier import set_trainable_blocks
-from util.weights.encoder import load_encoder
+from util.weights.encoder import load_into
 from util.weights.hugging_face import from_hugging_face
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -84,7 +84,7 @@ def to_hugging_face(state, old_names=True):
 def same_features(path, mae, **changes):
     """Loads `path` into a class-token classifier and compares its features with the MAE encoder's."""
     vit = make_vit(**changes)
-    report = load_encoder(vit, str(path))
+    report = load_into(vit, str(path))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -118,7 +118,7 @@ def test_released_full_file_with_namespace_and_global_pool(tmp_path):
     mae = make_mae()
     torch.save({"model": mae.state_dict(), "args": Namespace(input_size=224)}, tmp_path / "mae_visualize.pth")
     vit = make_vit(global_pool=True)
-    report = load_encoder(vit, str(tmp_path / "mae_visualize.pth"))
+    report = load_into(vit, str(tmp_path / "mae_visualize.pth"))
     assert report.missing == HEAD + POOLED
     assert {"norm.weight", "norm.bias", "mask_token", "decoder_pred.weight"} <= set(report.unexpected)
     assert torch.equal(vit.blocks[1].mlp.fc2.weight, mae.blocks[1].mlp.fc2.weight)
@@ -129,7 +129,7 @@ def test_fine_tuned_file_with_other_classes(tmp_path):
     torch.save({"model": old.state_dict()}, tmp_path / "mae_finetuned.pth")
     vit = make_vit(global_pool=True)
     head = vit.head.weight.clone()
-    report = load_encoder(vit, str(tmp_path / "mae_finetuned.pth"))
+    report = load_into(vit, str(tmp_path / "mae_finetuned.pth"))
     assert report.kind == "classifier (global pool)"
     assert report.dropped == ["head.weight: (9, 24)", "head.bias: (9,)"]
     assert report.missing == report.unexpected == []
@@ -142,7 +142,7 @@ def test_fine_tuned_file_with_the_same_classes_gives_no_head_either(tmp_path):
     torch.save({"model": old.state_dict()}, tmp_path / "a.pth")
     vit = make_vit(global_pool=True)
     head = vit.head.weight.clone()
-    report = load_encoder(vit, str(tmp_path / "a.pth"))
+    report = load_into(vit, str(tmp_path / "a.pth"))
     assert (report.missing, report.unexpected) == ([], [])
     assert report.dropped == ["head.weight: (5, 24)", "head.bias: (5,)"]
     assert torch.equal(vit.head.weight, head)
@@ -152,7 +152,7 @@ def test_fine_tuned_file_with_the_same_classes_gives_no_head_either(tmp_path):
 def test_an_encoder_that_computes_something_else_is_refused(tmp_path, key):
     torch.save({"model": {**encoder_only(make_mae()), key: torch.zeros(24)}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=rf"other.pth.*does not know \({key}\)"):
-        load_encoder(make_vit(), str(tmp_path / "other.pth"))
+        load_into(make_vit(), str(tmp_path / "other.pth"))
 
 
 def test_what_stands_beside_the_encoder_is_no_obstacle(tmp_path):
@@ -165,19 +165,19 @@ def test_what_stands_beside_the_encoder_is_no_obstacle(tmp_path):
     ]
     state = {**make_mae().state_dict(), **{key: torch.zeros(2) for key in extra}}
     torch.save({"model": state}, tmp_path / "a.pth")
-    assert set(extra) <= set(load_encoder(make_vit(), str(tmp_path / "a.pth")).unexpected)
+    assert set(extra) <= set(load_into(make_vit(), str(tmp_path / "a.pth")).unexpected)
     hf = to_hugging_face(encoder_only(make_mae()))
     torch.save({**hf, "vit.pooler.dense.weight": torch.zeros(2)}, tmp_path / "hf.pth")
-    assert load_encoder(make_vit(), str(tmp_path / "hf.pth")).unexpected == ["vit.pooler.dense.weight"]
+    assert load_into(make_vit(), str(tmp_path / "hf.pth")).unexpected == ["vit.pooler.dense.weight"]
 
 
 def test_table_of_unknown_grid_that_fits_a_rectangle_is_warned_of(tmp_path, capsys):
     mae = make_mae(img_size=(16, 48))
     torch.save({"model": mae.state_dict()}, tmp_path / "a.pth")
     torch.save({"model": mae.state_dict(), "args": {"input_size": (16, 48)}}, tmp_path / "b.pth")
-    load_encoder(make_vit(img_size=(16, 48)), str(tmp_path / "b.pth"))
+    load_into(make_vit(img_size=(16, 48)), str(tmp_path / "b.pth"))
     assert capsys.readouterr().err == ""
-    load_encoder(make_vit(img_size=(16, 48)), str(tmp_path / "a.pth"))
+    load_into(make_vit(img_size=(16, 48)), str(tmp_path / "a.pth"))
     assert "does not say the patch grid of its 12 positions; they are taken" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ def test_timm_models_state_dict_itself(tmp_path):
     ).eval()
     torch.save(timm_model.state_dict(), tmp_path / "timm.pth")
     vit = make_vit()
-    assert load_encoder(vit, str(tmp_path / "timm.pth")).missing == HEAD
+    assert load_into(vit, str(tmp_path / "timm.pth")).missing == HEAD
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(vit.forward_features(images), timm_model(images), rtol=1e-5, atol=1e-5)
@@ -230,7 +230,7 @@ def test_golden_interpolation(tmp_path):
     state = {k: v for k, v in vit.state_dict().items() if not k.startswith("head")}
     torch.save({"model": {**state, "pos_embed": source}}, tmp_path / "a.pth")
     vit = vit.double()
-    report = load_encoder(vit, str(tmp_path / "a.pth"))
+    report = load_into(vit, str(tmp_path / "a.pth"))
     assert report.resized == ((4, 4), (7, 7))
     np.testing.assert_allclose(vit.pos_embed.detach(), arrays["interp/dst7x7"], rtol=1e-9, atol=1e-12)
 
@@ -239,11 +239,11 @@ def test_rectangular_table_needs_the_files_arguments(tmp_path):
     mae = make_mae(img_size=(16, 64))  # 2 x 8 = 16 patches: as many as 4 x 4
     torch.save({"model": mae.state_dict(), "args": {"input_size": (16, 64)}}, tmp_path / "with.pth")
     vit = make_vit(img_size=32)
-    assert load_encoder(vit, str(tmp_path / "with.pth")).resized == ((2, 8), (4, 4))
+    assert load_into(vit, str(tmp_path / "with.pth")).resized == ((2, 8), (4, 4))
     mae = make_mae(img_size=(16, 48))  # 12 patches: no square
     torch.save({"model": mae.state_dict()}, tmp_path / "without.pth")
     with pytest.raises(UserError, match=r"without.pth: a position table of 12 patches is not square"):
-        load_encoder(make_vit(), str(tmp_path / "without.pth"))
+        load_into(make_vit(), str(tmp_path / "without.pth"))
 
 
 def test_no_usable_encoder(tmp_path):
@@ -251,17 +251,17 @@ def test_no_usable_encoder(tmp_path):
         {"model": {"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}}, tmp_path / "resnet.pth"
     )
     with pytest.raises(UserError, match=r"--finetune .*resnet.pth.*not a vision transformer .*conv1.weight"):
-        load_encoder(make_vit(), str(tmp_path / "resnet.pth"))
+        load_into(make_vit(), str(tmp_path / "resnet.pth"))
     decoder = {k: v for k, v in make_mae().state_dict().items() if k.startswith("decoder")}
     torch.save({"model": decoder}, tmp_path / "decoder.pth")
     with pytest.raises(UserError, match="this file is a decoder without its encoder"):
-        load_encoder(make_vit(), str(tmp_path / "decoder.pth"))
+        load_into(make_vit(), str(tmp_path / "decoder.pth"))
     optimizer = torch.optim.AdamW(make_vit().parameters())
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pth")
     with pytest.raises(UserError, match="an optimizer's state"):
-        load_encoder(make_vit(), str(tmp_path / "optimizer.pth"))
+        load_into(make_vit(), str(tmp_path / "optimizer.pth"))
     with pytest.raises(UserError, match="no such file"):
-        load_encoder(make_vit(), str(tmp_path / "nothing.pth"))
+        load_into(make_vit(), str(tmp_path / "nothing.pth"))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_encoder_of_another_architecture(tmp_path, changes, hint):
     vit = make_vit()
     before = {key: value.clone() for key, value in vit.state_dict().items()}
     with pytest.raises(UserError, match=f"does not fit the model.*{hint}") as error:
-        load_encoder(vit, str(tmp_path / "other.pth"))
+        load_into(vit, str(tmp_path / "other.pth"))
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
 

@@ -54,7 +54,7 @@ def test_damaged_checkpoints(tmp_path):
         path = tmp_path / "damaged.pth"
         path.write_bytes(data)
         try:
-            content = files.load_checkpoint(path)
+            content = files.read_file(path)
             model = models_mae.mae_vit(TINY_MAE)
             args = type("Args", (), {"resume": str(path), "output_dir": "", "eval": False})()
             resume.load_model(args, model, torch.optim.AdamW(model.parameters()), None)
@@ -175,7 +175,7 @@ def test_a_full_disk_keeps_training_and_the_old_checkpoint(tmp_path, capsys, mon
         error = capsys.readouterr().err
         assert "NO CHECKPOINT WAS WRITTEN" in error and "no space left on device" in error
         assert len((output / "log.txt").read_text().splitlines()) == 2  # training went on to the end
-        assert files.load_checkpoint(output / "checkpoint-0.pth")["epoch"] == 0
+        assert files.read_file(output / "checkpoint-0.pth")["epoch"] == 0
         assert not list(output.glob(".checkpoint*")) and not (output / "checkpoint-1.pth").exists()
     finally:
         subprocess.run(["umount", str(output)], check=True)

@@ -10,7 +10,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.state import stored_settings
 
 
@@ -78,7 +78,7 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
         UserError: unreadable, no ViT encoder in it, one that computes something else than this code's, or
             one whose settings neither the file nor the flags tell.
     """
-    content = load_checkpoint(path, "--resume")
+    content = read_file(path, "--resume")
     parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
     weights = describe(content, path, args, *parts, override=True)
     source = Source(**vars(weights))

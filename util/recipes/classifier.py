@@ -17,8 +17,8 @@ from util.processes.collectives import is_main_process, log, warn
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
 from util.weights.describe import read_model_info
-from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_encoder
-from util.weights.files import load_checkpoint
+from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_into
+from util.weights.files import read_file
 from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 from util.weights.state import check_state, model_state
 
@@ -130,8 +130,8 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
     """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
-    content = load_checkpoint(args.finetune, "--finetune") if content is None else content
-    report = load_encoder(model, args.finetune, content=content)
+    content = read_file(args.finetune, "--finetune") if content is None else content
+    report = load_into(model, args.finetune, content=content)
     log(str(report))
     warn_of_other_stats(args, content, args.finetune)
     return report

@@ -8,7 +8,7 @@ import torch
 from util.errors import UserError
 from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
-from util.weights.files import find_newest, list_checkpoints, load_checkpoint
+from util.weights.files import find_newest, list_checkpoints, read_file
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
 
@@ -34,7 +34,7 @@ def read_resume(args) -> Checkpoint | None:
             return None
         checkpoint = Checkpoint(str(newest[0]), newest[1])
     elif args.resume:
-        checkpoint = Checkpoint(args.resume, load_checkpoint(args.resume, "--resume"))
+        checkpoint = Checkpoint(args.resume, read_file(args.resume, "--resume"))
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
@@ -95,7 +95,7 @@ def _check_owner(args) -> None:
         raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
                         "overwrite it; pass another folder")  # fmt: skip
     try:
-        stored = load_checkpoint(newest).get("args")
+        stored = read_file(newest).get("args")
     except UserError:
         return
     marks = {

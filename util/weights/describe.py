@@ -61,7 +61,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     """Works out all that is needed to build one part of a weights file and to prepare images for it.
 
     Args:
-        content: the file at `path`, as `load_checkpoint` returns it.
+        content: the file at `path`, as `read_file` returns it.
         flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mean, std, for what the file does not
             say; None, or absent, where not given.
         parts: "full", "classifier", "encoder"; the first that the file holds is described.

@@ -16,7 +16,7 @@ from util.files import some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
-from util.weights.files import load_checkpoint
+from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
 from util.weights.state import compare_state, describe_kind, model_state, stored_settings
 
@@ -31,7 +31,7 @@ _BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier"
 
 @dataclass
 class LoadReport:
-    """What `load_encoder` did."""
+    """What `load_into` did."""
 
     source: str  # the file
     kind: str  # the file in words
@@ -58,7 +58,7 @@ def _shorten(keys: list[str]) -> str:
     return ", ".join(f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()) or "none"
 
 
-def load_encoder(
+def load_into(
     model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
 ) -> LoadReport:
     """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left.
@@ -70,7 +70,7 @@ def load_encoder(
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
         file's kind.
     """
-    content = load_checkpoint(source, flag) if content is None else content
+    content = read_file(source, flag) if content is None else content
     state, kind = encoder_state(content)
     if not has_encoder(state):
         keys = some(state, 3) or "none"

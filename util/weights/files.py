@@ -15,7 +15,7 @@ _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "model.pth")
 
 
-def load_checkpoint(source: str | Path, flag: str = "") -> dict:
+def read_file(source: str | Path, flag: str = "") -> dict:
     """Reads a file, https URL or folder of weights to CPU tensors, executing nothing (`weights_only=True`).
 
     The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
@@ -86,7 +86,7 @@ def _read_folder(folder: Path, flag: str, named: str) -> dict:
         files = sorted(set(read_json(index).get("weight_map", {}).values()))
     if not files:
         raise UserError(f"{named}: is a folder without {' or '.join(_IN_FOLDERS)}")
-    parts = [load_checkpoint(folder / name, flag) for name in files]
+    parts = [read_file(folder / name, flag) for name in files]
     content = parts[0] if len(parts) == 1 else {"model": {k: v for p in parts for k, v in p["model"].items()}}
     for entry, name in (("config", "config.json"), ("preprocessor", "preprocessor_config.json")):
         if (folder / name).exists():
@@ -133,7 +133,7 @@ def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
     if is_main_process():
         for path in list_checkpoints(output_dir):
             try:
-                content = load_checkpoint(path)
+                content = read_file(path)
                 if "model" in content:
                     chosen = path
                     break
@@ -143,7 +143,7 @@ def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
     chosen = gather(chosen)[0]
     if chosen is None:
         return None
-    return chosen, content if is_main_process() else load_checkpoint(chosen)
+    return chosen, content if is_main_process() else read_file(chosen)
 
 
 def is_inside_epoch(path: Path) -> bool:
