@@ -147,8 +147,11 @@ def test_another_architecture_is_named(tmp_path):
     assert "12 unexpected keys (decoder_blocks.2.norm1.weight" in text and "\n" not in text
 
 
-def test_encoder_only_files_are_refused_with_their_kind(tmp_path):
+@pytest.mark.parametrize("head", [{}, {"head.0.running_mean": 24, "head.1.weight": 3}])
+def test_encoder_only_files_are_refused_with_their_kind(tmp_path, head):
+    """A probe's as well."""
     state = {k: v for k, v in make_model().state_dict().items() if "decoder" not in k and k != "mask_token"}
+    state |= {key: torch.zeros(size, *([24] * key.endswith("weight"))) for key, size in head.items()}
     torch.save({"model": state}, tmp_path / "encoder.pth")
     with pytest.raises(UserError, match=r"encoder\.pth: holds an encoder only; .*decoder is needed"):
         resume.load_model(make_args(tmp_path, resume=str(tmp_path / "encoder.pth")), make_model(), None, None)
@@ -175,6 +178,13 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / ".checkpoint-1.pth.tmp-123").write_bytes(b"half")
     checkpoint.prepare_output_dir(str(tmp_path), make_model())
     assert names(tmp_path) == ["checkpoint-0.pth"]
+
+
+def test_auto_where_the_folder_is_a_file(tmp_path):
+    """Nothing is found; that it cannot be written is said later, in one line."""
+    (tmp_path / "afile").write_text("x")
+    for folder in (tmp_path / "afile", tmp_path / "afile" / "x"):
+        assert resume.read_resume(make_args(folder)) is None
 
 
 def test_unwritable_and_full_output_folders(tmp_path, monkeypatch):

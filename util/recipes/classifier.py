@@ -76,6 +76,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     if checkpoint is None:
         return None
     source, content = checkpoint
+    args.resume = source  # what "auto" has found stands in the log and in later checkpoints
     model_state(content, f"--resume {source}")
     info = read_model_info(content)
     if "recipe" not in info:

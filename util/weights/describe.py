@@ -84,7 +84,9 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     if not (found := [part for part in parts if held[part]]):
         raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
     stored = stored_settings(content)
-    _check_settings({k: stored.get(k) for k in (*_UNSEEN, "mask_ratio", "class_names")}, where)
+    used = (*_UNSEEN, "mask_ratio", "class_names")
+    used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
+    _check_settings({name: stored.get(name) for name in used}, where)
     info = _info_of_tensors(state, stored)
     known = _known_flags(state, stored, info)
     said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}

@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict:
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Checkpoints of a folder, the last written first: an older run may have come further there."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in Path(output_dir).iterdir():
             if match := _NAME.fullmatch(path.name):
                 epoch, step = int(match[1]), match[2]

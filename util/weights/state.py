@@ -75,7 +75,8 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
     if not (missing or unexpected or mismatched):
         return
     kind = describe_kind(state)
-    if kind == "encoder only" and any(key.startswith("decoder_") for key in missing):
+    alone = kind == "encoder only" or kind.startswith("linear probe")
+    if alone and any(key.startswith("decoder_") for key in missing):
         raise UserError(
             f"{source}: holds an encoder only; to go on with pre-training the decoder is needed too "
             "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
