@@ -1,4 +1,4 @@
-"""Fine-tunes a pre-trained encoder for classification, or evaluates the result (MAE, arXiv 2111.06377).
+r"""Fine-tunes a pre-trained encoder for classification, or evaluates the result (MAE, arXiv 2111.06377).
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
     python main_finetune.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \

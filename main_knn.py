@@ -1,4 +1,4 @@
-"""Classifies by nearest neighbours on frozen features: how good an encoder is, without any training.
+r"""Classifies by nearest neighbours on frozen features: how good an encoder is, without any training.
 
     python main_knn.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
         --patch_size 8

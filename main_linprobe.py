@@ -1,4 +1,4 @@
-"""Trains a linear classifier on a frozen encoder (linear probing; MAE, arXiv 2111.06377, appendix A.1).
+r"""Trains a linear classifier on a frozen encoder (linear probing; MAE, arXiv 2111.06377, appendix A.1).
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
     python main_linprobe.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \

@@ -1,4 +1,4 @@
-"""Pre-trains a masked autoencoder (MAE, arXiv 2111.06377).
+r"""Pre-trains a masked autoencoder (MAE, arXiv 2111.06377).
 
 Look at it run, with no data and no GPU (makes a small demo set):
     python main_pretrain.py --model mae_vit_tiny_patch16 --input_size 64 --patch_size 8 --batch_size 32 \

@@ -1,4 +1,4 @@
-"""Submits a fine-tuning (main_finetune.py) to a SLURM cluster; it survives time limits and pre-emption.
+r"""Submits a fine-tuning (main_finetune.py) to a SLURM cluster; it survives time limits and pre-emption.
 
 ViT-B on ImageNet as in the paper, 4 nodes of 8 GPUs (effective batch 32 x 32 = 1024):
     python submitit_finetune.py --job_dir /shared/mae/%j --nodes 4 --ngpus 8 --cpus_per_task 10 \

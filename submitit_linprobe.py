@@ -1,4 +1,4 @@
-"""Submits a linear probing (main_linprobe.py) to a SLURM cluster; it survives time limits and pre-emption.
+r"""Submits a linear probing (main_linprobe.py) to a SLURM cluster; it survives time limits and pre-emption.
 
 ViT-B on ImageNet as in the paper, 4 nodes of 8 GPUs (effective batch 512 x 32 = 16384):
     python submitit_linprobe.py --job_dir /shared/mae/%j --nodes 4 --ngpus 8 --cpus_per_task 10 \

@@ -1,4 +1,4 @@
-"""Submits a pre-training (main_pretrain.py) to a SLURM cluster; it survives time limits and pre-emption.
+r"""Submits a pre-training (main_pretrain.py) to a SLURM cluster; it survives time limits and pre-emption.
 
 ViT-L on ImageNet as in the paper, 8 nodes of 8 GPUs (effective batch 64 x 64 = 4096), three days a start:
     python submitit_pretrain.py --job_dir /shared/mae/%j --nodes 8 --timeout 4320 --cpus_per_task 10 \

@@ -129,7 +129,8 @@ def read_golden(name: str) -> list[float]:
 
 def checkout(revision: str, folder: Path) -> Path:
     git = ["git", "-C", str(REPO)]
-    subprocess.run([*git, "worktree", "add", "--detach", "-q", str(folder), revision], check=True)
+    if subprocess.run([*git, "worktree", "add", "--detach", "-q", str(folder), revision]).returncode:
+        sys.exit(f"{revision}: is no commit here")
     return folder
 
 

@@ -208,6 +208,11 @@ def test_the_tree_has_every_file_and_room():
     there |= {path.parent for place in ("[!.]*/*.py", "util/*/*.py") for path in REPO.glob(place)}
     there -= {REPO / "util", REPO / "util" / "__init__.py"}
     assert sorted(named) == sorted(str(path.relative_to(REPO)) for path in there)
+    for line in tree.splitlines():
+        room, names = line.split(maxsplit=1)
+        if re.fullmatch(r"util/\w+/", room):
+            there = sorted(path.stem for path in (REPO / room).glob("*.py"))
+            assert sorted(names.split(":")[0].split(", ")) == there, line
 
 
 def test_the_layers_are_those_of_the_test():
