@@ -103,7 +103,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_output("--output", args.output)
 
 
-def choose_images(args: argparse.Namespace) -> tuple[PathList, PathList]:
+def choose_images(args: argparse.Namespace) -> tuple[list[str], PathList]:
     """(paths, names) of the pictures to draw."""
     if args.images:
         files, names = find_inputs(args.images, args.bad_images)
@@ -113,11 +113,11 @@ def choose_images(args: argparse.Namespace) -> tuple[PathList, PathList]:
         names, rows = PathList(map(files.paths.name, range(len(files.paths)))), args.rows or DEMO_ROWS
         log(f"no image given: showing {rows} of the demo set")
     indices = np.linspace(0, len(names) - 1, min(rows, len(names))).round().astype(int)
-    return files.paths.take(indices), names.take(indices)
+    return [files.paths[i] for i in indices], names.take(indices)
 
 
 def read_images(
-    paths: PathList, names: PathList, weights: WeightsFile, skip: bool
+    paths: list[str], names: PathList, weights: WeightsFile, skip: bool
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
     transform, images, labels = EvalTransform(weights.input_size), [], []

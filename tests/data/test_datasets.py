@@ -282,8 +282,8 @@ def test_empty_train_folder_is_named(tmp_path):
 def test_lists_that_are_none(tmp_path):
     image = save(tmp_path / "a.png")
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    (tmp_path / "data.tar").write_bytes(b"name" + b"\0" * 600)
-    for path in (image, tmp_path / "data.tar"):
+    (tmp_path / "data.bin").write_bytes(b"name" + b"\0" * 600)
+    for path in (image, tmp_path / "data.bin"):
         with pytest.raises(UserError, match="neither a folder nor a list"):
             find_images(path)
     with pytest.raises(UserError, match="lists no images"):

@@ -56,20 +56,25 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 def add_training_args(parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False) -> None:
     """The flags of a training beside those of its recipe; `backward`, `fsdp`: see the groups below."""
-    add_data_args(parser)
+    flag = add_data_args(parser)
+    flag("--shuffle", default="full", choices=["full", "near"],
+         help="order of an epoch; near: of images in archives, so that most reads are of neighbours, for "
+              "stores that are slow to answer")  # fmt: skip
     add_run_args(parser)
     add_speed_args(parser, backward)
     add_distributed_args(parser, fsdp)
 
 
-def add_data_args(parser: argparse.ArgumentParser) -> None:
-    """Where the images are and how they are read."""
+def add_data_args(parser: argparse.ArgumentParser) -> Callable:
+    """Where the images are and how they are read; returns what adds flags to the group."""
     group = parser.add_argument_group("data")
     flag = group.add_argument
     # fmt: off
     flag("--data_path", "--data", default=None, metavar="PATH",
-         help="ImageFolder root with train/ (and val/), a folder of images, or a text file that lists "
-              "images; default: a small demo set, made on first use")
+         help="ImageFolder root with train/ (and val/), a folder of images, a text file that lists images, "
+              "or archives of such folders (.tar, .zip, .parquet): one, a folder or a pattern of them "
+              "('shards/{000..127}.tar'), also http(s), s3 or gs addresses; default: a small demo set, made "
+              "on first use")
     flag("--in_chans", default=3, type=at_least(1), help="channels of the images")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
@@ -81,6 +86,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     flag("--no_pin_mem", action="store_false", dest="pin_mem")
     # fmt: on
     group.set_defaults(pin_mem=True)
+    return flag
 
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:

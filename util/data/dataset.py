@@ -70,6 +70,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[int | tuple[int, ...]]) -> list[tuple[torch.Tensor, int, int]]:
         """The samples of a batch; a DataLoader asks for them so. What comes again in a row is read once."""
         samples, full = [], [(*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0) for key in keys]
+        if hasattr(self.files.paths, "plan"):
+            self.files.paths.plan([self.position(index) for index in dict.fromkeys(key[1] for key in full)])
         for (epoch, index), group in itertools.groupby(full, lambda key: key[:2]):
             samples += self._samples(epoch, index, [repeat for *_, repeat in group])
         return samples
@@ -100,6 +102,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _flag(self, position: int, error: BadImage) -> None:
         """Notes an unreadable file; raises BadImage when there may be no more of them."""
+        if isinstance(error.__context__, ConnectionError):  # a store that is away: no fault of the image
+            raise error
         if self.bad_images != "skip":
             advice = "repair or remove it, or pass --bad_images skip"
             raise BadImage(error.path, f"{error.reason}; {advice}") from None

@@ -3,13 +3,14 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from util.data.folders import Folder, ask_all, list_folders
+from util.data.folders import Folder, ask_all, list_folders, names_archives
 from util.data.read import IMG_EXTENSIONS, sniff_header
 from util.errors import UserError
 from util.files import printable, some
@@ -108,10 +109,11 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
     """Finds the images of a split and looks at the first bytes of each.
 
     `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
-    folder of images, nested in any way; or a text file that lists one image a line, relative to its own
-    folder (blank lines and lines that start with # are passed over). There are labels where the folder of
-    the split has no images of its own and each folder in it that holds files holds images. Hidden files and
-    folders are passed over, links are followed. The order is ImageFolder's.
+    folder of images, nested in any way; a text file that lists one image a line, relative to its own folder
+    (blank lines and lines that start with # are passed over); or archives of any of these folders, as
+    `util.data.archives` reads them: a file, an address, a pattern, a folder of them. There are labels where
+    the folder of the split has no images of its own and each folder in it that holds files holds images.
+    Hidden files and folders are passed over, links are followed. The order is ImageFolder's.
 
     Args:
         split: the subfolder; for "train" `data_path` itself where there is no such folder.
@@ -125,11 +127,18 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
     """
     root = os.fspath(data_path)
     place = f"--data_path {printable(root) or repr(root)}"
-    if os.path.isdir(root):
-        if os.path.isdir(os.path.join(root, split)):
-            root = os.path.join(root, split)
-            place = f"--data_path {printable(root)}"
-        elif split != "train":
+    is_folder = os.path.isdir(root)
+    if is_folder and os.path.isdir(os.path.join(root, split)):
+        root = os.path.join(root, split)
+        place, split = f"--data_path {printable(root)}", split and "train"
+    if names_archives(root):
+        from util.data.archives import open_archives
+
+        if (found := open_archives(root, split, place)) is None:
+            return None
+        files = _arrange(found[1], root, place, found[0].of_folders)
+    elif is_folder:
+        if split not in ("", "train"):
             return None
         files = _search(root, place)
     elif not os.path.isfile(root):
@@ -150,6 +159,11 @@ def _search(root: str, place: str) -> ImageFiles:
     except OSError as error:
         path = printable(error.filename or root)
         raise UserError(f"{place}: cannot read the folder {path}: {error.strerror}") from None
+    return _arrange(found, root, place, partial(PathList.of_folders, root=root))
+
+
+def _arrange(found: list[Folder], root: str, place: str, list_images: Callable) -> ImageFiles:
+    """Order and labels of the images in folders; `list_images` makes a list of those of some folders."""
     # The folder in `root` that each lies in, "" for `root` itself
     tops = {folder.name: folder.name.split(os.sep, 1)[0] for folder in found}
     others = sum((folder.others for folder in found), Counter())
@@ -159,7 +173,7 @@ def _search(root: str, place: str) -> ImageFiles:
     if not folders:
         wanted = " ".join(IMG_EXTENSIONS)
         raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
-    paths = PathList.of_folders(folders, root)
+    paths = list_images(folders)
     files = ImageFiles(root, root, paths, ignored=others.total())
     if holds_images != {""}:
         files.empty = sorted(set(tops.values()) - holds_images - {""})
@@ -187,7 +201,8 @@ def _read_list(path: str, place: str) -> PathList:
         with open(path, "rb") as file:
             text = file.read(65536)
             if b"\0" in text:
-                raise UserError(f"{place}: neither a folder nor a list of images (unpack archives first)")
+                kinds = "neither a folder nor a list of images, nor an archive: .tar, .zip, .parquet"
+                raise UserError(f"{place}: {kinds}")
             text += file.read()
     except OSError as error:
         raise UserError(f"{place}: cannot be read: {error.strerror}") from None
@@ -202,14 +217,17 @@ def _read_list(path: str, place: str) -> PathList:
 def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
     """Looks at the files' first bytes; what is no image is an error, or left out."""
     count = len(files.paths)
-    probes = min(count, MAX_PROBES)
+    probes = min(count, MAX_PROBES) if isinstance(files.paths, PathList) else 0
     indices = np.arange(probes) * (count - 1) // max(1, probes - 1)
 
     def look(part: np.ndarray) -> list[tuple[int, str]]:
         return [(int(i), reason) for i in part if (reason := sniff_header(files.paths[i]))]
 
-    parts = np.array_split(indices, max(1, len(indices) // 256))
-    bad = [found for part in ask_all(look, parts) for found in part]
+    if probes:
+        parts = np.array_split(indices, max(1, len(indices) // 256))
+        bad = [found for part in ask_all(look, parts) for found in part]
+    else:  # archives were looked at when they were listed
+        indices, bad = range(count), files.paths.bad
     if not bad:
         return files
     names = some((f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad), 3)

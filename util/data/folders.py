@@ -1,6 +1,8 @@
 """Lists the folders of a data set, and asks a file system many small questions at once."""
 
+import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,27 @@ def ask_all(question: Callable, items: Sequence) -> Iterator:
     """question(item) of every item, in their order, in threads; raises what the first failing one raises."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(question, items)
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file's name or address is that of an archive, also of a kind that is not read."""
+    path = name.split("?")[0] if "://" in name else name
+    return bool(re.search(r"\.(tar|zip|parquet|tgz|tbz2?|txz|tar\.\w+)$", path, re.IGNORECASE))
+
+
+def names_archives(path: str) -> bool:
+    """Whether a data path means archives: an address, a name or a pattern of them, or a folder with archives
+    and no images directly in it."""
+    if not os.path.isdir(path):
+        is_pattern = not set("*?[{").isdisjoint(path) and not os.path.lexists(path)
+        return "://" in path or is_archive(path) or is_pattern
+    found = False
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for name in (entry.name for entry in entries if not entry.name.startswith(".")):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                return False
+            found = found or is_archive(name)
+    return found
 
 
 @dataclass(slots=True)

@@ -4,14 +4,15 @@ import os
 from collections.abc import Sequence
 
 from util.data.find import ImageFiles, PathList, find_images
-from util.data.read import sniff_header
+from util.data.folders import names_archives
+from util.data.read import Place, sniff_header
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import warn
 
 
 def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageFiles, PathList]:
-    """Images of files, folders (to any depth; train/ and val/ are folders like others) and .txt lists.
+    """Images of files, folders (to any depth; train/ and val/ are folders like others), archives, .txt lists.
 
     Args:
         bad_images: "error"; "skip" leaves out, with a warning, what is no image, however many.
@@ -25,10 +26,11 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
     found, names, skipped = [], [], []
     in_folders = "skip any" if bad_images == "skip" else bad_images
     for path in paths:
-        if os.path.isdir(path) or (path.lower().endswith(".txt") and os.path.isfile(path)):
+        is_list = path.lower().endswith(".txt") and os.path.isfile(path)
+        if is_list or os.path.isdir(path) or names_archives(path):
             # With "" for the split, the folder itself is searched
             try:
-                files = find_images(path, "" if os.path.isdir(path) else "train", in_folders)
+                files = find_images(path, "train" if is_list else "", in_folders)
             except UserError as error:
                 raise UserError(str(error).removeprefix("--data_path ")) from None
             found += files.paths
@@ -49,4 +51,5 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
     if not found:
         raise UserError("no images: none of the files named is readable")
     source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    return ImageFiles(source, "", PathList(found), skipped=skipped), PathList(names)
+    places = found if any(isinstance(path, Place) for path in found) else PathList(found)
+    return ImageFiles(source, "", places, skipped=skipped), PathList(names)

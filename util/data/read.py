@@ -64,16 +64,37 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _open(path: str) -> io.FileIO:
+def open_file(path: str) -> io.FileIO:
     """Opens for reading, unbuffered: a header is read in one call, and a whole file too."""
     return open(path, "rb", buffering=0, opener=_open_regular)
+
+
+class Place(str):
+    """Where an image's bytes are, under the name that is shown: `scan.tif#3` is the third page of a file.
+
+    file: that holds it. page: number of the picture in it, from 0.
+    """
+
+    def __new__(cls, name: str, file: str = "", page: int = 0):
+        place = super().__new__(cls, name)
+        place.file, place.page = file or name, page
+        return place
+
+    def open(self) -> io.FileIO:
+        """A binary file of the bytes, unbuffered, at its start."""
+        return open_file(self.file)
+
+
+def _open(path: str) -> io.FileIO:
+    """The one place where an image's bytes are opened."""
+    return path.open() if isinstance(path, Place) else open_file(path)
 
 
 def _explain(error: Exception) -> str:
     """The reason in few words, without the path, which the caller adds."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "a damaged header"
-    if isinstance(error, (OSError, ValueError)):
+    if isinstance(error, (OSError, ValueError, UserError)):
         return getattr(error, "strerror", None) or str(error)
     return f"{type(error).__name__}: {error}"  # what a parser stumbled over
 
@@ -93,6 +114,9 @@ def sniff_header(path: str) -> str | None:
     """Looks at the first bytes of a file: None when an image starts like this, whatever the file's name;
     otherwise the reason in few words."""
     try:
+        if isinstance(path, Place):
+            with path.open() as file:
+                return _look(file.read(32))
         descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:  # half the time that a file object takes: this runs 100,000 times before a start
             return _look(os.read(descriptor, 32))

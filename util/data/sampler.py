@@ -22,6 +22,8 @@ class EpochSampler(Sampler):
     Args:
         length: of the data set, in images.
         batch_size: samples of a batch; a multiple of `repeats`.
+        near: (shards, starts) of the images: the permutation is that of `near_order`, and of the images that
+            all processes' batches take at a time, process `rank` takes a stretch and not every R-th.
 
     `len()` counts the samples of a whole epoch, also where `set_epoch` has cut it short.
     """
@@ -35,10 +37,11 @@ class EpochSampler(Sampler):
         shuffle: bool = True,
         batch_size: int | None = None,
         repeats: int = 1,
+        near: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         if repeats > 1 and (batch_size is None or batch_size % repeats):
             raise ValueError(f"batches of {batch_size} samples do not hold whole images of {repeats} each")
-        self.repeats = repeats
+        self.repeats, self.near = repeats, near
         self.length, self.num_replicas, self.rank = length, num_replicas, rank
         self.seed, self.shuffle, self.batch_size = seed, shuffle, batch_size
         self.epoch, self.start_batch, self.stop_batch = 0, 0, None
@@ -56,11 +59,14 @@ class EpochSampler(Sampler):
         return self.length // (self.num_replicas * images) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        if self.shuffle:
-            order = np.random.default_rng(derive_seed(self.seed, self.epoch)).permutation(self.length)
+        rng = np.random.default_rng(derive_seed(self.seed, self.epoch))
+        if self.near is None:
+            order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
+            order = order[self.rank :: self.num_replicas][: len(self) // self.repeats]
         else:
-            order = np.arange(self.length)
-        order = order[self.rank :: self.num_replicas][: len(self) // self.repeats]
+            images, steps = self.batch_size // self.repeats, len(self) // self.batch_size
+            order = near_order(*self.near, rng)[: steps * self.num_replicas * images]
+            order = order.reshape(steps, self.num_replicas, images)[:, self.rank].ravel()
         if self.batch_size is not None:
             images = self.batch_size // self.repeats
             stop = None if self.stop_batch is None else self.stop_batch * images
@@ -71,6 +77,34 @@ class EpochSampler(Sampler):
                 yield epoch, int(index)
             else:
                 yield from ((epoch, int(index), repeat) for repeat in range(self.repeats))
+
+
+WINDOW, RUN = 16, 16  # shards that images are mixed in; neighbours that stay together
+
+
+def near_order(shards: np.ndarray, starts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation for stores that are slow to answer: neighbours are read together, at the price of one.
+
+    Shards come in random order. Within each `WINDOW` of them, runs of `RUN` neighbours come at random, cut
+    anew each time.
+
+    Args:
+        shards, starts: (n,), of each image: its shard and its place there, by which neighbours are known.
+
+    Returns:
+        int64 (n,).
+    """
+    places = np.lexsort((starts, shards))
+    counts = np.bincount(shards)
+    ends = np.cumsum(counts)
+    present, order = rng.permutation(np.flatnonzero(counts)), []
+    for first in range(0, len(present), WINDOW):
+        runs = []
+        for shard in present[first : first + WINDOW]:
+            inside = places[ends[shard] - counts[shard] : ends[shard]]
+            runs += np.split(inside, np.arange(rng.integers(1, RUN + 1), len(inside), RUN))
+        order += [runs[i] for i in rng.permutation(len(runs))]
+    return np.concatenate(order)
 
 
 GROUP = 32  # samples per forward pass of an evaluation

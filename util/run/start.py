@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,7 +17,7 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.processes import signals
-from util.processes.collectives import get_rank, get_world_size, log
+from util.processes.collectives import get_rank, get_world_size, log, warn
 from util.processes.group import init_distributed_mode, shut_down
 from util.run.checkpoint import finish_saving, prepare_output_dir, save_model
 from util.run.guard import RunGuard
@@ -65,14 +66,15 @@ def train_loader(
     """Loader of shuffled full batches and its sampler; raises UserError when no batch would be full.
 
     Args:
-        args: batch_size, seed, num_workers; if present repeated_aug.
+        args: batch_size, seed, num_workers; if present repeated_aug, shuffle.
         kind: what the samples are, for that error.
     """
     world_size, batch_size = get_world_size(), args.batch_size
     repeats = getattr(args, "repeated_aug", 1)
     sampler = EpochSampler(
-        len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats
-    )
+        len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats,
+        near=near_places(dataset) if getattr(args, "shuffle", "full") == "near" else None,
+    )  # fmt: skip
     loader = build_loader(dataset, sampler, batch_size, args.num_workers, pin_memory, drop_last=True)
     if len(loader) == 0:
         times = f" x {repeats} crops" if repeats > 1 else ""
@@ -81,6 +83,26 @@ def train_loader(
             f"{kind}{times}, so that no batch would be full"
         )
     return loader, sampler
+
+
+def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(shards, starts) of a set's images, for `--shuffle near`; warns where neighbours are of one class.
+
+    Raises UserError for images that lie in no archives.
+    """
+    files = dataset.files
+    if not hasattr(files.paths, "columns"):
+        raise UserError("--shuffle near: is for images in archives, and these are files; leave it out")
+    shards, starts = files.paths.columns["shard"], files.paths.columns["start"]
+    if files.labels is not None:
+        labels = files.labels[np.lexsort((starts, shards))]
+        alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
+        if alike > (1 + chance) / 2:
+            warn(
+                "--shuffle near: neighbours in these archives are of one class, so batches will hold few "
+                "classes; mix them with tools/make_shards.py"
+            )
+    return shards, starts
 
 
 @dataclass

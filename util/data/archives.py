@@ -1,0 +1,234 @@
+"""Images in archives: `.tar`, `.zip` and Parquet files, here or in a store far away, read by offset.
+
+What the archives hold is listed once and kept in the user's cache folder. The list then behaves as that of a
+folder with the same files: same order, same names, same labels, so same batches.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+from util.data import stores
+from util.data.folders import Folder
+from util.data.members import PARQUET, RAW, make_table, unzipped
+from util.data.parquet import parquet_image
+from util.data.read import Place
+from util.files import printable, replacing
+from util.processes.collectives import warn
+
+_GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
+_ahead: dict[tuple, "_Run"] = {}  # of this process: what is read together with its neighbours, by its place
+
+
+@dataclass(slots=True)
+class ArchiveFolder(Folder):
+    """A folder as archives hold it. first: number of its first image. real: its name in the archive, where
+    `name` says which split or class it belongs to."""
+
+    first: int = 0
+    real: str = ""
+
+
+class _Bytes(io.BytesIO):
+    readall = io.BytesIO.read  # as unbuffered files have it
+
+
+class Member(Place):
+    """An image in an archive; the text is the archive's address, "/", and the member's name."""
+
+    def open(self) -> io.BytesIO:
+        """Its bytes, from one read; raises OSError."""
+        if self.kind == PARQUET:
+            return _Bytes(parquet_image(self.shard, self.start))
+        run = _ahead.pop((self.shard, self.start), None)
+        read = run.read if run else functools.partial(stores.read, self.shard)
+        data = read(self.start, self.span)
+        if self.kind != RAW:
+            data = unzipped(self.shard, self.start, self.length, self.kind, data)
+        return _Bytes(data)
+
+    @property
+    def span(self) -> int:
+        """Bytes to read: of a zip file's member with what stands before it, whose length is not known."""
+        before = 30 + len(os.fsencode(self)) + 64 if self.kind else 0
+        return min(self.length + before, self.shard.size - self.start)
+
+
+class _Run:
+    """Neighbours far away, read together when the first of them is wanted."""
+
+    def __init__(self, shard: stores.Shard, start: int, stop: int):
+        self.shard, self.start, self.stop, self.data = shard, start, stop, None
+
+    def read(self, start: int, length: int) -> bytes:
+        if self.data is None:
+            self.data = stores.read(self.shard, self.start, self.stop - self.start)
+        return self.data[start - self.start : start - self.start + length]
+
+
+class Members(Sequence):
+    """Images of archives as `PathList` lists those of a folder, in some 40 bytes each; `[i]` is a `Member`.
+
+    folders: in the order of the images. names: of the images without folders, zero bytes behind each.
+    columns: shard, start, length, kind, (n,) each: which archive, first byte there and bytes, what it is.
+    bad: (index, reason) of those whose first bytes are no image's.
+    """
+
+    def __init__(
+        self,
+        shards: list[stores.Shard],
+        folders: list[ArchiveFolder],
+        names: bytes,
+        columns: dict[str, np.ndarray],
+        bad: list[tuple[int, str]],
+    ):
+        self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
+        zeros = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+        kind = np.uint32 if len(names) < 2**32 else np.int64
+        self._ends = np.concatenate([np.zeros(1, kind), (zeros + 1).astype(kind)])
+        self._firsts = np.cumsum([0] + [folder.count for folder in folders])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Member | list[Member]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        folder, base = self._find(index)
+        shard = self.shards[self.columns["shard"][index]]
+        member = Member("/".join(part for part in (shard.address, folder.real, base) if part))
+        member.shard = shard
+        for name in ("start", "length", "kind"):
+            setattr(member, name, int(self.columns[name][index]))
+        return member
+
+    def _find(self, index: int) -> tuple[ArchiveFolder, str]:
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        folder = self.folders[np.searchsorted(self._firsts, position, "right") - 1]
+        return folder, os.fsdecode(self.names[self._ends[position] : self._ends[position + 1] - 1])
+
+    def name(self, index: int) -> str:
+        """The name that the image would have in a folder of the split, relative to it."""
+        folder, base = self._find(index)
+        return os.path.join(folder.name, base)
+
+    def digest(self) -> str:
+        """SHA-256 over the names in their order: that of a folder with the same files."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            digest.update(os.fsencode(self.name(i).replace(os.sep, "/")) + b"\0")
+        return digest.hexdigest()
+
+    def take(self, indices: Iterable[int]) -> "Members":
+        """A new list of some of the images."""
+        indices = np.fromiter(indices, np.int64)
+        owners = np.searchsorted(self._firsts, indices, "right") - 1
+        folders = []
+        for owner, group in itertools.groupby(owners.tolist()):
+            folder = self.folders[owner]
+            folders.append(ArchiveFolder(folder.name, count=len(list(group)), real=folder.real))
+        names = b"".join(self.names[self._ends[i] : self._ends[i + 1]] for i in indices)
+        columns = {name: column[indices] for name, column in self.columns.items()}
+        return Members(self.shards, folders, names, columns, [])
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.names) + self._ends.nbytes + sum(column.nbytes for column in self.columns.values())
+
+    def plan(self, indices: Sequence[int]) -> None:
+        """Says which images will be opened next: neighbours in an archive far away are read together."""
+        _ahead.clear()
+        far = [m for i in indices if stores.is_far((m := self[i]).shard.address) and m.kind != PARQUET]
+        group: list[Member] = []
+        for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
+            if group and (member is None or not _joins(group, member)):
+                stop = max(m.start + m.span for m in group)
+                run = _Run(group[0].shard, group[0].start, stop)
+                _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
+                group = []
+            group.append(member)
+
+    def of_folders(self, folders: Sequence[ArchiveFolder]) -> "Members":
+        """The images of some of the folders, in that order."""
+        parts = [slice(folder.first, folder.first + folder.count) for folder in folders]
+        names = b"".join(self.names[self._ends[part.start] : self._ends[part.stop]] for part in parts)
+        columns = {name: np.concatenate([column[p] for p in parts]) for name, column in self.columns.items()}
+        chosen = np.concatenate([np.arange(part.start, part.stop) for part in parts]) if self.bad else []
+        reasons = dict(self.bad)
+        bad = [(new, reasons[old]) for new, old in enumerate(chosen) if old in reasons]
+        return Members(self.shards, list(folders), names, columns, bad)
+
+
+def _joins(group: list[Member], member: Member) -> bool:
+    gap = member.start - max(m.start + m.span for m in group[-1:])
+    whole = member.start + member.span - group[0].start
+    return member.shard == group[0].shard and gap <= _GAP and whole <= _LONGEST
+
+
+def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list[ArchiveFolder]] | None:
+    """Lists archives: all images, and the folders of the split, from which `Members.of_folders` makes a list.
+
+    Folders' names are relative to the split: the members' folder of that name, or the archives that are named
+    so (`train-000.tar`), or for "train" everything where neither is there, and for "" always.
+
+    Returns:
+        None where there is no such split.
+
+    Raises:
+        UserError: an archive that is not there or cannot be read by offset, or a member that has no place in
+            a data set: links, archives, names twice or outside.
+    """
+    shards = stores.find_shards(data_path, place)
+    about, columns = _kept_table(shards)
+    if about["twice"]:
+        text = "images have the name of another one, in another archive; all of them count"
+        warn(f"{place}: {about['twice']:,} {text}")
+    folders, first = [], 0
+    for name, real, count, others in about["folders"]:
+        folders.append(ArchiveFolder(name, count=count, others=Counter(others), first=first, real=real))
+        first += count
+    names = columns.pop("names").tobytes()
+    members = Members(shards, folders, names, columns, list(map(tuple, about["bad"])))
+    inside = split + "/"
+    if split and any((folder.name + "/").startswith(inside) for folder in folders):
+        folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
+        for folder in folders:
+            folder.name = folder.name[len(inside) :]
+    elif split not in ("", "train"):
+        return None
+    return members, folders
+
+
+def _kept_table(shards: list[stores.Shard]) -> tuple[dict, dict[str, np.ndarray]]:
+    """The table of all members: from the cache, or made, by one process of this machine, and put there."""
+    key = hashlib.sha256(repr([1, shards]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"
+    with contextlib.ExitStack() as held:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(filelock.FileLock(f"{cache}.lock"))
+        except (OSError, NotImplementedError) as error:
+            reason = f"{printable(cache.parent)} cannot be written ({error})"
+            warn(f"{reason}, so that archives are listed anew at every start; set XDG_CACHE_HOME")
+        try:
+            with np.load(cache, allow_pickle=False) as stored:
+                columns = dict(stored)
+            return json.loads(columns.pop("about").tobytes()), columns
+        except Exception:  # it is not there, or damaged in whatever way
+            about, columns = make_table(shards)
+        with contextlib.suppress(OSError), replacing(cache) as temporary, open(temporary, "wb") as file:
+            np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+    return about, columns
