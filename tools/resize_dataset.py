@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 
@@ -88,28 +88,38 @@ def find_names(source: str) -> Iterator[str]:
             yield os.path.join(folder.name, os.fsdecode(name))
 
 
-def prepare(args: argparse.Namespace) -> list[str]:
-    """Checks SRC and DST, locks DST, removes what an interrupted run left half done; returns images' names.
-
-    Sets `args.source`, `args.target`, `args.spare` (the folder for files not yet complete), `args.lock`.
-    """
+def check_flags(args: argparse.Namespace) -> None:
+    """Sets `args.source` and `args.target`; raises UserError for flags and folders that cannot work."""
     for flag, least, most in (("short", 1, 65535), ("quality", 1, 100), ("workers", 1, 1024)):
-        if not least <= getattr(args, flag) <= most:
+        if getattr(args, flag) is not None and not least <= getattr(args, flag) <= most:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be from {least} to {most}")
-    if args.measure < 0:
-        raise UserError(f"--measure {args.measure}: must be at least 0")
     args.source, args.target = os.path.realpath(args.src), os.path.realpath(args.dst)
-    if not os.path.isdir(args.src):
-        raise UserError(f"SRC {printable(args.src)}: not a folder")
     common = os.path.commonpath([args.source, args.target])
     if common in (args.source, args.target):
         raise UserError(f"SRC {printable(args.src)} and DST {printable(args.dst)}: one is in the other")
+
+
+def prepare(args: argparse.Namespace) -> list[str]:
+    """Checks SRC and DST, and takes DST as `take_target` does; returns images' names."""
+    check_flags(args)
+    if args.measure < 0:
+        raise UserError(f"--measure {args.measure}: must be at least 0")
+    if not os.path.isdir(args.src):
+        raise UserError(f"SRC {printable(args.src)}: not a folder (tools/make_shards.py also takes archives)")
     names = list(find_names(args.source))
     if not names:
         raise UserError(f"SRC {printable(args.src)}: no images in it")
-    own = Path(args.target, ".resize_dataset")
-    args.spare = os.path.join(own, "unfinished")
     settings = {"source": args.source, "short": args.short, "quality": args.quality}
+    take_target(args, Path(args.target, ".resize_dataset"), settings)
+    return names
+
+
+def take_target(args: argparse.Namespace, own: Path, settings: dict) -> None:
+    """Locks DST, where `own` is the program's folder, and removes what an interrupted run left half done.
+
+    Sets `args.spare` (for files not yet complete) and `args.lock`; UserError for a DST of something else.
+    """
+    args.spare = os.path.join(own, "unfinished")
     try:
         if os.path.isdir(args.target) and os.listdir(args.target) and not own.is_dir():
             raise UserError(f"DST {printable(args.dst)}: holds other files; name a new or an empty folder")
@@ -123,7 +133,6 @@ def prepare(args: argparse.Namespace) -> list[str]:
             os.unlink(os.path.join(args.spare, name))
     except (OSError, ValueError) as error:
         raise UserError(f"DST {printable(args.dst)}: {getattr(error, 'strerror', None) or error}") from None
-    return names
 
 
 def _lock(path: Path) -> filelock.FileLock:
@@ -156,14 +165,15 @@ def progress(total: int):
     return update
 
 
-def copy_all(args: argparse.Namespace, names: list[str]) -> tuple[Counter, list[tuple[str, str]]]:
-    """Copies `names` in `args.workers` processes; counts, and (name, reason) of what could not be read."""
+def copy_all(
+    args: argparse.Namespace, parts: list[list], work: Callable = _work
+) -> tuple[Counter, list[tuple[str, str]]]:
+    """Copies images, part by part, in processes; counts, and (name, reason) of what could not be read."""
     task = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "lock"})
-    chunks = [(task, names[i : i + CHUNK]) for i in range(0, len(names), CHUNK)]
-    counts, unreadable, update = Counter(), [], progress(len(names))
+    counts, unreadable, update = Counter(), [], progress(sum(map(len, parts)))
     pool = ProcessPoolExecutor(args.workers, initializer=signals.follow_main_process)
     try:
-        for (_, part), (done, failed) in zip(chunks, pool.map(_work, chunks), strict=True):
+        for part, (done, failed) in zip(parts, pool.map(work, ((task, p) for p in parts)), strict=True):
             counts += done
             unreadable += failed
             update(len(part))
@@ -224,9 +234,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     names = prepare(args)
     print(f"{len(names):,} images in {printable(args.src)}\n{WHAT_IT_CHANGES}", flush=True)
-    counts, unreadable = copy_all(args, names)
-    report = Path(args.target, ".resize_dataset", "unreadable.txt")
-    report.write_text("".join(f"{printable(name)}: {reason}\n" for name, reason in unreadable))
+    parts = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    counts, unreadable = copy_all(args, parts)
     print(
         f"{counts['scaled']:,} scaled to {args.short} px, {counts['copied']:,} copied as they are, "
         f"{counts['done']:,} there already, {len(unreadable):,} not readable; "
@@ -235,6 +244,13 @@ def main(args: argparse.Namespace) -> None:
     if args.measure:
         decibels, images = measure(args, names)
         print(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")
+    report_unreadable(Path(args.target, ".resize_dataset"), unreadable)
+
+
+def report_unreadable(own: Path, unreadable: list[tuple[str, str]]) -> None:
+    """Lists files that were left out in the folder `own`; exits with 1 if there are any."""
+    report = own / "unreadable.txt"
+    report.write_text("".join(f"{printable(name)}: {reason}\n" for name, reason in unreadable))
     if unreadable:
         for name, reason in unreadable[:10]:
             print(f"not readable: {printable(name)}: {reason}", file=sys.stderr)

@@ -24,7 +24,7 @@ from util.files import printable
 RAW, STORED, DEFLATED, PARQUET = range(4)  # what a member is
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _PACK_ANEW = "cannot be read by offset; make a plain .tar or a .zip of it"
-_SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?![a-z])", re.IGNORECASE)
+SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?![a-z])", re.IGNORECASE)
 _LABELS = (".cls", ".json")  # WebDataset's members beside an image
 
 
@@ -190,7 +190,7 @@ def make_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     """
     contents = list(ask_all(lambda shard: ask(shard, _list_shard), shards))
     wrapper = _wrapper(contents)
-    splits = [_SPLIT.match(os.path.basename(shard.address)) for shard in shards]
+    splits = [SPLIT.match(os.path.basename(shard.address)) for shard in shards]
     splits = [match and match[1].lower() for match in splits]
     rows, others, reals = defaultdict(list), defaultdict(Counter), {}
 
@@ -231,4 +231,4 @@ def _wrapper(contents: list[Content]) -> str:
     images = {folder for content in contents for folder, *_ in content.images}
     tops = {folder.split("/")[0] for folder in images}
     top = tops.pop() if len(tops) == 1 else ""
-    return "" if top in images or _SPLIT.fullmatch(top) else f"{top}/"
+    return "" if top in images or SPLIT.fullmatch(top) else f"{top}/"
