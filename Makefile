@@ -30,6 +30,8 @@ test-faults: setup
 	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe
 	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe --flags="--cache_features"
 	$(PY) tests/faults.py --runs 3 --kills 3 --flags="--accum_iter 3 --repeated_aug 2 --keep_checkpoints 1"
+	$(PY) tests/faults.py --runs 10 --kills 5 --data shards
+	$(PY) tests/faults.py --runs 3 --kills 3 --data shards --processes 2 --flags="--shuffle near"
 	$(PY) tests/faults.py --runs 3 --kills 3 --processes 2 --flags="--accum_iter 2 --repeated_aug 2"
 
 test-slurm: setup

@@ -3,6 +3,7 @@
     python tests/faults.py --runs 10 --kills 5                 ten pre-trainings, each killed five times
     python tests/faults.py --runs 4 --kills 3 --processes 2    one of two processes is killed each time
     python tests/faults.py --job finetune --runs 2 --kills 3
+    python tests/faults.py --data shards --flags="--shuffle near"    the images lie in four tars
     python tests/faults.py --flags="--accum_iter 3 --repeated_aug 2 --keep_checkpoints 1"
 
 Each run saves after every step (--save_minutes of a few milliseconds), so that kills also fall into saves.
@@ -26,6 +27,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
+from archive_utils import make_shards
 from golden_utils import REPO
 from image_utils import make_folder
 
@@ -107,6 +109,9 @@ def campaign(args, folder: Path) -> tuple[int, int]:
     """(identical runs, kills)."""
     data = make_folder(folder / "data" / "train", 24, classes=2).parent
     make_folder(data / "val", 6, classes=2)
+    if args.data == "shards":
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        data = make_shards(folder / "shards", data)
     last = f"checkpoint-{args.epochs - 1}.pth"
     if not run_once(args, data, folder / "undisturbed", None, random.Random()):
         sys.exit("the undisturbed run failed")
@@ -138,6 +143,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--job", default="pretrain", choices=JOBS)
+    parser.add_argument("--data", default="folder", choices=["folder", "shards"], help="where the images lie")
     parser.add_argument("--runs", default=3, type=int)
     parser.add_argument("--kills", default=5, type=int, help="of each run")
     parser.add_argument("--processes", default=1, type=int)

@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -78,29 +78,27 @@ class _Run:
 
 
 class Members(Sequence):
-    """Images of archives as `PathList` lists those of a folder, in some 40 bytes each; `[i]` is a `Member`.
+    """Images of archives as `PathList` lists those of a folder, in some 45 bytes each; `[i]` is a `Member`.
 
-    folders: in the order of the images. names: of the images without folders, zero bytes behind each.
-    columns: shard, start, length, kind, (n,) each: which archive, first byte there and bytes, what it is.
-    bad: (index, reason) of those whose first bytes are no image's.
+    folders: in the order of the images. names: uint8, file names of all images that there are in the archives
+    and more, zero bytes behind each. columns: name, shard, start, length, kind, (n,) each: where in `names`,
+    which archive, first byte there and bytes, what it is. bad: (index, reason) of those whose first bytes are
+    no image's.
     """
 
     def __init__(
         self,
         shards: list[stores.Shard],
         folders: list[ArchiveFolder],
-        names: bytes,
+        names: np.ndarray,
         columns: dict[str, np.ndarray],
         bad: list[tuple[int, str]],
     ):
         self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
-        zeros = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
-        kind = np.uint32 if len(names) < 2**32 else np.int64
-        self._ends = np.concatenate([np.zeros(1, kind), (zeros + 1).astype(kind)])
         self._firsts = np.cumsum([0] + [folder.count for folder in folders])
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.columns["name"])
 
     def __getitem__(self, index: int | slice) -> Member | list[Member]:
         if isinstance(index, slice):
@@ -117,8 +115,10 @@ class Members(Sequence):
         position = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= position < len(self):
             raise IndexError(f"image {index} of {len(self)}")
+        name = int(self.columns["name"][position])
         folder = self.folders[np.searchsorted(self._firsts, position, "right") - 1]
-        return folder, os.fsdecode(self.names[self._ends[position] : self._ends[position + 1] - 1])
+        longest = 4096  # bytes of a file name; file systems end at 255
+        return folder, os.fsdecode(self.names[name : name + longest].tobytes().split(b"\0", 1)[0])
 
     def name(self, index: int) -> str:
         """The name that the image would have in a folder of the split, relative to it."""
@@ -136,17 +136,28 @@ class Members(Sequence):
         """A new list of some of the images."""
         indices = np.fromiter(indices, np.int64)
         owners = np.searchsorted(self._firsts, indices, "right") - 1
-        folders = []
-        for owner, group in itertools.groupby(owners.tolist()):
-            folder = self.folders[owner]
-            folders.append(ArchiveFolder(folder.name, count=len(list(group)), real=folder.real))
-        names = b"".join(self.names[self._ends[i] : self._ends[i + 1]] for i in indices)
+        folders = [replace(self.folders[owner], count=len(list(group)))
+                   for owner, group in itertools.groupby(owners.tolist())]  # fmt: skip
         columns = {name: column[indices] for name, column in self.columns.items()}
-        return Members(self.shards, folders, names, columns, [])
+        return Members(self.shards, folders, self.names, columns, [])
+
+    def of_folders(self, folders: Sequence[ArchiveFolder]) -> "Members":
+        """The images of some of the folders, in that order."""
+        parts = [range(folder.first, folder.first + folder.count) for folder in folders]
+        if all(one.stop == two.start for one, two in itertools.pairwise(parts)):  # as they lie: no copies
+            chosen = slice(parts[0].start, parts[-1].stop)
+        else:
+            chosen = np.concatenate(parts)
+        columns = {name: column[chosen] for name, column in self.columns.items()}
+        reasons, bad = dict(self.bad), []
+        if reasons:
+            numbers = enumerate(itertools.chain(*parts))
+            bad = [(new, reasons[old]) for new, old in numbers if old in reasons]
+        return Members(self.shards, list(folders), self.names, columns, bad)
 
     @property
     def nbytes(self) -> int:
-        return len(self.names) + self._ends.nbytes + sum(column.nbytes for column in self.columns.values())
+        return len(self.names) + sum(column.nbytes for column in self.columns.values())
 
     def plan(self, indices: Sequence[int]) -> None:
         """Says which images will be opened next: neighbours in an archive far away are read together."""
@@ -160,16 +171,6 @@ class Members(Sequence):
                 _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
                 group = []
             group.append(member)
-
-    def of_folders(self, folders: Sequence[ArchiveFolder]) -> "Members":
-        """The images of some of the folders, in that order."""
-        parts = [slice(folder.first, folder.first + folder.count) for folder in folders]
-        names = b"".join(self.names[self._ends[part.start] : self._ends[part.stop]] for part in parts)
-        columns = {name: np.concatenate([column[p] for p in parts]) for name, column in self.columns.items()}
-        chosen = np.concatenate([np.arange(part.start, part.stop) for part in parts]) if self.bad else []
-        reasons = dict(self.bad)
-        bad = [(new, reasons[old]) for new, old in enumerate(chosen) if old in reasons]
-        return Members(self.shards, list(folders), names, columns, bad)
 
 
 def _joins(group: list[Member], member: Member) -> bool:
@@ -200,8 +201,8 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     for name, real, count, others in about["folders"]:
         folders.append(ArchiveFolder(name, count=count, others=Counter(others), first=first, real=real))
         first += count
-    names = columns.pop("names").tobytes()
-    members = Members(shards, folders, names, columns, list(map(tuple, about["bad"])))
+    bad = list(map(tuple, about["bad"]))
+    members = Members(shards, folders, columns.pop("names"), columns, bad)
     inside = split + "/"
     if split and any((folder.name + "/").startswith(inside) for folder in folders):
         folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]

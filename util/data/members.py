@@ -219,7 +219,10 @@ def make_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
         twice += len(part) - len({row[0] for row in part})
         ordered += part
     bad = [(index, row[5]) for index, row in enumerate(ordered) if row[5]]
-    columns = {"names": np.frombuffer(b"".join(os.fsencode(row[0]) + b"\0" for row in ordered), np.uint8)}
+    names = [os.fsencode(row[0]) for row in ordered]
+    columns = {"names": np.frombuffer(b"".join(name + b"\0" for name in names), np.uint8)}
+    places = np.cumsum([0, *(len(name) + 1 for name in names[:-1])])
+    columns["name"] = places.astype(np.min_scalar_type(places[-1]))
     for position, name in enumerate(("shard", "start", "length", "kind"), 1):
         column = np.array([row[position] for row in ordered], np.int64)
         columns[name] = column.astype(np.min_scalar_type(column.max(initial=0)))
