@@ -1,10 +1,11 @@
 """Images per second of the loaders: one thread in this process, then DataLoader workers end to end.
 
-Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself, and copies of
-them as `python -m tools.resize_dataset --short S` writes them. The variants of a table take turns, so that
-a busy moment of the machine hits all of them; medians over rounds, ratios within a round. One thread is timed
-by the processor time it used. Workers are timed by the clock: both loaders at each number of workers, and at
-the largest the other variants of the default one, among them other numbers of batches worked ahead.
+Reads JPEGs of `--data_path`, or 200 of about 480 x 400 px and 100 KB that it draws itself, the same out of a
+tar, and copies of them as `python -m tools.resize_dataset --short S` writes them. The variants of a table
+take turns, so that a busy moment of the machine hits all of them; medians over rounds, ratios within a round.
+One thread is timed by the processor time it used. Workers are timed by the clock: both loaders at each number
+of workers, and at the largest the other variants of the default one, among them other numbers of batches
+worked ahead.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import functools
 import os
 import random
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,12 +33,14 @@ from tools.copy_image import copy_image
 from util.data import loader as sampler_module
 from util.data import transforms
 from util.data.dataset import ImageDataset, build_pretrain_dataset
+from util.data.find import find_images
 from util.data.loader import build_loader
 from util.data.read import read_image
 from util.data.sampler import EpochSampler
 from util.sizes import default_workers
 
 REPEATS = 4
+FROM_TAR = "default, from a tar"
 REPEATED = f"default, --repeated_aug {REPEATS}, per crop"
 
 
@@ -48,7 +52,19 @@ def make_copies(paths: list[str], folder: Path, short: int) -> dict[str, str]:
     return copies
 
 
-def single_variants(paths: list[str], size: int, copies: dict[int, dict]) -> dict[str, Callable]:
+def pack(paths: list[str], folder: Path) -> dict[str, str]:
+    """{path: its place in a tar} of `folder`/tar; the table of its members is kept in `folder`/cache."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    (folder / "tar").mkdir()
+    with tarfile.open(folder / "tar" / "0.tar", "w") as tar:
+        for number, path in enumerate(paths):
+            tar.add(path, f"{number:05d}.jpg")
+    return dict(zip(paths, find_images(folder / "tar").paths, strict=True))
+
+
+def single_variants(
+    paths: list[str], size: int, copies: dict[int, dict], packed: dict[str, str]
+) -> dict[str, Callable]:
     """{name: one image's work}; the first is what the others are compared with, then steps of the default."""
     chain = transforms.reference_transform(size, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
     transform, rng = transforms.PretrainTransform(size), random.Random(0)
@@ -75,6 +91,7 @@ def single_variants(paths: list[str], size: int, copies: dict[int, dict]) -> dic
     return {
         "reference chain (Pillow, torchvision)": reference,
         "default": lambda path: transform(read_image(path), rng),
+        FROM_TAR: lambda path: transform(read_image(packed[path]), rng),
         "default without simplejpeg": lambda path: transform(read_image(path, use_simplejpeg=False), rng),
         **shrunk,
         REPEATED: repeated,
@@ -82,6 +99,7 @@ def single_variants(paths: list[str], size: int, copies: dict[int, dict]) -> dic
         "  of which: crop and resize": resize_only,
         "  of which: crop box": lambda path: transforms.random_resized_crop_box(400, 480, rng),
         "  of which: read the file": lambda path: Path(path).read_bytes(),
+        "  of which: read from a tar": lambda path: packed[path].open().read(),
     }
 
 
@@ -121,6 +139,7 @@ def make_loaders(args: argparse.Namespace, folder: Path) -> dict[str, torch.util
         if workers == max(args.workers):
             pillow = without_simplejpeg(dataset())
             loaders[f"default without simplejpeg{ending}"] = make_loader(args, pillow, workers)
+            loaders[FROM_TAR + ending] = make_loader(args, dataset(path=str(folder / "tar")), workers)
             for short in args.short:
                 copies = dataset(path=str(folder / f"short{short}"))
                 loaders[f"default, copies by --short {short}{ending}"] = make_loader(args, copies, workers)
@@ -170,17 +189,22 @@ def main(args: argparse.Namespace) -> int:
         say(f"images: {len(paths)}, mean {kilobytes:.0f} kB, {kilopixels:.0f} kpx")
         place = Path(copies_folder)
         copies = {short: make_copies(paths, place, short) for short in args.short}
-        singles = single_variants(paths, args.input_size, copies)
+        singles = single_variants(paths, args.input_size, copies, pack(paths, place))
         ways = {name: partial(time_single, name, work, paths) for name, work in singles.items()}
         take_turns(1, ways)  # warm-up: files into the page cache
         say(f"\none thread, processor time, medians of {args.rounds} rounds; ratio to the reference chain")
-        figures = {"single": report(take_turns(args.rounds, ways), lambda name: next(iter(singles)))}
+        rounds = take_turns(args.rounds, ways)
+        figures = {"single": report(rounds, lambda name: next(iter(singles)))}
+        say(f"from a tar against from files: {paired_ratio(rounds['default'], rounds[FROM_TAR]):.3f} x")
         loaders = make_loaders(args, place)
         if loaders:
             say("\nDataLoader end to end, by the clock; ratio to the reference with as many workers")
             ways = {name: partial(time_loader, loader) for name, loader in loaders.items()}
             rounds = take_turns(args.rounds, ways)
             figures["loaders"] = report(rounds, lambda name: f"--loader reference, {name.rsplit(', ', 1)[1]}")
+            ending = f", {max(args.workers)} workers"
+            pair = (rounds[name + ending] for name in ("--loader default", FROM_TAR))
+            say(f"from a tar against from files: {paired_ratio(*pair):.3f} x")
     return finish(args, {"kilobytes": kilobytes, "kilopixels": kilopixels, **figures})
 
 

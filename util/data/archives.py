@@ -11,7 +11,8 @@ import io
 import itertools
 import json
 import os
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,10 @@ from util.files import printable, replacing
 from util.processes.collectives import warn
 
 _GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
-_ahead: dict[tuple, "_Run"] = {}  # of this process: what is read together with its neighbours, by its place
+READS_AHEAD = 4  # reads of neighbours under way at a time
+# Of this process: what is read together with its neighbours, by its place; and reads that have not begun
+_ahead: dict[tuple, "_Run"] = {}
+_waiting: deque["_Run"] = deque()
 
 
 @dataclass(slots=True)
@@ -66,14 +70,32 @@ class Member(Place):
 
 
 class _Run:
-    """Neighbours far away, read together when the first of them is wanted."""
+    """Neighbours far away, read together in a thread, while what came before is decoded."""
 
     def __init__(self, shard: stores.Shard, start: int, stop: int):
-        self.shard, self.start, self.stop, self.data = shard, start, stop, None
+        self.shard, self.start, self.stop = shard, start, stop
+        self.thread = self.data = self.error = None
+
+    def begin(self) -> None:
+        self.thread = threading.Thread(target=self._fetch, daemon=True)
+        self.thread.start()
+
+    def _fetch(self) -> None:
+        try:
+            self.data = stores.read(self.shard, self.start, self.stop - self.start)
+        except Exception as error:  # is raised where the bytes are wanted
+            self.error = error
 
     def read(self, start: int, length: int) -> bytes:
-        if self.data is None:
-            self.data = stores.read(self.shard, self.start, self.stop - self.start)
+        """Some of the bytes, as soon as they are there; raises what reading raised."""
+        if self.data is None and self.error is None:
+            if self.thread is None:
+                self.begin()
+            self.thread.join()
+            if _waiting:
+                _waiting.popleft().begin()
+        if self.error is not None:
+            raise self.error
         return self.data[start - self.start : start - self.start + length]
 
 
@@ -162,7 +184,10 @@ class Members(Sequence):
     def plan(self, indices: Sequence[int]) -> None:
         """Says which images will be opened next: neighbours in an archive far away are read together."""
         _ahead.clear()
-        far = [m for i in indices if stores.is_far((m := self[i]).shard.address) and m.kind != PARQUET]
+        _waiting.clear()
+        if not stores.is_far(self.shards[0].address):  # nor are the others, as one data path names all
+            return
+        far = [member for member in map(self.__getitem__, indices) if member.kind != PARQUET]
         group: list[Member] = []
         for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
             if group and (member is None or not _joins(group, member)):
@@ -171,6 +196,10 @@ class Members(Sequence):
                 _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
                 group = []
             group.append(member)
+        runs = dict.fromkeys(_ahead[m.shard, m.start] for m in far if (m.shard, m.start) in _ahead)
+        _waiting.extend(runs)  # in the order in which they are wanted
+        for _ in range(min(READS_AHEAD, len(_waiting))):
+            _waiting.popleft().begin()
 
 
 def _joins(group: list[Member], member: Member) -> bool:
