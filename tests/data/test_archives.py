@@ -1,6 +1,7 @@
 """The same files in a folder, a tar, a zip, shards, on a server and in Parquet are the same data."""
 
 import argparse
+import hashlib
 import io
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ import torch
 from archive_utils import files_of, make_parquet, make_shards, make_tar, make_zip, serve
 from image_utils import make_folder
 
-from util.data import archives, stores
+from util.data import archives, members, stores
 from util.data.dataset import build_pretrain_dataset
 from util.data.find import find_images
 from util.data.inputs import find_inputs
@@ -188,10 +189,13 @@ def test_inputs_of_other_programs(tmp_path, folder):
 def test_a_list_of_members_takes_little_memory_and_opens_again_in_no_time(tmp_path, folder, monkeypatch):
     path = make_shards(tmp_path / "shards", folder)
     first = find_images(path)
-    monkeypatch.setattr(archives, "make_table", None)  # no second listing
+    monkeypatch.setattr(members, "make_table", None)  # no second listing
     again = find_images(path)
     assert names(again) == names(first) and again.paths.nbytes < 60 * TRAIN
+    plain = b"".join(os.fsencode(name) + b"\0" for name in names(first))
+    assert again.paths.digest() == hashlib.sha256(plain).hexdigest()
     taken = again.paths.take([20, 3, 4])
+    assert taken.digest() != again.paths.digest() == again.paths.take(range(TRAIN)).digest()
     assert [str(place) for place in taken] == [str(again.paths[i]) for i in (20, 3, 4)]
     assert [taken.name(i) for i in range(3)] == [again.paths.name(i) for i in (20, 3, 4)]
     assert again.paths[-1] == again.paths[TRAIN - 1] and again.paths[2:4] == [again.paths[2], again.paths[3]]

@@ -4,29 +4,24 @@ What the archives hold is listed once and kept in the user's cache folder. The l
 folder with the same files: same order, same names, same labels, so same batches.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
 import itertools
-import json
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import filelock
 import numpy as np
 
 from util.data import stores
 from util.data.folders import Folder
-from util.data.members import PARQUET, RAW, make_table, unzipped
+from util.data.members import PARQUET, RAW, kept_table, unzipped
 from util.data.parquet import parquet_image
 from util.data.read import Place
-from util.files import printable, replacing
-from util.processes.collectives import warn
+from util.processes.collectives import is_main_process, warn
 
 _GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
 READS_AHEAD = 4  # reads of neighbours under way at a time
@@ -150,8 +145,14 @@ class Members(Sequence):
     def digest(self) -> str:
         """SHA-256 over the names in their order: that of a folder with the same files."""
         digest = hashlib.sha256()
-        for i in range(len(self)):
-            digest.update(os.fsencode(self.name(i).replace(os.sep, "/")) + b"\0")
+        for folder, first in zip(self.folders, self._firsts[:-1].tolist(), strict=True):
+            last = first + folder.count - 1
+            ends = int(self.columns["name"][last]) + len(os.fsencode(self._find(last)[1]))
+            names = self.names[int(self.columns["name"][first]) : ends].tobytes()
+            if names.count(b"\0") != folder.count - 1:  # some of the folder's were left out
+                names = b"\0".join(os.fsencode(self._find(i)[1]) for i in range(first, last + 1))
+            prefix = os.fsencode(f"{folder.name}/") if folder.name else b""
+            digest.update(prefix + names.replace(b"\0", b"\0" + prefix) + b"\0")
         return digest.hexdigest()
 
     def take(self, indices: Iterable[int]) -> "Members":
@@ -222,8 +223,8 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
             a data set: links, archives, names twice or outside.
     """
     shards = stores.find_shards(data_path, place)
-    about, columns = _kept_table(shards)
-    if about["twice"]:
+    about, columns = kept_table(shards)
+    if about["twice"] and is_main_process():
         text = "images have the name of another one, in another archive; all of them count"
         warn(f"{place}: {about['twice']:,} {text}")
     folders, first = [], 0
@@ -240,25 +241,3 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     elif split not in ("", "train"):
         return None
     return members, folders
-
-
-def _kept_table(shards: list[stores.Shard]) -> tuple[dict, dict[str, np.ndarray]]:
-    """The table of all members: from the cache, or made, by one process of this machine, and put there."""
-    key = hashlib.sha256(repr([1, shards]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"
-    with contextlib.ExitStack() as held:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(filelock.FileLock(f"{cache}.lock"))
-        except (OSError, NotImplementedError) as error:
-            reason = f"{printable(cache.parent)} cannot be written ({error})"
-            warn(f"{reason}, so that archives are listed anew at every start; set XDG_CACHE_HOME")
-        try:
-            with np.load(cache, allow_pickle=False) as stored:
-                columns = dict(stored)
-            return json.loads(columns.pop("about").tobytes()), columns
-        except Exception:  # it is not there, or damaged in whatever way
-            about, columns = make_table(shards)
-        with contextlib.suppress(OSError), replacing(cache) as temporary, open(temporary, "wb") as file:
-            np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
-    return about, columns

@@ -1,5 +1,7 @@
 """What archives hold: members of tar and zip files, rows of Parquet files; their places, not their pixels."""
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -10,8 +12,10 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 
 from util.data.folders import ask_all, is_archive
@@ -19,7 +23,8 @@ from util.data.parquet import parquet_rows
 from util.data.read import IMG_EXTENSIONS, _look
 from util.data.stores import Shard, ask, is_far, open_shard, read
 from util.errors import UserError
-from util.files import printable
+from util.files import printable, replacing
+from util.processes.collectives import warn
 
 RAW, STORED, DEFLATED, PARQUET = range(4)  # what a member is
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -235,3 +240,26 @@ def _wrapper(contents: list[Content]) -> str:
     tops = {folder.split("/")[0] for folder in images}
     top = tops.pop() if len(tops) == 1 else ""
     return "" if top in images or SPLIT.fullmatch(top) else f"{top}/"
+
+
+def kept_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
+    """`make_table`, or what it gave before, from the cache; one process of this machine makes it for all."""
+    key = hashlib.sha256(repr([1, shards]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(filelock.FileLock(f"{cache}.lock"))
+        try:
+            with np.load(cache, allow_pickle=False) as stored:
+                columns = dict(stored)
+            return json.loads(columns.pop("about").tobytes()), columns
+        except Exception:  # it is not there, or damaged in whatever way
+            about, columns = make_table(shards)
+        try:
+            with replacing(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+        except OSError as error:
+            reason = f"{printable(cache.parent)} cannot be written ({error.strerror or error})"
+            warn(f"{reason}, so that archives are listed anew at every start; set XDG_CACHE_HOME")
+    return about, columns

@@ -17,7 +17,7 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.processes import signals
-from util.processes.collectives import get_rank, get_world_size, log, warn
+from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
 from util.processes.group import init_distributed_mode, shut_down
 from util.run.checkpoint import finish_saving, prepare_output_dir, save_model
 from util.run.guard import RunGuard
@@ -97,7 +97,7 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     if files.labels is not None:
         labels = files.labels[np.lexsort((starts, shards))]
         alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
-        if alike > (1 + chance) / 2:
+        if alike > (1 + chance) / 2 and is_main_process():
             warn(
                 "--shuffle near: neighbours in these archives are of one class, so batches will hold few "
                 "classes; mix them with tools/make_shards.py"
