@@ -42,6 +42,11 @@ fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
 
 
+def pixel_value(text: str) -> float | str:
+    """argparse type of a number, or of the word auto."""
+    return text if text == "auto" else float(text)
+
+
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises UserError for values in `args` that the `Bounded` types of `parser` do not allow."""
     for action in parser._actions:
@@ -73,6 +78,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     flag("--in_chans", default=3, type=at_least(1), help="channels of the images")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
+    flag("--pixel_range", default="auto", type=pixel_value, nargs="+", metavar="LOW HIGH",
+         help="values that are black and white in images of more than 8 bits, once or per channel (default: "
+              "what the files declare, else measured on some of them)")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or skip it (at most 1 %% of the set)")
     flag("--num_workers", default=default_workers(), type=at_least(0),

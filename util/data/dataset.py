@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from util.data.depth import Depth, make_reader
 from util.data.find import ImageFiles, bad_limit, find_images
-from util.data.read import MODES, BadImage, read_image, read_picture
+from util.data.read import MODES, BadImage, read_picture
 from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
 from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
@@ -35,6 +36,7 @@ class ImageDataset(torch.utils.data.Dataset):
             the global generators, which are seeded around it.
         channels: number of channels that images are converted to.
         pil: hand `transform` a PIL image.
+        depth: of images that `transform` gets in their own type; None: of 8 bits.
 
     Attributes:
         decode: path -> the image that `transform` gets; raises BadImage.
@@ -52,12 +54,17 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
         bad_images: str = "error",
         pil: bool = False,
+        depth: Depth | None = None,
     ):
         if pil and channels not in MODES:
             raise UserError(f"--in_chans {channels}: Pillow reads 1 to 4 channels; use --loader default")
+        if pil and depth:
+            raise UserError("--loader reference: reads images of 8 bits only; use --loader default")
         self.files, self.transform, self.channels = files, transform, channels
         self.seed, self.bad_images, self.global_draws = seed, bad_images, pil
-        self.decode = functools.partial(read_picture if pil else read_image, channels=channels)
+        self.decode = (
+            functools.partial(read_picture, channels=channels) if pil else make_reader(channels, depth)
+        )
         self.bad = torch.zeros(len(files.paths), dtype=torch.uint8).share_memory_()
         self._reported = 0
 
@@ -156,20 +163,25 @@ def build_pretrain_dataset(args) -> ImageDataset:
 
     Args:
         args: data_path, input_size, in_chans, mean, std, loader ("default": uint8 samples, to be normalised
-            on the device; "reference": float32), bad_images, seed; what is missing has the script's default.
+            on the device; "reference": float32), bad_images, seed, pixel_range, which is settled here (see
+            `util.data.examine`); what is missing has the script's default.
 
     Raises:
         UserError: see `find_images`; also channels that the loader cannot read.
     """
+    from util.data.examine import settle_range
+
     size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
+    files = find_split(args, "train")
+    depth = settle_range(args, files)
     reference = getattr(args, "loader", "default") == "reference"
     if reference:
         stats = channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
         transform = reference_transform(size, *stats)
     else:
-        transform = PretrainTransform(size)
+        transform = PretrainTransform(size, depth=depth)
     seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
-    return ImageDataset(find_split(args, "train"), transform, channels, seed, bad_images, pil=reference)
+    return ImageDataset(files, transform, channels, seed, bad_images, reference, depth)
 
 
 def build_val_dataset(args) -> ImageDataset | None:
@@ -183,6 +195,9 @@ def build_val_dataset(args) -> ImageDataset | None:
         raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
     if files is None:
         return None
+    from util.data.examine import settle_range
+
+    depth = settle_range(args, files)
     size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
-    bad_images = getattr(args, "bad_images", "error")
-    return ImageDataset(files, EvalTransform(size), channels, getattr(args, "seed", 0), bad_images)
+    seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
+    return ImageDataset(files, EvalTransform(size, depth), channels, seed, bad_images, depth=depth)

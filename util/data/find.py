@@ -76,7 +76,7 @@ class ImageFiles:
     source: the folder that was searched, or the list of files. root: that folder, or the list's.
     labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
     ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
-    empty: names of folders in `root` that hold no images, where others do.
+    empty: names of folders in `root` that hold no images, where others do. notes: what else there is to say.
     """
 
     source: str
@@ -87,6 +87,7 @@ class ImageFiles:
     ignored: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """What was found, in one line."""
@@ -95,6 +96,7 @@ class ImageFiles:
         if self.skipped:
             names = some(printable(os.path.basename(path)) for path, _ in self.skipped)
             notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
+        notes += self.notes
         notes = f" ({'; '.join(notes)})" if notes else ""
         return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
 
