@@ -112,7 +112,8 @@ def test_crop_and_flip_are_those_of_8_bits(tmp_path):
             for name in ("eight", "deep")
         )
         assert eight.dtype == torch.uint8 and deep.dtype == torch.float32
-        assert (eight.float() / 255 - deep).abs().max() < 0.6 / 255
+        # 8 bits are rounded after each of two passes; a bicubic one makes 0.5 at most 0.5 * 1.5
+        assert (eight.float() / 255 - deep).abs().max() < 1.25 / 255
 
 
 def test_values_outside_the_range_are_clipped(tmp_path):
@@ -319,8 +320,8 @@ def test_files_that_are_none(tmp_path):
     data = (tmp_path / "huge.npy").read_bytes().replace(b"(2, 2), }" + b" " * 12, b"(1000000, 1000000), }")
     bad("huge.npy", data, "1000000x1000000, the file ends before")
     body = b"IHDR" + struct.pack(">IIBBBBB", 10**6, 10**6, 16, 0, 0, 0, 0)
-    huge = b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body)) + bytes(60)
-    (tmp_path / "huge.png").write_bytes(huge)
+    huge = b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "huge.png").write_bytes(huge + b"\0\0\0\x09IDAT" + bytes(60))
     with pytest.raises(BadImage, match="decompression bomb"):
         read_deep(str(tmp_path / "huge.png"), 1)
     good = write_png(tmp_path / "good.png", RAMP)
