@@ -28,7 +28,7 @@ from util.sizes import image_size
 from util.weights.describe import read_model_info
 from util.weights.encoder import check_final_norm
 from util.weights.files import read_file
-from util.weights.flags import adopt_model_info
+from util.weights.flags import adopt_model_info, adopt_pixel_range
 
 import models_vit  # isort: skip
 
@@ -64,7 +64,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> None:
-    """Takes the model's flags from a file that stores them; UserError where a `given` one contradicts."""
+    """Takes the model's flags from a file that stores them, and the pixel range of any checkpoint; UserError
+    where a `given` one contradicts.
+    """
+    adopt_pixel_range(args, content, args.finetune)
     stored = content.get("model_info")
     if isinstance(stored, dict):  # pooling is a choice here, and there is no head
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}

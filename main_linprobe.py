@@ -38,6 +38,7 @@ from util.recipes.classifier import (
     check_classifier_args,
     load_for_eval,
     prepare_classes,
+    read_start,
     resume_classifier,
     start_from,
 )
@@ -94,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
     checkpoint = resume_classifier(args, "linprobe", run.given)  # the flags of its model come with it
+    start = read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -113,7 +115,8 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune and not args.eval:
-        check_final_norm(start_from(model, args))
+        check_final_norm(start_from(model, args, start))
+        del start
     put_on_probe(model)
     model_without_ddp = model.to(device)
     if args.eval:

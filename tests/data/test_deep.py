@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from util.data.depth import Depth, depth_of, parse_range, read_deep, same_range
+from util.data.depth import Depth, depth_of, parse_range, read_deep, same_range, unit
 from util.data.labelled import build_dataset
 from util.data.read import BadImage, Place, read_image
 from util.data.transforms import EvalTransform
@@ -96,8 +96,8 @@ def test_a_12_bit_ramp_arrives(tmp_path):
     )
     crop = dataset[0, 0][0]
     assert crop.dtype == torch.float32 and len(crop.unique()) > 2000 and crop.is_contiguous()
-    picture = depth_of(args).picture(sample)
-    assert picture.min() >= -1e-6 and picture.max() <= 1 + 1e-6
+    picture = unit(sample, depth_of(args))
+    assert torch.allclose(picture[0], torch.from_numpy(RAMP / 4095).float(), atol=1e-6)
 
 
 def test_crop_and_flip_are_those_of_8_bits(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 from util.data.headers import HEAD, is_deep, why_no_image
 from util.data.read import BadImage, _explain, _open, read_image
-from util.data.transforms import channel_stats
+from util.data.transforms import EvalTransform, channel_stats
 from util.errors import UserError
 
 
@@ -43,10 +43,6 @@ class Depth:
         """float32 (C, H, W), scaled -> clipped, with mean and deviation taken out."""
         return pixels.clamp(0, 1).sub_(self.mean).div_(self.std).contiguous()
 
-    def picture(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The way back: normalised (C, H, W) -> [0, 1]."""
-        return pixels * self.std + self.mean
-
 
 def depth_of(args: Namespace) -> Depth | None:
     """For images with the settled `args.pixel_range` (and in_chans, mean, std); None for 8-bit ones."""
@@ -63,6 +59,18 @@ def make_reader(channels: int, depth: Depth | None) -> Callable[[str], np.ndarra
     if depth is None:
         return functools.partial(read_image, channels=channels)
     return functools.partial(read_deep, channels=channels, with_8bit=depth.with_8bit)
+
+
+def view(path: str, size: int | tuple[int, int], channels: int, depth: Depth | None) -> torch.Tensor:
+    """The centre of an image, as an evaluation of pre-training sees it: uint8 (C, H, W), or with `depth`
+    float32, normalised. Raises BadImage.
+    """
+    return EvalTransform(size, depth)(make_reader(channels, depth)(path))
+
+
+def unit(pixels: torch.Tensor, depth: Depth | None) -> torch.Tensor:
+    """What `view` returned, to be shown: values in [0, 1]."""
+    return pixels.float() / 255 if depth is None else (pixels * depth.std + depth.mean).clamp(0, 1)
 
 
 def read_deep(path: str, channels: int, with_8bit: bool = False) -> np.ndarray:

@@ -19,7 +19,7 @@ from util.sizes import image_size
 from util.weights.describe import read_model_info
 from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_into
 from util.weights.files import read_file
-from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
+from util.weights.flags import adopt_model_info, adopt_pixel_range, check_class_names, warn_of_other_stats
 from util.weights.state import check_state, model_state
 
 
@@ -127,6 +127,16 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
         raise UserError(f"--model {args.model}: {error}") from None
     args.patch_size = model.patch_embed.patch_size[0]
     return model
+
+
+def read_start(args: argparse.Namespace) -> dict | None:
+    """The content of `--finetune FILE` for `start_from`, if any; `args` get the pixel range that it says."""
+    if not args.finetune or args.eval:
+        return None
+    content = read_file(args.finetune, "--finetune")
+    if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
+        adopt_pixel_range(args, content, f"--finetune {args.finetune}")
+    return content
 
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:

@@ -9,6 +9,7 @@ from util.errors import UserError
 from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.weights.files import find_newest, list_checkpoints, read_file
+from util.weights.flags import adopt_pixel_range
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
 
@@ -25,8 +26,10 @@ class Checkpoint(NamedTuple):
 def read_resume(args) -> Checkpoint | None:
     """What `args.resume` (auto, file or URL) names; None without one, or where there is none for "auto".
 
+    The range of deep images comes with it: `args.pixel_range`.
+
     Raises:
-        UserError: unreadable, or with entries that no run has written.
+        UserError: unreadable, with entries that no run has written, or with another range than was given.
     """
     if args.resume == "auto":
         newest = find_newest(args.output_dir) if args.output_dir else None
@@ -38,6 +41,7 @@ def read_resume(args) -> Checkpoint | None:
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
+    adopt_pixel_range(args, checkpoint.content, f"--resume {checkpoint.source}")
     return checkpoint
 
 
