@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     train_set = None
     if not args.eval:
         train_set = labelled_images("train", args, probe_transform if augment else centre)
-    val_set = labelled_images("val", args, centre)
+    val_set = labelled_images(args.split, args, centre)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)

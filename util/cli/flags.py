@@ -42,6 +42,13 @@ fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
 
 
+class OneOrMore(argparse.Action):
+    """Stores one value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def pixel_value(text: str) -> float | str:
     """argparse type of a number, or of the word auto."""
     return text if text == "auto" else float(text)
@@ -72,9 +79,11 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     # fmt: off
-    flag("--data_path", "--data", default=None, metavar="PATH",
+    flag("--data_path", "--data", default=None, nargs="+", action=OneOrMore, metavar="PATH",
          help="ImageFolder root with train/ (and val/), a folder of images, or a text file that lists "
-              "images; default: a small demo set, made on first use")
+              "images; several make one set; default: a small demo set, made on first use")
+    flag("--pages", default="first", choices=["first", "all"],
+         help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--in_chans", default=3, type=at_least(1), help="channels of the images")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")

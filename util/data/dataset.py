@@ -155,7 +155,12 @@ def find_split(args, split: str) -> ImageFiles | None:
         data_path = ensure_demo_data(log=log)
         if split == "train":
             announce_demo_data(data_path, log)
-    return find_images(data_path, split, getattr(args, "bad_images", "error"))
+    files = find_images(data_path, split, getattr(args, "bad_images", "error"))
+    if files is not None and getattr(args, "pages", "first") == "all":
+        from util.data.examine import add_pages
+
+        add_pages(files)
+    return files
 
 
 def build_pretrain_dataset(args) -> ImageDataset:

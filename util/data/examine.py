@@ -9,7 +9,8 @@ from util.data.depth import Depth, depth_of, parse_range, read_deep
 from util.data.find import ImageFiles
 from util.data.folders import ask_all
 from util.data.headers import HEAD, Header, read_header, why_no_image
-from util.data.read import BadImage, _open, read_image
+from util.data.read import BadImage, Place, _open, read_image
+from util.data.several import Selection
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import gather, is_main_process, warn
@@ -50,6 +51,18 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     return depth_of(args)
 
 
+def add_pages(files: ImageFiles) -> None:
+    """Makes each page of each file an image; the header of every file is read."""
+    headers = list(ask_all(_look_inside, files.paths))
+    pages = [[-1] if header is None or len(header.pages) == 1 else header.pages for header in headers]
+    counts = np.array([len(numbers) for numbers in pages])
+    rows = np.repeat(np.arange(len(pages)), counts)
+    files.paths = Selection([files.paths], rows, np.concatenate(pages))
+    files.labels = None if files.labels is None else files.labels[rows]
+    if (counts > 1).any():
+        files.notes.append(f"{counts[counts > 1].sum():,} of them pages of {(counts > 1).sum():,} files")
+
+
 def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, bad_images: str) -> Found:
     """Looks at the headers of some files, drawn from `seed`, and decodes a few.
 
@@ -77,7 +90,7 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
     )
     of = "" if count <= HEADERS else f" of {HEADERS} looked at"
     notes, warnings = [], []
-    if paged:
+    if paged and not isinstance(paths[0], Place):  # else each page is an image
         pages = sum(len(header.pages) for _, header in known)
         notes.append(f"{len(paged)} files{of} have several pages, {pages} in all: --pages all reads them all")
     if alpha and channels in (1, 3):

@@ -51,7 +51,9 @@ def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
         UserError: no such folder, no labels, an empty class.
     """
     return labelled_images(
-        "train" if is_train else "val", args, train_transform if is_train else eval_transform
+        "train" if is_train else getattr(args, "split", "val"),
+        args,
+        train_transform if is_train else eval_transform,
     )
 
 

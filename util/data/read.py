@@ -81,7 +81,7 @@ class Place(str):
 
     def open(self) -> io.FileIO:
         """A binary file of the bytes, unbuffered, at its start."""
-        return open_file(self.file)
+        return _open(self.file)
 
 
 def _open(path: str) -> io.FileIO:

@@ -38,6 +38,7 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
     flag("--nb_classes", type=at_least(1), help="default: as many as the data has")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval", action="store_true", help="only evaluate the checkpoint given with --resume")
+    flag("--split", default="val", choices=["val", "test"], help="the folder that --eval evaluates")
     flag("--dist_eval", action="store_true",
          help="accepted for old commands: evaluation is always spread over the processes, and exact")
     flag("--save_predictions", action="store_true",
@@ -51,6 +52,8 @@ def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentPar
     check_flags(args, parser)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
+    if args.split != "val" and not args.eval:
+        raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.save_predictions and not args.output_dir:
         raise UserError("--save_predictions: needs an --output_dir to write to")
     if args.save_predictions and args.eval:
