@@ -234,9 +234,7 @@ def main(args: argparse.Namespace) -> None:
         f"{counts['bytes before'] / 1e6:,.0f} MB became {counts['bytes after'] / 1e6:,.0f} MB"
     )
     if counts["kept"]:
-        print(
-            f"{counts['kept']:,} kept in full size: several pages, or a depth or format that is not written here"
-        )
+        print(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
     if args.measure:
         decibels, images = measure(args, names)
         print(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")
