@@ -15,6 +15,7 @@ import torch
 from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
+from util.data.depth import adopt_pixel_range
 from util.data.transforms import channel_stats
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
@@ -28,7 +29,7 @@ from util.sizes import image_size
 from util.weights.describe import read_model_info
 from util.weights.encoder import check_final_norm
 from util.weights.files import read_file
-from util.weights.flags import adopt_model_info, adopt_pixel_range
+from util.weights.flags import adopt_model_info
 
 import models_vit  # isort: skip
 

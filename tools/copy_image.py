@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from util.data.deep import decode
-from util.data.headers import HEAD, NPY, PNG, TIFF, array_header, is_deep, need, optional_format, tiff_tags
+from util.data.headers import HEAD, NPY, PNG, TIFF, optional_format
+from util.data.peek import array_header, is_deep, need, tiff_tags
 from util.data.read import BadImage, open_pil, sniff_header
 from util.errors import UserError
 from util.files import printable, replacing

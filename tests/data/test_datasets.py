@@ -264,12 +264,12 @@ def test_missing_and_empty_paths(tmp_path):
 
 
 def test_folder_without_images_says_what_is_there(tmp_path):
-    for name in ("a.dcm", "b.dcm", "c.dcm", "d.txt", "README"):
+    for name in ("a.fits", "b.fits", "c.fits", "d.txt", "README"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError) as error:
         find_images(tmp_path)
     text = one_line(error)
-    assert "5 other files (3 .dcm" in text and "1 without extension" in text and ".npy" in text
+    assert "5 other files (3 .fits, " in text and "1 without extension" in text and ".npy" in text
 
 
 def test_empty_train_folder_is_named(tmp_path):

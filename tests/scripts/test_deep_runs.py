@@ -15,11 +15,10 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import predict
-from util.data.depth import depth_of, view
+from util.data.depth import adopt_pixel_range, depth_of, view
 from util.errors import UserError
 from util.weights.describe import describe, weights_depth
 from util.weights.files import read_file
-from util.weights.flags import adopt_pixel_range
 
 SMALL = "--input_size 32 --patch_size 8 --in_chans 1 --num_workers 0 --device cpu --log_dir ''"
 PRETRAIN = (
@@ -88,7 +87,7 @@ def test_resuming_measures_nothing(images, pretrained, tmp_path, monkeypatch, ca
     assert tuple(resumed) == tuple(read_file(pretrained)["args"]["pixel_range"])
     flags = f"{PRETRAIN} --epochs 2 --pixel_range 0 4095"
     with pytest.raises(
-        UserError, match=r"--pixel_range 0\.0 4095\.0: .* was trained with .*leave the flag out"
+        UserError, match=r"--pixel_range 0 4095: .* was trained with .*leave the flag out"
     ):
         start(main_pretrain, flags, data_path=images, output_dir=tmp_path, resume=pretrained)
 

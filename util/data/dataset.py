@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from util.data.depth import Depth, make_reader
 from util.data.find import ImageFiles, bad_limit, find_images
-from util.data.read import MODES, BadImage, read_picture
+from util.data.read import MODES, BadImage, read_image, read_picture
 from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
 from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
@@ -36,7 +35,7 @@ class ImageDataset(torch.utils.data.Dataset):
             the global generators, which are seeded around it.
         channels: number of channels that images are converted to.
         pil: hand `transform` a PIL image.
-        depth: of images that `transform` gets in their own type; None: of 8 bits.
+        depth: `util.data.depth.Depth` of images that `transform` gets in their own type; None: of 8 bits.
 
     Attributes:
         decode: path -> the image that `transform` gets; raises BadImage.
@@ -54,7 +53,7 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
         bad_images: str = "error",
         pil: bool = False,
-        depth: Depth | None = None,
+        depth=None,
     ):
         if pil and channels not in MODES:
             raise UserError(f"--in_chans {channels}: Pillow reads 1 to 4 channels; use --loader default")
@@ -62,9 +61,11 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError("--loader reference: reads images of 8 bits only; use --loader default")
         self.files, self.transform, self.channels = files, transform, channels
         self.seed, self.bad_images, self.global_draws = seed, bad_images, pil
-        self.decode = (
-            functools.partial(read_picture, channels=channels) if pil else make_reader(channels, depth)
-        )
+        self.decode = functools.partial(read_picture if pil else read_image, channels=channels)
+        if depth:
+            from util.data.depth import make_reader
+
+            self.decode = make_reader(channels, depth)
         self.bad = torch.zeros(len(files.paths), dtype=torch.uint8).share_memory_()
         self._reported = 0
 

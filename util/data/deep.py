@@ -8,7 +8,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from util.data.headers import NPY, PNG, TIFF, array_header, is_dicom, need
+from util.data.headers import NPY, PNG, TIFF, is_dicom
+from util.data.peek import array_header, need
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, Pillow's
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from util.data.headers import HEAD, is_deep, why_no_image
+from util.data.headers import HEAD, why_no_image
+from util.data.peek import is_deep
 from util.data.read import BadImage, _explain, _open, read_image
 from util.data.transforms import EvalTransform, channel_stats
 from util.errors import UserError
@@ -105,7 +106,7 @@ def parse_range(values: Sequence, channels: int) -> tuple[float, ...] | None:
     """`--pixel_range` as a tuple; None for auto. Raises UserError for numbers that are no range."""
     if values is None or list(values) == ["auto"] or values == "auto":
         return None
-    text = f"--pixel_range {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"
+    text = f"--pixel_range {_numbers(values)}"
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         raise UserError(f"{text}: must be auto, or numbers LOW HIGH")
     if len(values) not in (2, 2 * channels):
@@ -122,3 +123,38 @@ def same_range(one: Sequence[float] | None, other: Sequence[float] | None) -> bo
         return one is other
     one, other = (np.array(v, dtype=np.float64).reshape(-1, 2) for v in (one, other))
     return len({1, len(one), len(other)}) <= 2 and bool(np.isclose(one, other, rtol=1e-6, atol=0).all())
+
+
+def settle_pixel_range(own, stored: dict, source, channels: int) -> tuple[float, ...] | list | str | None:
+    """What `--pixel_range` shall be with a file that says `stored` of its training (None: images of 8 bits).
+
+    Args:
+        own: as given: None or "auto", numbers, or settled.
+        stored: its settings. Of a file without, `own` stays.
+
+    Raises:
+        UserError: another range was given than the file's images had.
+    """
+    theirs = stored.get("pixel_range")
+    try:
+        theirs = None if theirs is None else parse_range(theirs, channels)
+    except (UserError, TypeError):
+        text = str(stored["pixel_range"])[:40]
+        raise UserError(f"{source}: is damaged, or of another --in_chans: pixel_range is {text!r}") from None
+    given = parse_range(own, channels)
+    if given and theirs and not same_range(given, theirs):
+        raise UserError(f"--pixel_range {_numbers(given)}: {source} was trained with {_numbers(theirs)}; "
+                        "leave the flag out")  # fmt: skip
+    return theirs if theirs or (stored and not given) else own
+
+
+def adopt_pixel_range(args: Namespace, content: dict, source: str) -> None:
+    """Sets `args.pixel_range` to that of a loaded checkpoint of ours; UserError as `settle_pixel_range`."""
+    stored = content.get("model_info") or content.get("args")
+    if isinstance(stored, dict) and stored and (hasattr(args, "pixel_range") or "pixel_range" in stored):
+        own = getattr(args, "pixel_range", None)
+        args.pixel_range = settle_pixel_range(own, stored, source, getattr(args, "in_chans", 3))
+
+
+def _numbers(values: Sequence) -> str:
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)

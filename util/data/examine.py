@@ -8,7 +8,8 @@ import numpy as np
 from util.data.depth import Depth, depth_of, parse_range, read_deep
 from util.data.find import ImageFiles
 from util.data.folders import ask_all
-from util.data.headers import HEAD, Header, read_header, why_no_image
+from util.data.headers import HEAD, why_no_image
+from util.data.peek import Header, read_header
 from util.data.read import BadImage, Place, _open, read_image
 from util.data.several import Selection
 from util.errors import UserError

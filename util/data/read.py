@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from util.data.headers import HEAD, NPY, OPTIONAL, TIFF, is_deep, optional_format, tiff_tags, why_no_image
+from util.data.headers import HEAD, NPY, OPTIONAL, TIFF, optional_format, why_no_image
 from util.errors import UserError
 from util.files import printable
 
@@ -136,8 +136,7 @@ def _decode_pil(file: io.FileIO, mode: str, page: int = 0, exact: bool = False) 
 
     Raises ValueError also for an alpha channel that is wanted and not there, if `exact`.
     """
-    kind = optional_format(file.read(HEAD))
-    if kind == "HEIF":
+    if (kind := optional_format(file.read(HEAD))) == "HEIF":
         __import__("pillow_heif").register_heif_opener()
     elif kind == "JXL":
         __import__("pillow_jxl")
@@ -170,6 +169,8 @@ def _decode_npy(file: io.FileIO, channels: int) -> np.ndarray:
 
 def _decode_8bit(file: io.FileIO, head: bytes, channels: int, page: int) -> Image.Image | np.ndarray:
     """What `read_image` returns, or a Pillow picture; ValueError for what is no such image."""
+    from util.data.peek import is_deep, tiff_tags
+
     if reason := why_no_image(head):
         raise ValueError(reason)
     if is_deep(head, file):

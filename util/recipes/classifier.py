@@ -10,6 +10,7 @@ import torch
 
 import models_vit
 from util.cli.flags import at_least, check_flags
+from util.data.depth import adopt_pixel_range
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
 from util.files import check_writable
@@ -19,7 +20,7 @@ from util.sizes import image_size
 from util.weights.describe import read_model_info
 from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_into
 from util.weights.files import read_file
-from util.weights.flags import adopt_model_info, adopt_pixel_range, check_class_names, warn_of_other_stats
+from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
 from util.weights.state import check_state, model_state
 
 

@@ -9,7 +9,6 @@ from util.errors import UserError
 from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.weights.files import find_newest, list_checkpoints, read_file
-from util.weights.flags import adopt_pixel_range
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
 
@@ -41,6 +40,8 @@ def read_resume(args) -> Checkpoint | None:
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
+    from util.data.depth import adopt_pixel_range
+
     adopt_pixel_range(args, checkpoint.content, f"--resume {checkpoint.source}")
     return checkpoint
 

@@ -14,13 +14,13 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util.data.depth import Depth, parse_range
+from util.data.depth import Depth, parse_range, settle_pixel_range
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.files import some
 from util.sizes import size_pair
 from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
-from util.weights.flags import FLAGS, settle, settle_pixel_range
+from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
 from util.weights.state import stored_settings
 

@@ -3,7 +3,6 @@
 import argparse
 
 import models_vit
-from util.data.depth import parse_range, same_range
 from util.errors import UserError
 from util.processes.collectives import is_main_process, warn
 from util.sizes import image_size
@@ -70,37 +69,6 @@ def adopt_model_info(args: argparse.Namespace, info: dict, source: str, given: s
             raise UserError(f"{flag}: {own} was given, but {source} was trained with {theirs}; leave the "
                             "flag out")  # fmt: skip
         setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
-
-
-def settle_pixel_range(own, stored: dict, source, channels: int) -> tuple[float, ...] | list | str | None:
-    """What `--pixel_range` shall be with a file that says `stored` of its training (None: images of 8 bits).
-
-    Args:
-        own: as given: None or "auto", numbers, or settled.
-        stored: its settings. Of a file without, `own` stays.
-
-    Raises:
-        UserError: another range was given than the file's images had.
-    """
-    theirs = stored.get("pixel_range")
-    try:
-        theirs = None if theirs is None else parse_range(theirs, channels)
-    except (UserError, TypeError):
-        text = str(stored["pixel_range"])[:40]
-        raise UserError(f"{source}: is damaged, or of another --in_chans: pixel_range is {text!r}") from None
-    given = parse_range(own, channels)
-    if given and theirs and not same_range(given, theirs):
-        raise UserError(f"--pixel_range {_text('', given)}: {source} was trained with {_text('', theirs)}; "
-                        "leave the flag out")  # fmt: skip
-    return theirs if theirs or (stored and not given) else own
-
-
-def adopt_pixel_range(args: argparse.Namespace, content: dict, source: str) -> None:
-    """Sets `args.pixel_range` to that of a loaded checkpoint of ours; UserError as `settle_pixel_range`."""
-    stored = content.get("model_info") or content.get("args")
-    if isinstance(stored, dict) and stored and (hasattr(args, "pixel_range") or "pixel_range" in stored):
-        own = getattr(args, "pixel_range", None)
-        args.pixel_range = settle_pixel_range(own, stored, source, getattr(args, "in_chans", 3))
 
 
 def warn_of_other_stats(args: argparse.Namespace, content: dict, source: str) -> None:
