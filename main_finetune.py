@@ -41,6 +41,7 @@ from util.recipes.classifier import (
     check_classifier_args,
     load_for_eval,
     prepare_classes,
+    read_start,
     resume_classifier,
     set_trainable_blocks,
     start_from,
@@ -129,6 +130,7 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
     checkpoint = resume_classifier(args, "finetune", run.given)  # the flags of its model come with it
+    start = read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -149,7 +151,8 @@ def main(args: argparse.Namespace) -> None:
         shut_down()
         return
     if args.finetune:
-        start_from(model, args)
+        start_from(model, args, start)
+        del start
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     torch.nn.init.zeros_(model.head.bias)
     set_trainable_blocks(model, args.trainable_blocks)

@@ -15,6 +15,7 @@ import torch
 from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
+from util.data.depth import adopt_pixel_range
 from util.data.transforms import channel_stats
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
@@ -64,7 +65,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> None:
-    """Takes the model's flags from a file that stores them; UserError where a `given` one contradicts."""
+    """Takes the model's flags from a file that stores them, and the pixel range of any checkpoint; UserError
+    where a `given` one contradicts.
+    """
+    adopt_pixel_range(args, content, args.finetune)
     stored = content.get("model_info")
     if isinstance(stored, dict):  # pooling is a choice here, and there is no head
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}

@@ -12,6 +12,7 @@ Without --finetune the encoder is random: what a probe makes of it is the figure
 """
 
 import argparse
+import functools
 
 import torch
 
@@ -37,6 +38,7 @@ from util.recipes.classifier import (
     check_classifier_args,
     load_for_eval,
     prepare_classes,
+    read_start,
     resume_classifier,
     start_from,
 )
@@ -93,15 +95,16 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
     checkpoint = resume_classifier(args, "linprobe", run.given)  # the flags of its model come with it
+    start = read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    centre = eval_transform(args, always_crop=True)
+    centre = functools.partial(eval_transform, always_crop=True)
     augment = not args.no_aug and not (args.cache_features and args.cache_views == 1)
     train_set = None
     if not args.eval:
-        train_set = labelled_images("train", args, probe_transform(args) if augment else centre)
-    val_set = labelled_images("val", args, centre)
+        train_set = labelled_images("train", args, probe_transform if augment else centre)
+    val_set = labelled_images(args.split, args, centre)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)
@@ -112,7 +115,8 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune and not args.eval:
-        check_final_norm(start_from(model, args))
+        check_final_norm(start_from(model, args, start))
+        del start
     put_on_probe(model)
     model_without_ddp = model.to(device)
     if args.eval:

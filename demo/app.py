@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
+from util.data.depth import unit, view
 from util.data.find import find_images
 from util.data.inputs import find_inputs
-from util.data.read import BadImage, read_image
-from util.data.transforms import EvalTransform, normalize_batch
+from util.data.read import BadImage
+from util.data.transforms import normalize_batch
 from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
 from util.figures.canvas import panel_pixels
@@ -34,7 +35,7 @@ from util.figures.reconstruction import PANELS, column_headings, mask_noise, rec
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe
+from util.weights.describe import WeightsFile, describe, weights_depth
 from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
@@ -91,8 +92,10 @@ class Player:
         return max(1, round(SHOWN_WIDTH / self.weights.input_size[1]))
 
     def read(self, path: str) -> torch.Tensor:
-        """A picture as the model sees it, uint8 (C, H, W); raises BadImage."""
-        return EvalTransform(self.weights.input_size)(read_image(path, self.weights.sizes["in_chans"]))
+        """A picture as the model sees it: uint8 (C, H, W), a deep one normalised float32; raises BadImage."""
+        return view(
+            path, self.weights.input_size, self.weights.sizes["in_chans"], weights_depth(self.weights)
+        )
 
     def random_mask(self, ratio: float, seed: int) -> np.ndarray:
         """bool (L,): that share of the patches, at least one and not all; a larger ratio hides more, never
@@ -136,7 +139,7 @@ def refuse_addresses(gradio, field) -> None:
 
 
 def build_page(gradio, player: Player, samples: list[torch.Tensor]):
-    """The page as `gradio.Blocks`; `samples`: uint8 (C, H, W) each."""
+    """The page as `gradio.Blocks`; `samples`: of `Player.read`."""
 
     def draw(state):
         """State -> the three pictures and a line on the mask."""
@@ -197,7 +200,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
                                   elem_id="upload", height=320)  # fmt: skip
             refuse_addresses(gradio, upload)
             gallery = gradio.Gallery(
-                [player.enlarge(panel_pixels(sample.float() / 255)) for sample in samples],
+                [player.enlarge(panel_pixels(unit(s, weights_depth(player.weights)))) for s in samples],
                 label="samples", elem_id="samples", columns=4, height=320, allow_preview=False,
                 interactive=False, format="png", object_fit="contain", buttons=[],
             )  # fmt: skip
@@ -213,7 +216,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
 
 
 def read_samples(player: Player, names: list[str]) -> list[torch.Tensor]:
-    """Pictures of --samples or of the demo set, uint8 (C, H, W) each; UserError if none can be read."""
+    """Pictures of --samples or of the demo set, as `Player.read` gives them; UserError if there are none."""
     if names:
         paths = list(find_inputs(names, "skip")[0].paths)[:SAMPLES]
     else:

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
+from util.data.depth import view
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.inputs import find_inputs
-from util.data.read import BadImage, read_image
-from util.data.transforms import EvalTransform, normalize_batch
+from util.data.read import BadImage
+from util.data.transforms import normalize_batch
 from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
 from util.evaluate.output import check_output
@@ -40,7 +41,7 @@ from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe
+from util.weights.describe import WeightsFile, describe, weights_depth
 from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
@@ -120,10 +121,10 @@ def read_images(
     paths: list[str], names: PathList, weights: WeightsFile, skip: bool
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
-    transform, images, labels = EvalTransform(weights.input_size), [], []
+    depth, images, labels = weights_depth(weights), [], []
     for path, name in zip(paths, names, strict=True):
         try:
-            images.append(transform(read_image(path, weights.sizes["in_chans"])))
+            images.append(view(path, weights.input_size, weights.sizes["in_chans"], depth))
             labels.append(printable(name))
         except BadImage as error:
             if not skip:

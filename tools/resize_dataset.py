@@ -9,10 +9,11 @@ is done already is passed over. Files that cannot be read as images are left out
 DST/.resize_dataset/unreadable.txt; the exit status is then 1.
 
 Pixels are taken as the training's loader takes them: not rotated by EXIF (the tag is dropped, so viewers show
-what the model sees), without colour management (profiles are dropped), the first of several pictures, 16-bit
-values // 256. Grey stays grey, alpha stays and is scaled apart from the colours; CMYK and the like become
-RGB, palettes RGB or RGBA. JPEG, PNG, WebP, TIFF, BMP, PNM and .npy stay what they are; GIF becomes
-NAME.gif.png. JPEG (4:2:0) and WebP are written with `--quality`, the others without loss.
+what the model sees), without colour management (profiles are dropped). Arrays, TIFFs and grey PNGs keep type
+and bands; TIFFs of several pages, and what else is deeper than 8 bits, are copied in full size. Of other
+files with several pictures, the first. Grey stays grey, alpha stays and is scaled apart from the colours;
+CMYK and the like become RGB, palettes RGB or RGBA. JPEG, PNG, WebP, TIFF, BMP, PNM and .npy stay what they
+are; GIF becomes NAME.gif.png. JPEG (4:2:0) and WebP are written with `--quality`, the others without loss.
 """
 
 import argparse
@@ -241,6 +242,8 @@ def main(args: argparse.Namespace) -> None:
         f"{counts['done']:,} there already, {len(unreadable):,} not readable; "
         f"{counts['bytes before'] / 1e6:,.0f} MB became {counts['bytes after'] / 1e6:,.0f} MB"
     )
+    if counts["kept"]:
+        print(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
     if args.measure:
         decibels, images = measure(args, names)
         print(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")

@@ -264,12 +264,12 @@ def test_missing_and_empty_paths(tmp_path):
 
 
 def test_folder_without_images_says_what_is_there(tmp_path):
-    for name in ("a.dcm", "b.dcm", "c.dcm", "d.txt", "README"):
+    for name in ("a.fits", "b.fits", "c.fits", "d.txt", "README"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError) as error:
         find_images(tmp_path)
     text = one_line(error)
-    assert "5 other files (3 .dcm, " in text and "1 without extension" in text and ".npy" in text
+    assert "5 other files (3 .fits, " in text and "1 without extension" in text and ".npy" in text
 
 
 def test_empty_train_folder_is_named(tmp_path):
@@ -470,6 +470,10 @@ def test_val_dataset_is_fixed_and_centre_cropped(image_folder):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("loader", ["default", "reference"])
 def test_channels_and_rectangles(image_folder, channels, loader):
+    if channels in (2, 4):
+        for path in find_images(image_folder).paths[:] + find_images(image_folder, "val").paths[:]:
+            image = Image.open(path).convert("RGBA")
+            image.save(path, format="PNG")
     args = argparse.Namespace(data_path=image_folder, input_size=(32, 128), in_chans=channels, loader=loader)
     assert build_pretrain_dataset(args)[2, 1][0].shape == (channels, 32, 128)
     assert build_val_dataset(args)[0][0].shape == (channels, 32, 128)

@@ -122,7 +122,7 @@ def test_rectangular_and_long_strips(tmp_path):
 
 def test_probe_transform_is_one_crop_and_flip(tmp_path):
     make_folder(tmp_path)
-    dataset = labelled_images("train", make_args(tmp_path), probe_transform(make_args(tmp_path)))
+    dataset = labelled_images("train", make_args(tmp_path), probe_transform)
     assert not torch.equal(dataset[(0, 0)][0], dataset[(1, 0)][0])
     assert torch.equal(dataset[(1, 0)][0], dataset[(1, 0)][0])
 
@@ -140,7 +140,7 @@ def test_other_channels(tmp_path, channels):
         dataset = build_dataset(is_train, args)
         for epoch in range(20):
             assert dataset[(epoch, 1)][0].shape == (channels, 32, 32)
-    probe = labelled_images("train", args, probe_transform(args))
+    probe = labelled_images("train", args, probe_transform)
     assert probe[(0, 0)][0].shape == (channels, 32, 32)
     assert not torch.equal(probe[(0, 0)][0], probe[(1, 0)][0])
 

@@ -2,10 +2,8 @@
 
 import os
 import pickle
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -67,6 +65,10 @@ def test_simplejpeg_is_what_reads_an_ordinary_jpeg(tmp_path, monkeypatch):
 def test_grey_and_cmyk_jpegs_are_pillows(tmp_path, mode, channels):
     path = str(tmp_path / "a.jpg")
     Image.fromarray(smooth()).convert(mode).save(path, quality=93)
+    if channels in (2, 4):
+        with pytest.raises(BadImage, match=r"no alpha channel, where .* has [24] channels \(--in_chans\)"):
+            read_image(path, channels)
+        return
     np.testing.assert_array_equal(read_image(path, channels), pil_pixels(path, MODES[channels]))
 
 
@@ -132,6 +134,10 @@ def test_every_format_and_mode_in_every_number_of_channels(tmp_path, name, mode,
     image.convert(mode).save(path, **options)
     assert sniff_header(path) is None
     for channels, target in MODES.items():
+        if channels in (2, 4) and mode not in ("RGBA", "LA"):
+            with pytest.raises(BadImage, match="no alpha channel"):
+                read_image(path, channels)
+            continue
         result = read_image(path, channels)
         assert result.shape == (37, 53, channels) and result.flags.writeable
         np.testing.assert_array_equal(result, pil_pixels(path, target))
@@ -157,65 +163,21 @@ def test_palette_with_transparency_is_read_without_a_remark(tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_16_bit_grey_is_divided_not_clipped(tmp_path, name):
-    values = RNG.integers(0, 65536, (37, 53)).astype(np.uint16)
-    path = str(tmp_path / name)
-    Image.fromarray(values).save(path)
-    expected = (values >> 8).astype(np.uint8)
-    np.testing.assert_array_equal(read_image(path, 1)[..., 0], expected)
-    np.testing.assert_array_equal(read_image(path, 3), np.repeat(expected[..., None], 3, axis=2))
-    np.testing.assert_array_equal(np.asarray(open_pil(path, "L")), expected)
-
-
-def test_16_bit_big_endian_and_32_bit_grey(tmp_path):
-    values = RNG.integers(0, 65536, (37, 53)).astype(np.uint16)
-    Image.fromarray(values.astype(">u2")).save(tmp_path / "big.tif")
-    Image.fromarray(values.astype(np.int32)).save(tmp_path / "i32.tif")
-    for name in ("big.tif", "i32.tif"):
-        np.testing.assert_array_equal(read_image(str(tmp_path / name), 1)[..., 0], values >> 8)
-    Image.fromarray(values.astype(np.int32) - 40000).save(tmp_path / "negative.tif")
-    with pytest.raises(BadImage, match=r"outside 0\.\.65535"):
-        read_image(str(tmp_path / "negative.tif"))
-
-
-def test_16_bit_rgb_png(tmp_path):
-    """Pillow reads its high bytes. Written by hand, because Pillow cannot write it."""
-    deep = RNG.integers(0, 65536, (5, 7, 3)).astype(">u2")
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + row.tobytes() for row in deep)
-    header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
-    path = tmp_path / "a.png"
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
-    np.testing.assert_array_equal(read_image(str(path)), (deep >> 8).astype(np.uint8))
-
-
-def test_floating_point_is_refused_with_advice(tmp_path):
-    Image.fromarray(RGB[..., 0].astype(np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(BadImage, match="floating-point pixels; save it"):
-        read_image(str(tmp_path / "a.tif"))
-
-
 def test_animation_gives_its_first_picture(tmp_path):
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.webp")), RGB)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 13])
-def test_npy_arrays(tmp_path, dtype, channels):
-    array = RNG.integers(0, 256 if dtype == "uint8" else 65536, (11, 17, channels)).astype(dtype)
+def test_npy_arrays(tmp_path, channels):
+    array = RNG.integers(0, 256, (11, 17, channels)).astype(np.uint8)
     path = str(tmp_path / "a.npy")
     np.save(path, np.asfortranarray(array))
     assert sniff_header(path) is None
     result = read_image(path, channels)
     assert result.dtype == np.uint8 and result.flags.c_contiguous and result.flags.writeable
-    np.testing.assert_array_equal(result, array if dtype == "uint8" else array >> 8)
+    np.testing.assert_array_equal(result, array)
 
 
 def test_npy_arrays_that_do_not_fit(tmp_path):
@@ -227,15 +189,18 @@ def test_npy_arrays_that_do_not_fit(tmp_path):
         (save("four.npy", np.zeros((5, 5, 4), np.uint8)), "4 channels where the model has 13"),
         (save("flat.npy", np.zeros((5, 5), np.uint8)), r"shape \(5, 5\)"),
         (save("empty.npy", np.zeros((0, 5, 13), np.uint8)), r"shape \(0, 5, 13\)"),
-        (save("float.npy", np.zeros((5, 5, 13), np.float32)), "float32; uint8 and uint16 are read"),
-        (save("objects.npy", np.array([{}], dtype=object), allow_pickle=True), "allow_pickle=False"),
+        (save("float.npy", np.zeros((5, 5, 13), np.float32)), "more than 8 bits.*--pixel_range LOW HIGH"),
+        (
+            save("objects.npy", np.array([{}], dtype=object), allow_pickle=True),
+            r"Python objects \(a pickle\)",
+        ),
     ]
     for path, message in cases:
         with pytest.raises(BadImage, match=message):
             read_image(path, 13)
     assert read_image(save("grey.npy", np.ones((5, 6), np.uint8)), 1).shape == (5, 6, 1)
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    with pytest.raises(BadImage, match=r"13 channels \(--in_chans\) are read from \.npy arrays only"):
+    with pytest.raises(BadImage, match=r"images of 13 channels \(--in_chans\) are read from \.npy"):
         read_image(str(tmp_path / "a.png"), 13)
 
 
@@ -246,7 +211,7 @@ def test_npy_that_claims_to_be_huge(tmp_path):
             file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 20, 1 << 20, 13)}
         )
         file.write(b"\0" * 100)
-    with pytest.raises(BadImage):
+    with pytest.raises(BadImage, match="header says 1048576x1048576x13, the file ends before"):
         read_image(str(path), 13)
 
 

@@ -139,7 +139,7 @@ def test_unreadable_files_are_reported_and_left_out(source, tmp_path, capsys):
     )
     (source / "train" / "c1" / "empty.png").touch()
     (source / "val" / "c0" / "dangling.png").symlink_to("nowhere")
-    np.save(source / "val" / "c0" / "float.npy", np.zeros((90, 90), np.float32))
+    np.save(source / "val" / "c0" / "float.npy", np.full((90, 90), np.nan, np.float32))
     os.mkfifo(source / "val" / "c0" / "pipe.png")
     assert run(source, tmp_path / "dst", "--short", 60) == 1
     streams = capsys.readouterr()
@@ -152,7 +152,7 @@ def test_unreadable_files_are_reported_and_left_out(source, tmp_path, capsys):
 KINDS = {
     "grey.jpg": ("L", "L", {"quality": 95}), "cmyk.jpg": ("CMYK", "RGB", {"quality": 95}),
     "grey.png": ("L", "L", {}), "alpha.png": ("RGBA", "RGBA", {}), "greyalpha.png": ("LA", "LA", {}),
-    "deep.png": ("I;16", "L", {}), "bit.png": ("1", "L", {}), "palette.png": ("P", "RGB", {}),
+    "bit.png": ("1", "L", {}), "palette.png": ("P", "RGB", {}),
     "clear palette.png": ("P", "RGBA", {"transparency": 3}), "animated.gif": ("P", "RGB", {}),
     "a.bmp": ("RGB", "RGB", {}), "a.webp": ("RGB", "RGB", {"quality": 95}),
     "a.tif": ("CMYK", "RGB", {}), "a.ppm": ("RGB", "RGB", {}),
@@ -164,10 +164,7 @@ def test_kinds_of_colour(tmp_path, name):
     """What the loader reads of the copy is what it reads of the original, but smaller."""
     mode, expected, options = KINDS[name]
     base = Image.fromarray(picture(3, 128, 160))
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
-    else:
-        image = base.convert(mode)
+    image = base.convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(picture(4, 128, 160, 1)[:, :, 0]))
     source, spare = tmp_path / name, tmp_path / "spare"
@@ -178,7 +175,7 @@ def test_kinds_of_colour(tmp_path, name):
     copy = Image.open(target)
     assert copy.size == (80, 64) and copy.mode == expected and not os.listdir(spare)
     assert copy.format == ("PNG" if name.endswith(".gif") else Image.open(source).format)
-    for channels in (1, 3, 4):
+    for channels in (1, 3, 4) if "A" in expected else (1, 3):
         full = Image.fromarray(read_image(str(source), channels).squeeze())
         bands = [np.asarray(band.resize((80, 64), Image.Resampling.BICUBIC)) for band in full.split()]
         difference = np.abs(
@@ -197,7 +194,14 @@ def test_orientation_is_taken_as_the_loader_takes_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype", [((50, 80, 13), np.uint8), ((50, 80), np.uint16), ((20, 90, 2), np.uint8)]
+    "shape, dtype",
+    [
+        ((50, 80, 13), np.uint8),
+        ((50, 80), np.uint16),
+        ((20, 90, 2), np.uint8),
+        ((50, 80, 2), np.float32),
+        ((50, 80, 4), np.int32),
+    ],
 )
 def test_arrays(tmp_path, shape, dtype):
     array = (picture(5, shape[0], shape[1], shape[2] if len(shape) == 3 else 1)).reshape(shape).astype(dtype)
@@ -208,8 +212,47 @@ def test_arrays(tmp_path, shape, dtype):
     if shape[0] <= 25:
         assert done == "copied" and np.array_equal(copy, array)
     else:
-        assert copy.shape == (25, 40, *shape[2:]) and copy.dtype == np.uint8
-        assert abs(copy.mean() - (array >> 8 if dtype == np.uint16 else array).mean()) < 2
+        assert copy.shape == (25, 40, *shape[2:]) and copy.dtype == dtype
+        assert abs(copy.mean() / array.mean() - 1) < 0.02
+
+
+def test_deep_pictures_keep_their_depth(tmp_path):
+    values = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert (
+        copying.copy_image(str(tmp_path / "a.png"), str(tmp_path / "b.png"), str(tmp_path), 20, 95)
+        == "scaled"
+    )
+    with Image.open(tmp_path / "b.png") as copy:
+        small = np.asarray(copy)
+    assert small.dtype == np.uint16 and small.shape == (20, 30) and len(np.unique(small)) > 300
+    assert abs(small.astype(float) - values.reshape(20, 3, 30, 3).mean(axis=(1, 3))).max() < 500
+    (tmp_path / "a.ppm").write_bytes(b"P6 40 40 1023\n" + bytes(40 * 40 * 6))
+    assert (
+        copying.copy_image(str(tmp_path / "a.ppm"), str(tmp_path / "b.ppm"), str(tmp_path), 20, 95) == "kept"
+    )
+    assert (tmp_path / "b.ppm").read_bytes() == (tmp_path / "a.ppm").read_bytes()
+    first = Image.new("L", (50, 50))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[Image.new("L", (50, 50), 9)])
+    assert (
+        copying.copy_image(str(tmp_path / "a.tif"), str(tmp_path / "b.tif"), str(tmp_path), 20, 95) == "kept"
+    )
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("dtype, bands", [(np.uint16, 13), (np.float32, 1), (np.uint8, 4), (np.uint16, 3)])
+def test_tiffs_keep_type_and_bands(tmp_path, dtype, bands):
+    tifffile = pytest.importorskip("tifffile")
+    array = picture(3, 60, 90, bands).astype(dtype)
+    layout = {} if bands == 1 else {"planarconfig": "contig"}
+    photometric = "rgb" if bands == 3 else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", array.squeeze(), photometric=photometric, **layout)
+    assert (
+        copying.copy_image(str(tmp_path / "a.tif"), str(tmp_path / "b.tif"), str(tmp_path), 20, 95)
+        == "scaled"
+    )
+    copy = tifffile.imread(tmp_path / "b.tif").reshape(20, 30, bands)
+    assert copy.dtype == dtype and abs(copy.mean() / array.mean() - 1) < 0.02
 
 
 def test_gifs_whose_copy_has_no_name_left(tmp_path):

@@ -42,6 +42,18 @@ fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
 
 
+class OneOrMore(argparse.Action):
+    """Stores one value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def pixel_value(text: str) -> float | str:
+    """argparse type of a number, or of the word auto."""
+    return text if text == "auto" else float(text)
+
+
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises UserError for values in `args` that the `Bounded` types of `parser` do not allow."""
     for action in parser._actions:
@@ -70,14 +82,19 @@ def add_data_args(parser: argparse.ArgumentParser) -> Callable:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     # fmt: off
-    flag("--data_path", "--data", default=None, metavar="PATH",
+    flag("--data_path", "--data", default=None, nargs="+", action=OneOrMore, metavar="PATH",
          help="ImageFolder root with train/ (and val/), a folder of images, a text file that lists images, "
               "or archives of such folders (.tar, .zip, .parquet): one, a folder or a pattern of them "
-              "('shards/{000..127}.tar'), also http(s), s3 or gs addresses; default: a small demo set, made "
-              "on first use")
+              "('shards/{000..127}.tar'), also http(s), s3 or gs addresses; several make one set; default: "
+              "a small demo set, made on first use")
+    flag("--pages", default="first", choices=["first", "all"],
+         help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--in_chans", default=3, type=at_least(1), help="channels of the images")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
+    flag("--pixel_range", default="auto", type=pixel_value, nargs="+", metavar="LOW HIGH",
+         help="values that are black and white in images of more than 8 bits, once or per channel (default: "
+              "what the files declare, else measured on some of them)")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or skip it (at most 1 %% of the set)")
     flag("--num_workers", default=default_workers(), type=at_least(0),

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from util.data import stores
-from util.data.folders import Folder
-from util.data.members import PARQUET, RAW, kept_table, unzipped
+from util.data.folders import SPLITS, Folder
+from util.data.members import DEFLATED, PARQUET, RAW, kept_table
 from util.data.parquet import parquet_image
 from util.data.read import Place
 from util.processes.collectives import is_main_process, warn
@@ -54,7 +54,7 @@ class Member(Place):
         read = run.read if run else functools.partial(stores.read, self.shard)
         data = read(self.start, self.span)
         if self.kind != RAW:
-            data = unzipped(self.shard, self.start, self.length, self.kind, data)
+            data = stores.unzipped(self.shard, self.start, self.length, self.kind == DEFLATED, data)
         return _Bytes(data)
 
     @property
@@ -233,7 +233,9 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
         first += count
     bad = list(map(tuple, about["bad"]))
     members = Members(shards, folders, columns.pop("names"), columns, bad)
-    inside = split + "/"
+    tops = {folder.name.split("/")[0] for folder in folders}
+    aliases = sorted(top for top in tops if top.lower() in SPLITS.get(split, ()) and top != split)
+    inside = f"{split if split in tops or not aliases else aliases[0]}/"
     if split and any((folder.name + "/").startswith(inside) for folder in folders):
         folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
         for folder in folders:

@@ -35,6 +35,7 @@ class ImageDataset(torch.utils.data.Dataset):
             the global generators, which are seeded around it.
         channels: number of channels that images are converted to.
         pil: hand `transform` a PIL image.
+        depth: `util.data.depth.Depth` of images that `transform` gets in their own type; None: of 8 bits.
 
     Attributes:
         decode: path -> the image that `transform` gets; raises BadImage.
@@ -52,12 +53,19 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
         bad_images: str = "error",
         pil: bool = False,
+        depth=None,
     ):
         if pil and channels not in MODES:
             raise UserError(f"--in_chans {channels}: Pillow reads 1 to 4 channels; use --loader default")
+        if pil and depth:
+            raise UserError("--loader reference: reads images of 8 bits only; use --loader default")
         self.files, self.transform, self.channels = files, transform, channels
         self.seed, self.bad_images, self.global_draws = seed, bad_images, pil
         self.decode = functools.partial(read_picture if pil else read_image, channels=channels)
+        if depth:
+            from util.data.depth import make_reader
+
+            self.decode = make_reader(channels, depth)
         self.bad = torch.zeros(len(files.paths), dtype=torch.uint8).share_memory_()
         self._reported = 0
 
@@ -152,7 +160,12 @@ def find_split(args, split: str) -> ImageFiles | None:
         data_path = ensure_demo_data(log=log)
         if split == "train":
             announce_demo_data(data_path, log)
-    return find_images(data_path, split, getattr(args, "bad_images", "error"))
+    files = find_images(data_path, split, getattr(args, "bad_images", "error"))
+    if files is not None and getattr(args, "pages", "first") == "all":
+        from util.data.examine import add_pages
+
+        add_pages(files)
+    return files
 
 
 def build_pretrain_dataset(args) -> ImageDataset:
@@ -160,20 +173,25 @@ def build_pretrain_dataset(args) -> ImageDataset:
 
     Args:
         args: data_path, input_size, in_chans, mean, std, loader ("default": uint8 samples, to be normalised
-            on the device; "reference": float32), bad_images, seed; what is missing has the script's default.
+            on the device; "reference": float32), bad_images, seed, pixel_range, which is settled here (see
+            `util.data.examine`); what is missing has the script's default.
 
     Raises:
         UserError: see `find_images`; also channels that the loader cannot read.
     """
+    from util.data.examine import settle_range
+
     size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
+    files = find_split(args, "train")
+    depth = settle_range(args, files)
     reference = getattr(args, "loader", "default") == "reference"
     if reference:
         stats = channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
         transform = reference_transform(size, *stats)
     else:
-        transform = PretrainTransform(size)
+        transform = PretrainTransform(size, depth=depth)
     seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
-    return ImageDataset(find_split(args, "train"), transform, channels, seed, bad_images, pil=reference)
+    return ImageDataset(files, transform, channels, seed, bad_images, reference, depth)
 
 
 def build_val_dataset(args) -> ImageDataset | None:
@@ -187,6 +205,9 @@ def build_val_dataset(args) -> ImageDataset | None:
         raise UserError(f"{error} (val/ is optional: it is for held-out losses)") from None
     if files is None:
         return None
+    from util.data.examine import settle_range
+
+    depth = settle_range(args, files)
     size, channels = getattr(args, "input_size", 224), getattr(args, "in_chans", 3)
-    bad_images = getattr(args, "bad_images", "error")
-    return ImageDataset(files, EvalTransform(size), channels, getattr(args, "seed", 0), bad_images)
+    seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
+    return ImageDataset(files, EvalTransform(size, depth), channels, seed, bad_images, depth=depth)

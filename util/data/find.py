@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.folders import Folder, ask_all, list_folders, names_archives
+from util.data.folders import Folder, ask_all, count_kinds, list_folders, names_archives, split_folder
 from util.data.read import IMG_EXTENSIONS, sniff_header
 from util.errors import UserError
 from util.files import printable, some
@@ -76,8 +76,9 @@ class ImageFiles:
 
     source: the folder that was searched, or the list of files. root: that folder, or the list's.
     labels: int32 (n,), or None where there are no class folders. classes: their names, sorted.
-    ignored: number of other files. skipped: (path, reason) of images that were left out as unreadable.
-    empty: names of folders in `root` that hold no images, where others do.
+    ignored: number of other files. kinds: of each extension. skipped: (path, reason) of images that were left
+    out as unreadable.
+    empty: names of folders in `root` that hold no images, where others do. notes: what else there is to say.
     """
 
     source: str
@@ -86,16 +87,20 @@ class ImageFiles:
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     ignored: int = 0
+    kinds: Counter = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """What was found, in one line."""
         classes = f" in {len(self.classes)} classes" if self.classes else ""
-        notes = [f"{self.ignored:,} other files ignored"] if self.ignored else []
+        kinds = f": {count_kinds(self.kinds)}" if self.kinds else ""
+        notes = [f"{self.ignored:,} other files ignored{kinds}"] if self.ignored else []
         if self.skipped:
             names = some(printable(os.path.basename(path)) for path, _ in self.skipped)
             notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
+        notes += self.notes
         notes = f" ({'; '.join(notes)})" if notes else ""
         return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
 
@@ -105,8 +110,12 @@ def bad_limit(count: int) -> int:
     return max(1, count // 100)
 
 
-def find_images(data_path: str | Path, split: str = "train", bad_images: str = "error") -> ImageFiles | None:
+def find_images(
+    data_path: str | Path | Sequence[str], split: str = "train", bad_images: str = "error"
+) -> ImageFiles | None:
     """Finds the images of a split and looks at the first bytes of each.
+
+    Of several `data_path` those of all, in their order; labels are those of all classes together.
 
     `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
     folder of images, nested in any way; a text file that lists one image a line, relative to its own folder
@@ -116,7 +125,7 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
     Hidden files and folders are passed over, links are followed. The order is ImageFolder's.
 
     Args:
-        split: the subfolder; for "train" `data_path` itself where there is no such folder.
+        split: the subfolder, by any name that people use; for "train" `data_path` itself where there is none.
         bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set, or "skip any".
 
     Returns:
@@ -125,11 +134,16 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
     Raises:
         UserError: nothing there, no images, a folder that cannot be read, or files that are no images.
     """
+    if not isinstance(data_path, str | os.PathLike):
+        found = [find_images(path, split, bad_images) for path in data_path]
+        from util.data.several import join
+
+        return join([files for files in found if files is not None])
     root = os.fspath(data_path)
     place = f"--data_path {printable(root) or repr(root)}"
     is_folder = os.path.isdir(root)
-    if is_folder and os.path.isdir(os.path.join(root, split)):
-        root = os.path.join(root, split)
+    if is_folder and (folder := split_folder(root, split)):
+        root = folder
         place, split = f"--data_path {printable(root)}", split and "train"
     if names_archives(root):
         from util.data.archives import open_archives
@@ -172,9 +186,10 @@ def _arrange(found: list[Folder], root: str, place: str, list_images: Callable) 
     holds_images = {tops[folder.name] for folder in folders}
     if not folders:
         wanted = " ".join(IMG_EXTENSIONS)
-        raise UserError(f"{place}: no images in it; looked for {wanted}; found {_count(others)}")
+        kinds = f"{others.total():,} other files ({count_kinds(others)})" if others else "no files at all"
+        raise UserError(f"{place}: no images in it; looked for {wanted}; found {kinds}")
     paths = list_images(folders)
-    files = ImageFiles(root, root, paths, ignored=others.total())
+    files = ImageFiles(root, root, paths, ignored=others.total(), kinds=others)
     if holds_images != {""}:
         files.empty = sorted(set(tops.values()) - holds_images - {""})
     if "" not in holds_images and holds_files - {""} == holds_images:
@@ -185,14 +200,6 @@ def _arrange(found: list[Folder], root: str, place: str, list_images: Callable) 
             [folder.count for folder in folders],
         )
     return files
-
-
-def _count(others: Counter) -> str:
-    """What is in a folder without images, in words."""
-    if not others:
-        return "no files at all"
-    kinds = (f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common())
-    return f"{others.total():,} other files ({some(kinds, 4)})"
 
 
 def _read_list(path: str, place: str) -> PathList:

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from util.data.headers import OPTIONAL
 from util.data.read import IMG_EXTENSIONS
+from util.errors import UserError
+from util.files import printable, some
 
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 THREADS = 16  # they wait for the disk or the network, not for the processor
 
 
@@ -104,3 +108,25 @@ def _list(path: str, name: str) -> Folder:
     folder.folders.sort()
     folder.count, folder.images = len(images), b"\0".join(map(os.fsencode, sorted(images)))
     return folder
+
+
+def split_folder(root: str, split: str) -> str | None:
+    """The folder of a split, under the name as it is or another that people use; UserError for two others."""
+    if os.path.isdir(path := os.path.join(root, split)):
+        return path
+    names = [case(name) for name in SPLITS.get(split, ()) for case in (str.lower, str.title, str.upper)]
+    found = {os.stat(path).st_ino: path for name in names if os.path.isdir(path := os.path.join(root, name))}
+    if len(found) > 1:
+        names = " and ".join(os.path.basename(path) for path in found.values())
+        raise UserError(f"--data_path {printable(root)}: {names} could both be {split}/; rename one")
+    return next(iter(found.values()), None)
+
+
+def count_kinds(others: Counter) -> str:
+    """Files by extension, in words: "20 .heic (pip install pillow-heif), 3 without extension"."""
+    packages = {name: pip for names, there, pip in OPTIONAL.values() if not there for name in names}
+    kinds = []
+    for extension, count in others.most_common():
+        advice = f" (pip install {packages[extension]})" if extension in packages else ""
+        kinds.append(f"{count:,} {printable(extension) or 'without extension'}{advice}")
+    return some(kinds, 4)

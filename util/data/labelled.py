@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from util.data.dataset import ImageDataset, find_split
+from util.data.depth import Depth
 from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
 from util.errors import UserError
@@ -18,7 +19,7 @@ class LabelledImages(ImageDataset):
     Args:
         files: with labels and classes.
         transform: of `presets`: image -> tensor; draws from Python's, numpy's and torch's global generators.
-            The image is a PIL one of 1 or 3 channels, else uint8 (H, W, C).
+            The image is a PIL one of 1 or 3 channels, else uint8 (H, W, C); with `depth`, of any type.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class LabelledImages(ImageDataset):
         channels: int = 3,
         seed: int = 0,
         bad_images: str = "error",
+        depth: Depth | None = None,
     ):
-        super().__init__(files, transform, channels, seed, bad_images, pil=channels in (1, 3))
+        pil = channels in (1, 3) and depth is None
+        super().__init__(files, transform, channels, seed, bad_images, pil, depth)
         self.global_draws = True
 
     @property
@@ -47,14 +50,23 @@ def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
     Raises:
         UserError: no such folder, no labels, an empty class.
     """
-    return labelled_images("train" if is_train else "val", args, train_transform(args) if is_train else None)
+    return labelled_images(
+        "train" if is_train else getattr(args, "split", "val"),
+        args,
+        train_transform if is_train else eval_transform,
+    )
 
 
-def labelled_images(split: str, args: Namespace, transform: Callable | None = None) -> LabelledImages:
-    """The images of `train` or `val` under `args.data_path`; without `transform`, the evaluation's.
+def labelled_images(split: str, args: Namespace, make_transform: Callable = eval_transform) -> LabelledImages:
+    """The images of `train` or `val` under `args.data_path`.
+
+    Args:
+        make_transform: `args`, in which `pixel_range` is settled then, -> transform.
 
     Raises UserError as `build_dataset`.
     """
+    from util.data.examine import settle_range
+
     files = find_split(args, split)
     layout = "labelled images are needed in train/CLASS/... and val/CLASS/..."
     if files is None:
@@ -65,8 +77,9 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
     if files.labels is None:
         place = f"--data_path {args.data_path}: {files.source}"
         raise UserError(f"{place} has no class folders, so no labels; {layout}")
+    depth = settle_range(args, files)
     options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
-    return LabelledImages(files, transform or eval_transform(args), *options)
+    return LabelledImages(files, make_transform(args), *options, depth)
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:

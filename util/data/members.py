@@ -8,7 +8,6 @@ import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ import filelock
 import numpy as np
 
 from util.data.folders import ask_all, is_archive
+from util.data.headers import HEAD, why_no_image
 from util.data.parquet import parquet_rows
-from util.data.read import IMG_EXTENSIONS, _look
-from util.data.stores import Shard, ask, is_far, open_shard, read
+from util.data.read import IMG_EXTENSIONS
+from util.data.stores import Shard, ask, is_far, open_shard
 from util.errors import UserError
 from util.files import printable, replacing
 from util.processes.collectives import warn
@@ -35,7 +35,7 @@ _LABELS = (".cls", ".json")  # WebDataset's members beside an image
 
 class Entry(NamedTuple):
     """A member. start: its first byte, of a zip file its header's, of a Parquet file its row. length: of its
-    data as they lie there. head: its first 32 bytes, or None. text: of a label's member, what it says."""
+    data as they lie there. head: its first bytes, or None. text: of a label's member, what it says."""
 
     name: str
     start: int = 0
@@ -75,7 +75,7 @@ def _walk_tar(shard: Shard, file) -> Iterator[Entry]:
                 raise OSError(f"holds {kind} ({printable(info.name)}); {advice}")
             file.seek(info.offset_data)
             text = file.read(info.size) if _wants_text(info.name, info.size) else None
-            head = file.read(min(32, info.size)) if text is None else None
+            head = file.read(min(HEAD, info.size)) if text is None else None
             yield Entry(info.name, info.offset_data, info.size, RAW, head, text)
         file.seek(tar.offset)
         if file.read(512) != bytes(512):
@@ -103,26 +103,8 @@ def _walk_zip(shard: Shard, file) -> Iterator[Entry]:
         head = None if info.file_size else b""
         if info.file_size and name.lower().endswith(IMG_EXTENSIONS) and not is_far(shard.address):
             with archive.open(info) as member:
-                head = member.read(32)
+                head = member.read(HEAD)
         yield Entry(name, info.header_offset, info.compress_size, kind, head, text)
-
-
-def unzipped(shard: Shard, start: int, length: int, kind: int, data: bytes) -> bytes:
-    """The content of a zip file's member, `data` beginning with its header; raises OSError."""
-    if data[:4] != b"PK\3\4":
-        raise OSError("damaged: no member starts where the archive's directory says")
-    begin = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
-    data = data[begin : begin + length] if len(data) >= begin + length else read(shard, start + begin, length)
-    if kind == STORED:
-        return data
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        data = unpacker.decompress(data, 1 << 30)
-    except zlib.error as error:
-        raise OSError(f"damaged ({error})") from None
-    if not unpacker.eof:
-        raise OSError("damaged: it breaks off")
-    return data
 
 
 def _walk_parquet(shard: Shard, file) -> Iterator[Entry]:
@@ -212,7 +194,7 @@ def make_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
                 raise UserError(f"{shard}: {printable(base)} has no label beside it, but others have")
             name = "/".join(part for part in (*prefix, label, place(folder)) if part)
             reals.setdefault(name, folder)
-            reason = None if entry.head is None else _look(entry.head)
+            reason = None if entry.head is None else why_no_image(entry.head)
             rows[name].append((base, number, entry.start, entry.length, entry.kind, reason))
         for folder, counts in content.others.items():
             others["/".join(part for part in (*prefix, place(folder)) if part)].update(counts)
@@ -244,7 +226,9 @@ def _wrapper(contents: list[Content]) -> str:
 
 def kept_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     """`make_table`, or what it gave before, from the cache; one process of this machine makes it for all."""
-    key = hashlib.sha256(repr([1, shards]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    key = hashlib.sha256(repr([1, IMG_EXTENSIONS, shards]).encode("utf-8", "surrogateescape")).hexdigest()[
+        :32
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks

@@ -4,6 +4,7 @@ Fine-tuning augments with timm's `create_transform` (RandAugment, erasing), prob
 crop and a flip; evaluation resizes and takes the centre. Grey and RGB pictures go through Pillow as in the
 reference; images with another number of channels are cut and resized as arrays, with crop, flip and erasing
 only, because RandAugment knows no such pictures (and Pillow would take a fourth channel for transparency).
+So are images of more than 8 bits, which have an `args.pixel_range` (`util.data.depth`).
 """
 
 import random
@@ -19,6 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from util.crop import RandomResizedCrop
+from util.data.depth import Depth, depth_of
 from util.data.transforms import channel_stats, crop_ratio, random_resized_crop_box, resize_crop
 from util.errors import UserError
 from util.sizes import size_pair
@@ -30,14 +32,14 @@ Transform = Callable[[Image.Image | np.ndarray], torch.Tensor]
 
 def train_transform(args: Namespace) -> Transform:
     """Fine-tuning's augmentation; `args`: see `build_dataset`."""
-    channels, mean, std = _channels(args)
+    channels, mean, std, depth = _channels(args)
     erasing = dict(
         probability=getattr(args, "reprob", 0.0), mode=getattr(args, "remode", "pixel"),
         max_count=getattr(args, "recount", 1),
     )  # fmt: skip
-    if channels not in (1, 3):
+    if depth or channels not in (1, 3):
         erase = RandomErasing(**erasing, device="cpu") if erasing["probability"] > 0 else None
-        return _ArrayChain(mean, std, _crop_and_flip(args.input_size), erase)
+        return _ArrayChain(mean, std, _crop_and_flip(args.input_size), erase, depth)
     policy = getattr(args, "aa", None) or None
     try:
         chain = create_transform(
@@ -61,10 +63,10 @@ def train_transform(args: Namespace) -> Transform:
 
 def probe_transform(args: Namespace) -> Transform:
     """Probing's augmentation: one TensorFlow-style crop, and a flip."""
-    channels, mean, std = _channels(args)
+    channels, mean, std, depth = _channels(args)
     size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
-    if channels not in (1, 3):
-        return _ArrayChain(mean, std, _crop_and_flip(size, tf_style=True), None)
+    if depth or channels not in (1, 3):
+        return _ArrayChain(mean, std, _crop_and_flip(size, tf_style=True), None, depth)
     steps = [
         RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
@@ -80,18 +82,21 @@ def eval_transform(args: Namespace, always_crop: bool = False) -> Transform:
     Up to 224 pixels the picture is resized to size / 0.875 before the crop, above to the size itself;
     `always_crop`: to size / 0.875 at any size, as probing does (256 for 224).
     """
-    channels, mean, std = _channels(args)
+    channels, mean, std, depth = _channels(args)
     size = size_pair(args.input_size)
     share = EVAL_SHARE if always_crop or max(size) <= 224 else 1.0
-    if channels not in (1, 3):
-        return _ArrayChain(mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None)
+    if depth or channels not in (1, 3):
+        return _ArrayChain(
+            mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None, depth
+        )
     steps = [_CentreResize(size, share), transforms.ToTensor(), transforms.Normalize(mean, std)]
     return transforms.Compose(steps)
 
 
-def _channels(args: Namespace) -> tuple[int, Sequence[float], Sequence[float]]:
+def _channels(args: Namespace) -> tuple[int, Sequence[float], Sequence[float], Depth | None]:
     channels = getattr(args, "in_chans", 3)
-    return channels, *channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
+    stats = channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
+    return channels, *stats, depth_of(args)
 
 
 class _CentreResize:
@@ -121,18 +126,19 @@ def _centre_box(height: int, width: int, size: tuple[int, int], share: float) ->
 
 
 class _ArrayChain:
-    """uint8 (H, W, C) -> box, resize[, flip] per channel -> normalised tensor[, erased]."""
+    """uint8 or, with `depth`, any (H, W, C) -> box, resize[, flip] -> normalised tensor[, erased]."""
 
-    def __init__(self, mean, std, draw: Callable, erase: Callable | None):
-        self.draw, self.erase = draw, erase
+    def __init__(self, mean, std, draw: Callable, erase: Callable | None, depth: Depth | None):
+        self.draw, self.erase, self.depth = draw, erase, depth
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
     def __call__(self, image: np.ndarray) -> torch.Tensor:
         box, size, *flip = self.draw(image)
-        pixels = resize_crop(image, box, size)
+        pixels = resize_crop(image, box, size, self.depth)
         if flip and flip[0]:
             pixels = pixels.flip(-1)
-        pixels = pixels.contiguous().float().div(255).sub(self.mean).div(self.std)
+        if self.depth is None:
+            pixels = pixels.contiguous().float().div(255).sub(self.mean).div(self.std)
         return self.erase(pixels) if self.erase else pixels
 
 

@@ -1,4 +1,4 @@
-"""Reads image files into uint8 arrays: JPEG through simplejpeg where that is exact, the rest through Pillow.
+"""Reads 8-bit image files into arrays: JPEG through simplejpeg where that is exact, most through Pillow.
 
 Both JPEG decoders are libjpeg-turbo with the same settings, so they give the same pixels; simplejpeg only
 spends less time around them. Whatever it could see differently (CMYK, broken or unusual files) goes to
@@ -7,13 +7,13 @@ Pillow, the reference's decoder. Pictures are never rotated by EXIF, as in the r
 
 import io
 import os
-import re
 import stat
 import warnings
 
 import numpy as np
 from PIL import Image
 
+from util.data.headers import HEAD, NPY, OPTIONAL, TIFF, optional_format, why_no_image
 from util.errors import UserError
 from util.files import printable
 
@@ -23,14 +23,13 @@ except Exception:  # not installed, or its binary does not fit this numpy: Pillo
     simplejpeg = None
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif",
-                  ".tiff", ".webp", ".gif", ".npy")  # fmt: skip
+                  ".tiff", ".webp", ".gif", ".npy",
+                  *(name for names, there, _ in OPTIONAL.values() if there for name in names))  # fmt: skip
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 # Only what is listed: Pillow would also try formats that run other programs (EPS) or that nobody trains on.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-_JPEG, _NPY = b"\xff\xd8\xff", b"\x93NUMPY"
-_MAGIC = (_JPEG, _NPY, b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_WEAK_MAGIC = re.compile(rb"RIFF....WEBP|BM.{4}.*\0|P[1-6][\s#]", re.DOTALL)
+_JPEG = b"\xff\xd8\xff"
 
 # Pillow's remarks about files that it reads all the same: every worker would print them.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -82,7 +81,7 @@ class Place(str):
 
     def open(self) -> io.FileIO:
         """A binary file of the bytes, unbuffered, at its start."""
-        return open_file(self.file)
+        return _open(self.file)
 
 
 def _open(path: str) -> io.FileIO:
@@ -99,27 +98,16 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"  # what a parser stumbled over
 
 
-def _look(head: bytes) -> str | None:
-    """Why a file that starts with `head` (32 bytes, or all there are) is no image; None: it may be one."""
-    if not head:
-        return "empty file"
-    if head.startswith(_MAGIC) or _WEAK_MAGIC.match(head):
-        return None
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the picture (run git lfs pull)"
-    return f"no image format known here (it starts with {head[:12]!r})"
-
-
 def sniff_header(path: str) -> str | None:
     """Looks at the first bytes of a file: None when an image starts like this, whatever the file's name;
     otherwise the reason in few words."""
     try:
         if isinstance(path, Place):
             with path.open() as file:
-                return _look(file.read(32))
+                return why_no_image(file.read(HEAD))
         descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:  # half the time that a file object takes: this runs 100,000 times before a start
-            return _look(os.read(descriptor, 32))
+            return why_no_image(os.read(descriptor, HEAD))
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -143,9 +131,18 @@ def _decode_jpeg(data: bytes, channels: int) -> np.ndarray | None:
     return None
 
 
-def _decode_pil(file: io.FileIO, mode: str) -> Image.Image:
-    """Decodes and converts as Pillow does, except that deep grey is scaled and not clipped."""
-    image = Image.open(io.BufferedReader(file), formats=_FORMATS)
+def _decode_pil(file: io.FileIO, mode: str, page: int = 0, exact: bool = False) -> Image.Image:
+    """Decodes and converts as Pillow does; deep grey is scaled and not clipped, or with `exact` refused.
+
+    Raises ValueError also for an alpha channel that is wanted and not there, if `exact`.
+    """
+    if (kind := optional_format(file.read(HEAD))) == "HEIF":
+        __import__("pillow_heif").register_heif_opener()
+    elif kind == "JXL":
+        __import__("pillow_jxl")
+    file.seek(0)
+    image = Image.open(io.BufferedReader(file), formats=[kind] if kind else _FORMATS)
+    image.seek(page)
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits, or as a .npy array of integers")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -153,21 +150,55 @@ def _decode_pil(file: io.FileIO, mode: str) -> Image.Image:
         if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
             raise ValueError("32-bit pixels outside 0..65535; save it with 8 or 16 bits")
         image = Image.fromarray((values // 256).astype(np.uint8))
+    if exact and mode.endswith("A") and not image.has_transparency_data:
+        raise ValueError(f"no alpha channel, where the model has {len(mode)} channels (--in_chans)")
     image.load()
     return image if image.mode == mode else image.convert(mode)
 
 
 def _decode_npy(file: io.FileIO, channels: int) -> np.ndarray:
     array = np.load(file, allow_pickle=False)
-    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise ValueError(f"an array of {array.dtype}; uint8 and uint16 are read")
     if array.ndim == 2 and channels == 1:
         array = array[:, :, None]
     if array.ndim != 3 or array.size == 0:
         raise ValueError(f"an array of shape {array.shape}; (height, width, channels) is read")
     if array.shape[2] != channels:
         raise ValueError(f"{array.shape[2]} channels where the model has {channels} (--in_chans)")
-    return np.ascontiguousarray(array if array.itemsize == 1 else array >> 8, dtype=np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def _decode_8bit(file: io.FileIO, head: bytes, channels: int, page: int) -> Image.Image | np.ndarray:
+    """What `read_image` returns, or a Pillow picture; ValueError for what is no such image."""
+    from util.data.peek import is_deep, tiff_tags
+
+    if reason := why_no_image(head):
+        raise ValueError(reason)
+    if is_deep(head, file):
+        raise ValueError("values of more than 8 bits, in a set of 8-bit images; --pixel_range LOW HIGH says "
+                         "which are to be black and white")  # fmt: skip
+    if head.startswith(TIFF):
+        tags = tiff_tags(file, page)
+        bands, alpha = tags.get(277, 1), tags.get(338, ())
+        # Of grey and RGB with more bands; CMYK and the like are Pillow's
+        if (
+            tags.get(262) in (1, 2)
+            and bands not in (1, 3)
+            and (bands, channels) not in ((4, 3), (4, 1), (2, 1))
+        ):
+            if bands != channels:
+                raise ValueError(f"{bands} channels where the model has {channels} (--in_chans)")
+            if alpha != (2,) or bands > 4:
+                from util.data.deep import decode
+
+                return np.ascontiguousarray(decode(file, head, page))
+    file.seek(0)
+    if head.startswith(NPY):
+        return _decode_npy(file, channels)
+    if channels not in MODES:
+        raise ValueError(
+            f"images of {channels} channels (--in_chans) are read from .npy arrays and TIFF only"
+        )
+    return _decode_pil(file, MODES[channels], page, exact=True)
 
 
 def open_pil(path: str, mode: str = "RGB") -> Image.Image:
@@ -180,7 +211,7 @@ def open_pil(path: str, mode: str = "RGB") -> Image.Image:
     """
     try:
         with _open(path) as file:
-            if reason := _look(file.read(32)):
+            if reason := why_no_image(file.read(HEAD)):
                 raise ValueError(reason)
             file.seek(0)
             return _decode_pil(file, mode)
@@ -189,20 +220,20 @@ def open_pil(path: str, mode: str = "RGB") -> Image.Image:
 
 
 def read_picture(path: str, channels: int) -> Image.Image:
-    """A Pillow picture with 1 to 4 channels of any image file, or of a `.npy` array; raises BadImage."""
-    if str(path).lower().endswith(".npy"):
-        array = read_image(path, channels)
-        return Image.fromarray(array[:, :, 0] if channels == 1 else array)
-    return open_pil(path, MODES[channels])
+    """The same as a Pillow picture, of 1 to 4 channels; JPEG always through Pillow."""
+    image = _read(path, channels, use_simplejpeg=False)
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def read_image(path: str, channels: int = 3, use_simplejpeg: bool | None = None) -> np.ndarray:
-    """Reads an image file, brought to a number of channels.
+    """Reads an image file of 8 bits, brought to a number of channels.
 
-    JPEG, PNG, WebP, TIFF, BMP, GIF and PNM files of any mode become grey (1 channel), grey and alpha (2), RGB
-    (3) or RGBA (4) as Pillow converts them (to RGB: alpha is dropped); 16-bit values become value // 256.
-    Other numbers of channels come from `.npy` arrays, uint8 or uint16 (height, width, channels), which are
-    never converted. What a file is, its first bytes say, not its name.
+    Files of any mode become grey (1 channel), grey and alpha (2), RGB (3) or RGBA (4) as Pillow converts them
+    (to RGB: alpha is dropped); none gets an alpha that it does not have. Other numbers of channels come from
+    TIFFs and from `.npy` arrays, (height, width, channels), which are never converted. What a file is, its
+    first bytes say, not its name. Of several pages, `path.page` of a Place, else the first.
 
     Args:
         use_simplejpeg: False decodes JPEG with Pillow even where simplejpeg is installed. Same pixels.
@@ -214,22 +245,21 @@ def read_image(path: str, channels: int = 3, use_simplejpeg: bool | None = None)
         BadImage: the file cannot be read, is damaged, has pixels or channels that do not fit, or is larger
             than Pillow's limit for suspicious files.
     """
+    image = _read(path, channels, use_simplejpeg)
+    if isinstance(image, Image.Image):
+        image = np.array(image)  # a copy: torch warns about read-only arrays
+    return image.reshape(*image.shape[:2], channels)
+
+
+def _read(path: str, channels: int, use_simplejpeg: bool | None) -> Image.Image | np.ndarray:
     try:
         with _open(path) as file:
-            head = file.read(32)
+            head = file.read(HEAD)
             if head.startswith(_JPEG) and channels in (1, 3) and simplejpeg and use_simplejpeg is not False:
                 file.seek(0)
                 image = _decode_jpeg(file.readall(), channels)
                 if image is not None:
                     return image
-            if reason := _look(head):
-                raise ValueError(reason)
-            file.seek(0)
-            if head.startswith(_NPY):
-                return _decode_npy(file, channels)
-            if channels not in MODES:
-                raise ValueError(f"images of {channels} channels (--in_chans) are read from .npy arrays only")
-            image = np.array(_decode_pil(file, MODES[channels]))  # a copy: torch warns about read-only arrays
+            return _decode_8bit(file, head, channels, getattr(path, "page", 0))
     except Exception as error:  # on broken files Pillow and numpy raise whatever their parsers run into
         raise BadImage(path, _explain(error)) from None
-    return image.reshape(*image.shape[:2], channels)

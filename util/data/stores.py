@@ -13,6 +13,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -222,3 +223,21 @@ class _Raw(io.RawIOBase):
 def open_shard(shard: Shard) -> io.BufferedReader:
     """A file that reads small pieces here, where they cost little, and large ones far away."""
     return io.BufferedReader(_Raw(shard), 1 << 17 if is_far(shard.address) else 1 << 10)
+
+
+def unzipped(shard: Shard, start: int, length: int, deflated: bool, data: bytes) -> bytes:
+    """The content of a zip file's member, `data` beginning with its header; raises OSError."""
+    if data[:4] != b"PK\3\4":
+        raise OSError("damaged: no member starts where the archive's directory says")
+    begin = 30 + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+    data = data[begin : begin + length] if len(data) >= begin + length else read(shard, start + begin, length)
+    if not deflated:
+        return data
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = unpacker.decompress(data, 1 << 30)
+    except zlib.error as error:
+        raise OSError(f"damaged ({error})") from None
+    if not unpacker.eof:
+        raise OSError("damaged: it breaks off")
+    return data

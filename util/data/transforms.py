@@ -97,13 +97,16 @@ def random_resized_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
+def resize_crop(
+    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], depth=None
+) -> torch.Tensor:
     """Cuts a box out of a picture and resizes it, bicubic with antialiasing, in uint8 throughout.
 
     Args:
-        image: uint8 (H, W, C), writable.
+        image: uint8 (H, W, C), writable; with `depth` of any type.
         box: (top, left, height, width) in pixels.
         size: (height, width) of the result.
+        depth: `util.data.depth.Depth` that brings the values to float32, normalised: the result is that then.
 
     Returns:
         uint8 (C, height, width), with the channels innermost in memory (torch's channels_last): for 3
@@ -112,20 +115,24 @@ def resize_crop(image: np.ndarray, box: tuple[int, int, int, int], size: tuple[i
     top, left, height, width = box
     # numpy copies the slice three times as fast as torch does
     piece = np.ascontiguousarray(image[None, top : top + height, left : left + width])
-    piece = torch.from_numpy(piece).permute(0, 3, 1, 2)
-    return F.interpolate(piece, size, mode="bicubic", antialias=True)[0]
+    piece = torch.from_numpy(piece if depth is None else depth.scale(piece)).permute(0, 3, 1, 2)
+    result = F.interpolate(piece, size, mode="bicubic", antialias=True)[0]
+    return result if depth is None else depth.normalize(result)
 
 
 class PretrainTransform:
-    """Random resized crop, and flip with probability 0.5: uint8 (H, W, C) -> uint8 (C, *size)."""
+    """Random resized crop, and flip with probability 0.5: uint8 (H, W, C) -> uint8 (C, *size).
 
-    def __init__(self, size: int | tuple[int, int], scale: tuple[float, float] = PRETRAIN_SCALE):
-        self.size, self.scale, self.ratio = size_pair(size), scale, crop_ratio(size)
+    With `depth` (see `resize_crop`): any type -> float32, normalised.
+    """
+
+    def __init__(self, size: int | tuple[int, int], scale: tuple[float, float] = PRETRAIN_SCALE, depth=None):
+        self.size, self.scale, self.ratio, self.depth = size_pair(size), scale, crop_ratio(size), depth
 
     def __call__(self, image: np.ndarray, rng: random.Random) -> torch.Tensor:
         box = random_resized_crop_box(*image.shape[:2], rng, self.scale, self.ratio)
         flip = rng.random() < 0.5
-        result = resize_crop(image, box, self.size)
+        result = resize_crop(image, box, self.size, self.depth)
         return result.flip(-1) if flip else result
 
 
@@ -133,17 +140,19 @@ class EvalTransform:
     """The largest centred part of the target's shape, resized to it: uint8 (H, W, C) -> uint8 (C, *size).
 
     The same picture as scaling until the target is covered and cutting out the centre, to half a source
-    pixel, but without scaling what is thrown away (a long strip would take gigabytes).
+    pixel, but without scaling what is thrown away (a long strip would take gigabytes). With `depth` as
+    `PretrainTransform`.
     """
 
-    def __init__(self, size: int | tuple[int, int]):
-        self.size = size_pair(size)
+    def __init__(self, size: int | tuple[int, int], depth=None):
+        self.size, self.depth = size_pair(size), depth
 
     def __call__(self, image: np.ndarray, rng: random.Random | None = None) -> torch.Tensor:
         height, width = image.shape[:2]
         scale = min(height / self.size[0], width / self.size[1])
         h, w = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
-        return resize_crop(image, (round((height - h) / 2), round((width - w) / 2), h, w), self.size)
+        box = round((height - h) / 2), round((width - w) / 2), h, w
+        return resize_crop(image, box, self.size, self.depth)
 
 
 def reference_transform(size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Callable:

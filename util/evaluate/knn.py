@@ -1,5 +1,6 @@
 """Weighted k-nearest-neighbour classification on frozen features (DINO, arXiv 2104.14294, appendix F.1)."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 
@@ -75,7 +76,7 @@ def knn_from_features(
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:
     """The images of `train` and `val` without augmentation; UserError without labels, or with others."""
-    centre = eval_transform(args, always_crop=True)
+    centre = functools.partial(eval_transform, always_crop=True)
     datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
     check_classes(*datasets)
     return datasets

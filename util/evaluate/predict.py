@@ -19,7 +19,7 @@ from util.data.presets import eval_transform
 from util.data.transforms import normalize_batch
 from util.errors import UserError
 from util.evaluate.exact import in_groups
-from util.weights.describe import WeightsFile
+from util.weights.describe import WeightsFile, weights_depth
 
 KINDS = ("mean", "cls", "patches")
 
@@ -50,10 +50,10 @@ def prediction_loader(
         args: batch_size, num_workers, bad_images.
     """
     tuned, channels = weights.recipe == "finetune", weights.sizes["in_chans"]
-    stats = Namespace(input_size=weights.input_size, in_chans=channels, mean=weights.mean, std=weights.std)
-    dataset = LabelledImages(
-        files, eval_transform(stats, always_crop=not tuned), channels, 0, args.bad_images
-    )
+    names = ("input_size", "mean", "std", "pixel_range")
+    stats = Namespace(in_chans=channels, **{name: getattr(weights, name) for name in names})
+    transform = eval_transform(stats, always_crop=not tuned)
+    dataset = LabelledImages(files, transform, channels, 0, args.bad_images, weights_depth(weights))
     batches = -(-len(dataset) // args.batch_size)
     workers = args.num_workers if batches > 1 else 0  # starting processes takes longer than one batch
     return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches))

@@ -66,7 +66,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
         usage=usage,
         part=_PARTS[source.part],
         parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
-        data=(args["data_path"] or "") if "data_path" in args else None,
+        data=_places(args["data_path"] or "") if "data_path" in args else None,
         arguments=_arguments(args),
         epoch=metrics.pop("epoch", None),
         metrics={name: f"{v:.6g}" if isinstance(v, float) else v for name, v in metrics.items()},
@@ -77,14 +77,19 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     return card + "\n"
 
 
+def _places(value: str | list) -> str:
+    """The last part of a path, or of several."""
+    return " and ".join(map(last_part, [value] if isinstance(value, str) else value))
+
+
 def _arguments(args: dict) -> dict:
     """What was set, a path by its last part only."""
     rows = {}
     for name, value in sorted(args.items()):
         if name in _MACHINE or value is None or value == "":
             continue
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            value = last_part(value)
+        if name == "data_path" or (isinstance(value, str) and ("/" in value or "\\" in value)):
+            value = _places(value)
         if name == "input_size":
             value = "x".join(map(str, size_pair(value)))
         rows[name] = " ".join(map(str, value)) if isinstance(value, list | tuple) else value

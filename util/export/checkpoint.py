@@ -8,9 +8,18 @@ from util.export.source import Source, read_source
 from util.run.writer import save_checkpoint
 
 FULL = ("norm_pix_loss", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-_SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "num_heads")
+_SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "pixel_range", "num_heads")
 _CLASSIFIER = ("global_pool", "nb_classes", "class_names", "recipe")
-_FLAGS = ("input_size", "num_heads", "decoder_num_heads", "mean", "std", "mask_ratio", "norm_pix_loss")
+_FLAGS = (
+    "input_size",
+    "num_heads",
+    "decoder_num_heads",
+    "mean",
+    "std",
+    "pixel_range",
+    "mask_ratio",
+    "norm_pix_loss",
+)
 
 
 def settings(source: Source) -> dict[str, dict]:

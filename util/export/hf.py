@@ -19,6 +19,7 @@ from util.errors import UserError
 from util.export import timm
 from util.export.files import render, write_json, write_safetensors
 from util.export.source import Source, read_source
+from util.weights.describe import weights_depth
 from util.weights.files import read_json
 from util.weights.hugging_face import classifier_config, mae_config, to_hugging_face
 
@@ -84,6 +85,9 @@ def _preprocessor_config(source: Source) -> dict:
         "image_mean": list(source.info["mean"]),
         "image_std": list(source.info["std"]),
     }
+    if depth := weights_depth(source):  # of the files' own values, which are not clipped here
+        mean, std = depth.low + depth.span * source.mean, depth.span * source.std
+        config |= {"do_rescale": False, "image_mean": mean.tolist(), "image_std": std.tolist()}
     if source.vit.num_classes and height == width:
         edge = int(height / 0.875) if height <= 224 else height
         config |= {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}

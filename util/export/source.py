@@ -29,7 +29,16 @@ class Source(WeightsFile):
         """
         names = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
         info = {name: self.sizes[name] for name in names} | self.decoder
-        names = ("model", "input_size", "mean", "std", "mask_ratio", "norm_pix_loss", "class_names")
+        names = (
+            "model",
+            "input_size",
+            "mean",
+            "std",
+            "pixel_range",
+            "mask_ratio",
+            "norm_pix_loss",
+            "class_names",
+        )
         info |= {name: getattr(self, name) for name in names}
         info |= {"mlp_dim": len(self.state["blocks.0.mlp.fc1.weight"]), "global_pool": self.pooled}
         if self.part == "full":

@@ -10,6 +10,7 @@ import torch
 
 import models_vit
 from util.cli.flags import at_least, check_flags
+from util.data.depth import adopt_pixel_range
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
 from util.files import check_writable
@@ -38,6 +39,7 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
     flag("--nb_classes", type=at_least(1), help="default: as many as the data has")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval", action="store_true", help="only evaluate the checkpoint given with --resume")
+    flag("--split", default="val", choices=["val", "test"], help="the folder that --eval evaluates")
     flag("--dist_eval", action="store_true",
          help="accepted for old commands: evaluation is always spread over the processes, and exact")
     flag("--save_predictions", action="store_true",
@@ -51,6 +53,8 @@ def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentPar
     check_flags(args, parser)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
+    if args.split != "val" and not args.eval:
+        raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.save_predictions and not args.output_dir:
         raise UserError("--save_predictions: needs an --output_dir to write to")
     if args.save_predictions and args.eval:
@@ -127,6 +131,16 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
         raise UserError(f"--model {args.model}: {error}") from None
     args.patch_size = model.patch_embed.patch_size[0]
     return model
+
+
+def read_start(args: argparse.Namespace) -> dict | None:
+    """The content of `--finetune FILE` for `start_from`, if any; `args` get the pixel range that it says."""
+    if not args.finetune or args.eval:
+        return None
+    content = read_file(args.finetune, "--finetune")
+    if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
+        adopt_pixel_range(args, content, f"--finetune {args.finetune}")
+    return content
 
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:

@@ -25,8 +25,10 @@ class Checkpoint(NamedTuple):
 def read_resume(args) -> Checkpoint | None:
     """What `args.resume` (auto, file or URL) names; None without one, or where there is none for "auto".
 
+    The range of deep images comes with it: `args.pixel_range`.
+
     Raises:
-        UserError: unreadable, or with entries that no run has written.
+        UserError: unreadable, with entries that no run has written, or with another range than was given.
     """
     if args.resume == "auto":
         newest = find_newest(args.output_dir) if args.output_dir else None
@@ -38,6 +40,9 @@ def read_resume(args) -> Checkpoint | None:
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
+    from util.data.depth import adopt_pixel_range
+
+    adopt_pixel_range(args, checkpoint.content, f"--resume {checkpoint.source}")
     return checkpoint
 
 

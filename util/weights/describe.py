@@ -14,6 +14,7 @@ from torch import nn
 
 import models_mae
 import models_vit
+from util.data.depth import Depth, parse_range, settle_pixel_range
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.files import some
@@ -47,6 +48,7 @@ class WeightsFile:
     input_size: tuple[int, int]  # (height, width) in pixels
     mean: tuple[float, ...]  # of pixels in [0, 1], one per channel
     std: tuple[float, ...]  # likewise
+    pixel_range: tuple[float, ...] | None = None  # of images of more than 8 bits: `util.data.depth`
     decoder: dict = field(default_factory=dict)  # of part "full": decoder_embed_dim, _depth and _num_heads
     norm_pix_loss: bool = False  # the decoder predicts patches that are normalised by their own mean and std
     mask_ratio: float = 0.75  # share of patches that pre-training masked
@@ -62,8 +64,8 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
 
     Args:
         content: the file at `path`, as `read_file` returns it.
-        flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mean, std, for what the file does not
-            say; None, or absent, where not given.
+        flags: input_size, num_heads, decoder_num_heads, norm_pix_loss, mean, std, pixel_range, for what the
+            file does not say; None, or absent, where not given.
         parts: "full", "classifier", "encoder"; the first that the file holds is described.
         override: flags win over what the file says, instead of being refused where they contradict it.
 
@@ -94,6 +96,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     weights = WeightsFile(
         str(path), kind, found[0], part_state(state, found[0]), sizes, sizes["img_size"],
         *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
+        pixel_range=_pixel_range(flags, stored, sizes["in_chans"], path),
         norm_pix_loss=bool(said["norm_pix_loss"]),
         mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
         model=info.get("model"),
@@ -109,6 +112,18 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
             weights.notes.append(f"{path} does not say whether it predicts normalised pixels; taken for "
                                  "plain pixels (--norm_pix_loss if not)")  # fmt: skip
     return weights
+
+
+def _pixel_range(flags: Namespace, stored: dict, channels: int, path) -> tuple[float, ...] | None:
+    own = getattr(flags, "pixel_range", None)
+    return parse_range(settle_pixel_range(own, stored, path, channels), channels)
+
+
+def weights_depth(weights: WeightsFile) -> Depth | None:
+    """How images of more than 8 bits become this model's input; None: it takes those of 8 bits."""
+    if weights.pixel_range is None:
+        return None
+    return Depth(weights.pixel_range, weights.sizes["in_chans"], weights.mean, weights.std)
 
 
 def _known_flags(state: dict, stored: dict, info: dict) -> dict:
@@ -183,6 +198,7 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
     `recipe`: "finetune", or "linprobe" (the head is BatchNorm and linear layer).
     """
     info = {name: getattr(args, name) for name in FLAGS} | {"input_size": size_pair(args.input_size)}
+    info["pixel_range"] = getattr(args, "pixel_range", None)
     return {**info, "class_names": list(class_names), "recipe": recipe}
 
 

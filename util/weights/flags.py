@@ -24,6 +24,8 @@ def add_weights_args(parser: argparse.ArgumentParser) -> None:
     flag("--num_heads", type=int, help="only for files that do not say it: attention heads of the encoder")
     flag("--mean", type=float, nargs="+", help="only for files that do not say it; default: ImageNet's")
     flag("--std", type=float, nargs="+", help="only for files that do not say it; default: ImageNet's")
+    flag("--pixel_range", type=float, nargs="+", metavar=("LOW HIGH", "LOW HIGH"),
+         help="only for files that do not say it: black and white of images of more than 8 bits")
     # fmt: on
 
 

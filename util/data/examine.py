@@ -1,0 +1,181 @@
+"""Looks at some images of a set before the start: which values have they, and what of them would be lost?"""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import numpy as np
+
+from util.data.depth import Depth, depth_of, parse_range, read_deep
+from util.data.find import ImageFiles
+from util.data.folders import ask_all
+from util.data.headers import HEAD, why_no_image
+from util.data.peek import Header, read_header
+from util.data.read import BadImage, _open, read_image
+from util.data.several import Selection
+from util.errors import UserError
+from util.files import printable, some
+from util.processes.collectives import gather, is_main_process, warn
+from util.rng import derive_seed
+
+HEADERS, PICTURES = 256, 64  # files whose headers are read; of these, so many deep ones are decoded
+PIXELS = 65_536  # of each of them, evenly spread
+SHARES = (0.05, 99.95)  # percentiles of all these that become black and white
+FLAT = 16  # 8-bit images that are decoded, until one of them has more than one value
+
+
+class Found(NamedTuple):
+    """pixel_range: a tuple, or None for 8-bit images. notes: for the `data:` line. warnings: a line each."""
+
+    pixel_range: tuple[float, ...] | None
+    notes: list[str]
+    warnings: list[str]
+
+
+def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
+    """Settles `args.pixel_range`, unless it is, by looking at some of `files`; returns the `Depth` of it.
+
+    What is found is noted in `files.notes`. The first process looks for all. Raises UserError as `examine`.
+    """
+    given = getattr(args, "pixel_range", "auto")
+    if given is None or isinstance(given, tuple):
+        return depth_of(args)
+    channels = getattr(args, "in_chans", 3)
+    given, found = parse_range(given, channels), None
+    if is_main_process():
+        found = examine(
+            files, channels, getattr(args, "seed", 0), given, getattr(args, "bad_images", "error")
+        )
+        for text in found.warnings:
+            warn(text)
+    args.pixel_range, notes = gather(found and (found.pixel_range, found.notes))[0]
+    files.notes += notes
+    return depth_of(args)
+
+
+def add_pages(files: ImageFiles) -> None:
+    """Makes each page of each file an image; the header of every file is read."""
+    headers = list(ask_all(_look_inside, files.paths))
+    pages = [[-1] if header is None or len(header.pages) == 1 else header.pages for header in headers]
+    counts = np.array([len(numbers) for numbers in pages])
+    rows = np.repeat(np.arange(len(pages)), counts)
+    files.paths = Selection([files.paths], rows, np.concatenate(pages))
+    files.labels = None if files.labels is None else files.labels[rows]
+    if (counts > 1).any():
+        files.notes.append(f"{counts[counts > 1].sum():,} of them pages of {(counts > 1).sum():,} files")
+
+
+def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, bad_images: str) -> Found:
+    """Looks at the headers of some files, drawn from `seed`, and decodes a few.
+
+    Args:
+        given: the range on the command line, or None.
+        bad_images: with "skip", depths may be mixed: the rarer one's files are skipped when they come.
+
+    Raises:
+        UserError: the set mixes depths and no range was given; none of the deep images can be read.
+    """
+    count = len(files.paths)
+    picked = np.arange(count)
+    if count > HEADERS:
+        picked = np.sort(np.random.default_rng(derive_seed(seed, 13)).choice(count, HEADERS, replace=False))
+    paths = [files.paths[i] for i in picked]
+    known = [pair for pair in zip(paths, ask_all(_look_inside, paths), strict=True) if pair[1]]
+    deep, flat, alpha, paged = (
+        [path for path, header in known if test(header)]
+        for test in (
+            lambda header: header.deep,
+            lambda header: not header.deep,
+            lambda header: header.alpha,
+            lambda header: len(header.pages) > 1,
+        )
+    )
+    of = "" if count <= HEADERS else f" of {HEADERS} looked at"
+    notes, warnings = [], []
+    if paged and not (
+        isinstance(files.paths, Selection) and files.paths.pages.max() >= 0
+    ):  # else each is one
+        pages = sum(len(header.pages) for _, header in known)
+        notes.append(f"{len(paged)} files{of} have several pages, {pages} in all: --pages all reads them all")
+    if alpha and channels in (1, 3):
+        warnings.append(
+            f"{len(alpha)} images{of} have an alpha channel or a fourth band, which is dropped: "
+            f"{_names(alpha)} (--in_chans {channels + 1} keeps it)"
+        )
+    if given is None and deep and flat and bad_images == "error":
+        raise UserError(
+            f"images of 8 bits ({_names(flat)}) and deeper ones ({_names(deep)}) in one set: sort them, or "
+            "say by --pixel_range LOW HIGH which values are black and white in all of them"
+        )
+    if len(flat) >= len(deep) if given is None else given == (0.0, 255.0) and not deep:
+        given, constant = None, _all_constant(flat[:FLAT], channels)
+    elif given is None:
+        given, how, constant = _measure(deep[:: max(1, len(deep) // PICTURES)][:PICTURES], channels)
+        notes.append(f"deeper than 8 bits, --pixel_range {' '.join(f'{v:g}' for v in given)} ({how})")
+    else:
+        constant = False
+    if constant:
+        warnings.append(f"all images looked at have one value only ({_names(paths)}): nothing to learn")
+    return Found(given, notes, warnings)
+
+
+def _names(paths: list[str]) -> str:
+    return some(map(printable, paths), 2)
+
+
+def _look_inside(path: str) -> Header | None:
+    """What a file's header says; None where it cannot be read, which the reading itself will tell."""
+    try:
+        with _open(path) as file:
+            head = file.read(HEAD)
+            return None if why_no_image(head) else read_header(head, file)
+    except UserError:  # a package is missing
+        raise
+    except Exception:  # on broken files parsers raise whatever they run into
+        return None
+
+
+def _all_constant(paths: list[str], channels: int) -> bool:
+    """Whether those that can be read have one value each; at the first that has not, no more are decoded."""
+    found = False
+    for path in paths:
+        try:
+            if np.ptp(read_image(path, channels)):
+                return False
+            found = True
+        except BadImage:
+            continue
+    return found
+
+
+def _measure(paths: list[str], channels: int) -> tuple[tuple[float, ...], str, bool]:
+    """(range, how it was found, whether all values are the same) of deep images.
+
+    What all headers declare, or percentiles of the values: once for grey and RGB, else per channel.
+    """
+    from util.data.deep import declared_range
+
+    pixels, declared, error = [], [], None
+    for path in paths:
+        try:
+            array = read_deep(path, channels).reshape(-1, channels)
+            with _open(path) as file:
+                declared.append(declared_range(file.read(HEAD), file))
+        except BadImage as bad:
+            error = bad
+            continue
+        pixels.append(array[:: -(-len(array) // PIXELS)].astype(np.float64))
+    if not pixels:
+        raise error
+    values = np.concatenate(pixels)
+    constant = bool(np.ptp(values) == 0)
+    if all(declared):
+        return (min(d[0] for d in declared), max(d[1] for d in declared)), "as the files declare", constant
+    values = values.reshape(-1, 1) if channels in (1, 3) else values
+    found = []
+    for column in values.T:
+        low = np.percentile(column, SHARES[0], method="lower")
+        high = np.percentile(column, SHARES[1], method="higher")
+        if low == high:  # nearly all values are the same
+            low, high = column.min(), column.max()
+        found += [float(low), float(high if low < high else low + 1)]
+    return tuple(found), f"measured on {len(pixels)} images", constant

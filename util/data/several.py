@@ -1,0 +1,78 @@
+"""Images of several places as one set, some of them, and pages of them, without copies of names."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from util.data.read import Place
+from util.errors import UserError
+from util.files import printable
+
+
+class Selection(Sequence):
+    """Image i is `rows[i]` of the `lists`, counted through; a page of it is named `file.tif#3`, from 1.
+
+    Args:
+        lists: of names, such as `PathList`. rows: int64 (n,), default: all. pages: int32 (n,), from 0;
+            -1, and default: the file as a whole.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[str]], rows=None, pages=None):
+        self.lists, self._ends = lists, np.cumsum([0, *map(len, lists)])
+        self.rows = np.arange(self._ends[-1]) if rows is None else np.asarray(rows, np.int64)
+        self.pages = np.full(len(self.rows), -1, np.int32) if pages is None else np.asarray(pages, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _locate(self, index: int) -> tuple[Sequence[str], int, int]:
+        row = self.rows[index]
+        part = int(np.searchsorted(self._ends, row, side="right")) - 1
+        return self.lists[part], int(row - self._ends[part]), int(self.pages[index])
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        names, row, page = self._locate(index)
+        return names[row] if page < 0 else Place(f"{names[row]}#{page + 1}", names[row], page)
+
+    def name(self, index: int) -> str:
+        """The name relative to the root of its list."""
+        names, row, page = self._locate(index)
+        return names.name(row) + (f"#{page + 1}" if page >= 0 else "")
+
+    def take(self, indices: Iterable[int]) -> "Selection":
+        """A new list of some of the images."""
+        indices = np.fromiter(indices, np.int64)
+        return Selection(self.lists, self.rows[indices], self.pages[indices])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.pages.nbytes + sum(names.nbytes for names in self.lists)
+
+
+def join(found: list):
+    """`ImageFiles` of several places as one set, None of none; without labels unless all have some."""
+    if not found:
+        return None
+    sources = [files.source for files in found]
+    if twice := [source for source in sources if sources.count(source) > 1]:
+        raise UserError(f"--data_path {printable(twice[0])}: is given twice")
+    joined = replace(
+        found[0],
+        source=" and ".join(sources),
+        paths=Selection([files.paths for files in found]),
+        labels=None,
+        classes=None,
+        ignored=sum(files.ignored for files in found),
+        kinds=sum((files.kinds for files in found), Counter()),
+        skipped=[pair for files in found for pair in files.skipped],
+        empty=[name for files in found for name in files.empty],
+    )
+    if all(files.labels is not None for files in found):
+        joined.classes = sorted({name for files in found for name in files.classes})
+        numbers = [np.searchsorted(joined.classes, files.classes).astype(np.int32) for files in found]
+        joined.labels = np.concatenate([n[files.labels] for n, files in zip(numbers, found, strict=True)])
+    return joined
