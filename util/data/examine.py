@@ -74,10 +74,10 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
     Raises:
         UserError: the set mixes depths and no range was given; none of the deep images can be read.
     """
-    count = len(files.paths)
+    count, headers = len(files.paths), min(HEADERS, getattr(files.paths, "probes", HEADERS))
     picked = np.arange(count)
-    if count > HEADERS:
-        picked = np.sort(np.random.default_rng(derive_seed(seed, 13)).choice(count, HEADERS, replace=False))
+    if count > headers:
+        picked = np.sort(np.random.default_rng(derive_seed(seed, 13)).choice(count, headers, replace=False))
     paths = [files.paths[i] for i in picked]
     known = [pair for pair in zip(paths, ask_all(_look_inside, paths), strict=True) if pair[1]]
     deep, flat, alpha, paged = (
@@ -89,7 +89,7 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
             lambda header: len(header.pages) > 1,
         )
     )
-    of = "" if count <= HEADERS else f" of {HEADERS} looked at"
+    of = "" if count <= headers else f" of {headers} looked at"
     notes, warnings = [], []
     if paged and not (
         isinstance(files.paths, Selection) and files.paths.pages.max() >= 0

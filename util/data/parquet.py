@@ -7,6 +7,7 @@ helps. Who reads them for many epochs makes tars of them first (`tools/make_shar
 import functools
 import json
 import os
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from util.data.stores import Shard, open_shard
 from util.errors import UserError
 from util.files import printable
+
+_lock = threading.Lock()
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,9 +57,10 @@ def parquet_rows(shard: Shard) -> Iterator[tuple[str | int | None, str]]:
 
 def parquet_image(shard: Shard, row: int) -> bytes:
     """The bytes of a row's image; raises OSError."""
-    ends = _open(shard)[3]
-    group = int(np.searchsorted(ends, row, "right"))
-    value = _row_group(shard, group)[row - (int(ends[group - 1]) if group else 0)].as_py()
+    with _lock:  # pyarrow's file is for one thread at a time
+        ends = _open(shard)[3]
+        group = int(np.searchsorted(ends, row, "right"))
+        value = _row_group(shard, group)[row - (int(ends[group - 1]) if group else 0)].as_py()
     if value is None:
         raise OSError("a row without bytes: its image lies elsewhere")
     return value
