@@ -180,7 +180,7 @@ class Members(Sequence):
 
     @property
     def probes(self) -> int:
-        """How many images may be opened for a look before the start: a Parquet file's cost a row group each."""
+        """How many images a look before the start may open: a Parquet file's cost a row group each."""
         return 16 if (self.columns["kind"][:1] == PARQUET).any() else len(self)
 
     @property
