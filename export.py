@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say
 from util.errors import TrainingError, UserError
 from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
@@ -102,9 +103,9 @@ def check_args(args: argparse.Namespace) -> None:
 def require_agreement(source: Source, differences: dict[str, float]) -> None:
     """Prints the differences; raises TrainingError (exit code 1) where one is too large, or not a number."""
     for what, value in differences.items():
-        print(f"  {what}: {value:.1e}")
+        say(f"  {what}: {value:.1e}")
     worst = max(differences, key=lambda what: (differences[what] != differences[what], differences[what]))
-    print(f"largest difference: {differences[worst]:.1e} ({worst})", flush=True)
+    say(f"largest difference: {differences[worst]:.1e} ({worst})")
     if not differences[worst] <= TOLERANCE:
         raise TrainingError(
             f"{source.path}: {worst}: a difference of {differences[worst]:.1e}, more than {TOLERANCE:g}; "
@@ -122,9 +123,9 @@ def main(args: argparse.Namespace) -> None:
     else:
         source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
-    print(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
+    say(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
     for note in source.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
     with output_folder(output, size) as folder, torch.no_grad():
         if args.to:
@@ -140,9 +141,9 @@ def main(args: argparse.Namespace) -> None:
             card = make_card(source, target.title, target.library, code, differences)
             (folder / "README.md").write_text(card, encoding="utf-8")
     if args.to:
-        print(f"written: {args.output}; load it with\n\n{target.module.usage(source, args.output)}")
+        say(f"written: {args.output}; load it with\n\n{target.module.usage(source, args.output)}")
     else:
-        print(f"written: {args.output}/model.pth; {checkpoint.advice(source)}")
+        say(f"written: {args.output}/model.pth; {checkpoint.advice(source)}")
 
 
 _PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}

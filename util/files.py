@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from util.console import escape
 from util.errors import UserError
 
 
@@ -83,7 +84,8 @@ def _as_umask_says(file: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written, and no folder at all
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -123,5 +125,4 @@ def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
 
 def printable(path: str | os.PathLike) -> str:
     """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else escape(c) for c in os.fsdecode(path))

@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say, write
 from util.errors import UserError
 from util.slurm.job import TrainingJob
 from util.slurm.local import check_job_dir, python_command, run_here, setup_lines
@@ -156,8 +157,8 @@ def submit(job: TrainingJob, args: argparse.Namespace, name: str) -> None:
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = [re.sub(r"^sbatch: (error: )?", "", line) for line in str(error).splitlines() if line]
         raise UserError(f"SLURM refused the job: {'; '.join(reasons)}") from None
-    print(f"submitted job {submitted.job_id}; logs, checkpoints and curves: {submitted.paths.folder}")
-    print(f"watch it: tail -F {submitted.paths.stdout}; end it: scancel {submitted.job_id}")
+    say(f"submitted job {submitted.job_id}; logs, checkpoints and curves: {submitted.paths.folder}")
+    say(f"watch it: tail -F {submitted.paths.stdout}; end it: scancel {submitted.job_id}")
 
 
 def launch(script: ModuleType, doc: str) -> None:
@@ -177,7 +178,7 @@ def launch(script: ModuleType, doc: str) -> None:
         job = TrainingJob(script.__name__, argparse.Namespace(**job_args))
         name = script.__name__.replace("main_", "mae_")
         if args.dry_run:
-            print(sbatch_script(args, name), end="")
+            write(sbatch_script(args, name))
         elif args.cluster == "local":
             sys.exit(run_here(job, args))
         else:
