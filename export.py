@@ -28,6 +28,7 @@ from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
+from util.files import printable
 from util.sizes import image_size
 
 TOLERANCE = 1e-4
@@ -123,9 +124,9 @@ def main(args: argparse.Namespace) -> None:
     else:
         source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
-    say(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
+    say(f"{printable(args.resume)}: {printable(source.kind)}; {verb} the {_PARTS[source.part]}")
     for note in source.notes:
-        say(f"note: {note}")
+        say(f"note: {printable(note)}")
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
     with output_folder(output, size) as folder, torch.no_grad():
         if args.to:
@@ -139,11 +140,11 @@ def main(args: argparse.Namespace) -> None:
         if args.to:
             code = target.module.usage(source, output.name)
             card = make_card(source, target.title, target.library, code, differences)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     if args.to:
-        say(f"written: {args.output}; load it with\n\n{target.module.usage(source, args.output)}")
+        say(f"written: {printable(args.output)}; load it with\n\n{target.module.usage(source, args.output)}")
     else:
-        say(f"written: {args.output}/model.pth; {checkpoint.advice(source)}")
+        say(f"written: {printable(args.output)}/model.pth; {checkpoint.advice(source)}")
 
 
 _PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}

@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
     weights = describe(read_file(args.resume, "--resume"), args.resume, args, part)
-    model, names = build(weights), []
+    model, names, name = build(weights), [], printable(args.resume)
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes
         names = [*stored[:count], *(f"class {i}" for i in range(len(stored), count))]
@@ -108,12 +108,12 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
     kind = (args.feature_kind or "mean") if args.features else None
     if kind in ("cls", "patches") and model.global_pool:
-        note(f"note: {args.resume} has a norm for the mean of its patches only: {kind} come without a norm")
+        note(f"note: {name} has a norm for the mean of its patches only: {kind} come without a norm")
 
     files, _ = find_inputs(args.images, args.bad_images)
     loader = prediction_loader(files, weights, args)
     size = "x".join(map(str, weights.input_size))
-    note(f"{args.resume}: {weights.kind}, {size} pixels; {len(files.paths)} images; {device}")
+    note(f"{name}: {printable(weights.kind)}, {size} pixels; {len(files.paths)} images; {device}")
     progress = progress_bar(len(files.paths))
     result = predict(
         model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
@@ -125,10 +125,10 @@ def main(args: argparse.Namespace) -> None:
     paths = [files.paths[i] for i in result.rows]
     if args.features:
         write_features(args.features, paths, result, kind, model.patch_embed.grid_size)
-        note(f"wrote {args.features}: {kind} features {'x'.join(map(str, result.features.shape))}")
+        note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
         write_csv(args.csv, paths, names, result)
-        note(f"wrote {args.csv}: {len(paths)} images")
+        note(f"wrote {printable(args.csv)}: {len(paths)} images")
     elif wants_classes and not say(table(paths, names, result)):
         raise TrainingError("the table could not be written to stdout")
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from util.console import say
 from util.errors import UserError
+from util.files import printable
 
 
 def log(message: str) -> None:
@@ -23,8 +24,8 @@ def note(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """As `note`, of what may be wrong."""
-    note(f"warning: {message}")
+    """As `note`, on one line, of what may be wrong."""
+    note(f"warning: {printable(message)}")
 
 
 def get_world_size() -> int:
