@@ -191,7 +191,8 @@ def main(args: argparse.Namespace) -> None:
 
     if attention_only:
         log(
-            f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, attention only"
+            f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, "
+            "attention only"
         )
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]

@@ -28,7 +28,7 @@ def say(text: str = "", file: TextIO | None = None) -> bool:
     Returns:
         False if the text is lost: the disk is full, or the stream is not there.
     """
-    return write(_UNSAFE.sub(lambda match: escape(match[0]), str(text)) + "\n", file)
+    return write(_UNSAFE.sub(lambda match: _escape(match[0]), str(text)) + "\n", file)
 
 
 def write(text: str, file: TextIO | None = None) -> bool:
@@ -51,7 +51,12 @@ def write(text: str, file: TextIO | None = None) -> bool:
     return True
 
 
-def escape(character: str) -> str:
+def one_line(text: str) -> str:
+    """`text` without anything that would end its line or steer a terminal."""
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
     r"""A character as Python writes it, `\x1b`; what stands for a byte of a file name as that byte."""
     code = ord(character)
     return f"\\x{code - 0xDC00:x}" if 0xDC80 <= code <= 0xDCFF else ascii(character)[1:-1]

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from util.console import escape
+from util.console import one_line
 from util.errors import UserError
 
 
@@ -125,4 +125,4 @@ def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
 
 def printable(path: str | os.PathLike) -> str:
     """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
-    return "".join(c if c.isprintable() else escape(c) for c in os.fsdecode(path))
+    return one_line(os.fsdecode(path))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from util import console
 from util.errors import TrainingError, UserError
-from util.files import printable
 from util.processes.signals import Interrupted
 
 
@@ -21,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {console.one_line(message)} (--help lists all flags)\n")
 
     def _print_message(self, message: str, file=None):
         if message:  # of --help and of errors
@@ -71,7 +70,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (UserError, TrainingError) as error:
-        text = printable(str(error))  # names in it may have line ends and worse
+        text = console.one_line(str(error))  # names in it may have line ends and worse
         text = text if len(text) <= 900 else f"{text[:600]} ... {text[-290:]}"
         _fail(f"{name}: error: {text}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:

@@ -6,9 +6,8 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
-from util.console import say
+from util.console import one_line, say
 from util.errors import UserError
-from util.files import printable
 
 
 def log(message: str) -> None:
@@ -25,7 +24,7 @@ def note(message: str) -> None:
 
 def warn(message: str) -> None:
     """As `note`, on one line, of what may be wrong."""
-    note(f"warning: {printable(message)}")
+    note(f"warning: {one_line(message)}")
 
 
 def get_world_size() -> int:
