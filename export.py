@@ -15,7 +15,6 @@ a difference of 1e-4 nothing is left and the exit code is 1.
 """
 
 import argparse
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
-from util.files import printable
+from util.files import nameable, printable
 from util.sizes import image_size
 
 TOLERANCE = 1e-4
@@ -134,7 +133,8 @@ def main(args: argparse.Namespace) -> None:
             outputs = target.module.check(source, folder)
         else:  # what was written against what it was read from
             checkpoint.write(source, folder)
-            outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), Path(source.path))
+            with nameable(source.path) as original:
+                outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), original)
         differences = {what: (theirs - ours).abs().max().item() for what, (theirs, ours) in outputs.items()}
         require_agreement(source, differences)
         if args.to:

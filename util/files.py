@@ -92,6 +92,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def nameable(path: str | os.PathLike) -> Iterator[Path]:
+    """A file or folder that is there, by a name that is UTF-8, as some libraries take no other."""
+    text = os.fspath(path)
+    if text == text.encode("utf-8", "replace").decode():
+        yield Path(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = None, make: bool = True) -> None:
     """Writes a small file in `folder` for a moment, which is made where there is none.
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
 from util.export.source import Source
-from util.files import printable, replacing_folder, some
+from util.files import nameable, printable, replacing_folder, some
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {
@@ -73,8 +73,8 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
             raise UserError(
                 f"--output {path}: {free / 2**20:.0f} MB are free, {1.1 * size / 2**20:.0f} MB are needed"
             )
-        with replacing_folder(path) as folder:
-            yield folder
+        with replacing_folder(path) as folder, nameable(folder) as named:
+            yield named
     except OSError as error:
         if error.errno is None:  # a library's own, which has nothing to do with the disk
             raise

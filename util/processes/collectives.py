@@ -24,7 +24,7 @@ def note(message: str) -> None:
 
 def warn(message: str) -> None:
     """As `note`, on one line, of what may be wrong."""
-    note(f"warning: {one_line(message)}")
+    note(f"warning: {one_line(str(message))}")
 
 
 def get_world_size() -> int:

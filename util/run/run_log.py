@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
-from util.files import printable, replacing
+from util.files import nameable, printable, replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
@@ -167,10 +167,9 @@ class CurveWriter:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         _expect_full_disks()
-        folder = str(log_dir)
-        if folder != folder.encode("utf-8", "replace").decode():  # bytes that TensorBoard cannot name
-            os.makedirs(folder, exist_ok=True)
-            folder = f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
+        os.makedirs(log_dir, exist_ok=True)
+        self.name = contextlib.ExitStack()  # until the writer is gone
+        folder = str(self.name.enter_context(nameable(log_dir)))
         self.writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
 
     def __getattr__(self, name: str):
