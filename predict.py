@@ -72,6 +72,9 @@ def check_args(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     if args.feature_kind and not args.features:
         raise UserError(f"--feature_kind {args.feature_kind}: needs --features FILE.npz")
+    if args.features and not args.features.endswith(".npz"):
+        text = "an .npz archive all the same: numpy.load(...)['features']; better name it .npz"
+        warn(f"--features {printable(args.features)}: becomes {text}")
     for flag in ("csv", "features"):
         if getattr(args, flag) is not None:
             check_output(f"--{flag}", getattr(args, flag))
