@@ -34,7 +34,7 @@ def say(text: str = "", file: TextIO | None = None) -> bool:
 def write(text: str, file: TextIO | None = None) -> bool:
     """As `say`, of text that is written as it is: a progress bar, help in colours."""
     file = _bare(sys.stdout if file is None else file)
-    if file is None:  # closed before the start, or a program without a console
+    if file is None:
         return False
     try:
         try:
@@ -120,6 +120,9 @@ def _fill_gaps() -> None:
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 atexit.register(_end_quietly)

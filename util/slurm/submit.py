@@ -27,7 +27,8 @@ def add_slurm_args(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("SLURM").add_argument
     # fmt: off
     flag("--ngpus", default=8, type=at_least(0), help="GPUs per node, with one process each")
-    flag("--gpus_per_node", default=None, type=at_least(0), metavar="N", help="the same as --ngpus; 0: no GPUs")
+    flag("--gpus_per_node", default=None, type=at_least(0), metavar="N",
+         help="the same as --ngpus; 0: no GPUs")
     flag("--tasks_per_node", default=None, type=at_least(1), metavar="N",
          help="processes per node of a job without GPUs (default: 1)")
     flag("--nodes", default=2, type=at_least(1), help="nodes (--cluster local: always 1)")
