@@ -60,7 +60,8 @@ def read_labels(folder: Path) -> list[tuple[str, float, str]]:
     Raises UserError for a row that is not of this form or whose picture is missing.
     """
     rows = []
-    for number, line in enumerate((folder / "labels.csv").read_text().splitlines(), 1):
+    text = (folder / "labels.csv").read_text(encoding="utf-8", errors="backslashreplace")
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

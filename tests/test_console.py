@@ -160,11 +160,11 @@ def test_a2_no_file_takes_the_number_of_a_closed_stream(tmp_path):
 def printing(path):
     """(line, what) of everything in a file that writes to a stream on its own."""
     for node in ast.walk(ast.parse((REPO / path).read_text(encoding="utf-8"))):
+        stream = getattr(getattr(node, "value", None), "attr", "")
         if isinstance(node, ast.Name) and node.id in ("print", "tqdm"):
             yield node.lineno, node.id
-        elif getattr(node, "attr", "") in ("write", "writelines", "flush", "buffer"):
-            if (stream := getattr(node.value, "attr", "")) in ("stdout", "stderr"):
-                yield node.lineno, f"{stream}.{node.attr}"
+        elif stream in ("stdout", "stderr") and getattr(node, "attr", "") in ("write", "flush", "buffer"):
+            yield node.lineno, f"{stream}.{node.attr}"
 
 
 def test_one_place_writes():

@@ -9,6 +9,7 @@ Run as a program, this module is the start of a job's processes. Importing it ne
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import runpy
@@ -111,8 +112,12 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
         sys.exit(stop.status)
 
     record = env.paths.folder / f".{env.job_id}-fruitless-starts"
-    count = 1 + (int(record.read_text()) if record.exists() else 0) if fruitless else 0
-    record.write_text(str(count))
+    count = 0
+    with contextlib.suppress(OSError, ValueError):  # none yet; cut short by a full disk
+        count = int(record.read_bytes())
+    count = count + 1 if fruitless else 0
+    with contextlib.suppress(OSError):
+        record.write_text(str(count))
     if count >= MAX_FRUITLESS_STARTS:
         raise TrainingError(
             f"{count} starts in a row ended before anything new was saved, so the job is not requeued; "
