@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
+from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags, seed_number
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.transforms import channel_stats
@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("run").add_argument
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
-    flag("--seed", default=0, type=int, help="of the random encoder, without --finetune")
+    flag("--seed", default=0, type=seed_number, help="of the random encoder, without --finetune")
     flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
     # fmt: on
     parser.set_defaults(global_pool=True)

@@ -220,8 +220,6 @@ def main(args: argparse.Namespace) -> None:
             break
         after.finish(epoch, stats, guard.reached_max_steps)
 
-    if guard.reached_max_steps:
-        log(f"stopped by --max_steps {args.max_steps}")
     close_run(log_writer, guard)
 
 

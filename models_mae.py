@@ -14,6 +14,7 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from util.compute.blocks import Block, run_blocks
+from util.console import say
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -279,9 +280,9 @@ def print_shapes(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> None:
         ("loss", model.forward_loss(imgs, pred, mask)),
     ]
     for name, tensor in steps:
-        print(f"{name:68s} {tuple(tensor.shape)}")
-    print(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        say(f"{name:68s} {tuple(tensor.shape)}")
+    say(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
 if __name__ == "__main__":

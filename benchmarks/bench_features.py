@@ -38,7 +38,7 @@ TARGET = 1.05
 
 def take_files(args) -> ImageFiles:
     """The first `args.images` images; the list starts again where there are fewer."""
-    found = find_images(args.data_path or ensure_demo_data(log=print), "train").paths
+    found = find_images(args.data_path or ensure_demo_data(log=say), "train").paths
     return ImageFiles("", "", PathList(found[i % len(found)] for i in range(args.images)))
 
 

@@ -31,6 +31,7 @@ from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
 from util.figures.canvas import panel_pixels
 from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
+from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise
 from util.weights.build import build
@@ -173,7 +174,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
         return draw({**state, "removed": ~state["removed"]})
 
     _, *titles = column_headings(player.model.norm_pix_loss, player.weights.sizes["in_chans"])
-    name = os.path.basename(player.weights.path)
+    name = printable(os.path.basename(player.weights.path))
     first = take(samples[0], 0.75, 0)
     with gradio.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
         gradio.Markdown(
@@ -238,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     weights = describe(read_file(args.resume, "--resume"), args.resume, args, "full")
     model = build(weights).to(device)
     for note in weights.notes:
-        log(f"note: {note}")
+        log(f"note: {printable(note)}")
     player = Player(model, weights, device)
     page = build_page(gradio, player, read_samples(player, args.samples))
     page.queue(default_concurrency_limit=1, max_size=32)

@@ -170,7 +170,7 @@ def write(picture: Image.Image, path: str) -> None:
         save_png(picture, path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
-    log(f"wrote {path} ({picture.width} x {picture.height} pixels)")
+    log(f"wrote {printable(path)} ({picture.width} x {picture.height} pixels)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -181,16 +181,19 @@ def main(args: argparse.Namespace) -> None:
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:
-        log(f"note: {note}")
+        log(f"note: {printable(note)}")
     paths, names = choose_images(args)
     masks = choose_masks(args, len(paths), model.patch_embed.grid_size)
     heads = weights.sizes["num_heads"] if args.attention else 0
     check_size(len(paths), max(1 + 3 * len(masks), 2 + heads), weights.input_size)
     images, labels = read_images(paths, names, weights, args.bad_images == "skip")
-    model, name = model.to(device), os.path.basename(weights.path)
+    model, name = model.to(device), printable(os.path.basename(weights.path))
 
     if attention_only:
-        log(f"{weights.path} holds no decoder ({weights.kind}): no reconstructions, attention only")
+        log(
+            f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, "
+            "attention only"
+        )
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from util.console import one_line
 from util.errors import UserError
 
 
@@ -83,9 +84,24 @@ def _as_umask_says(file: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written, and no folder at all
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def nameable(path: str | os.PathLike) -> Iterator[Path]:
+    """A file or folder that is there, by a name that is UTF-8, as some libraries take no other."""
+    text = os.fspath(path)
+    if text == text.encode("utf-8", "replace").decode():
+        yield Path(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
 
@@ -123,5 +139,4 @@ def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
 
 def printable(path: str | os.PathLike) -> str:
     """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return one_line(os.fsdecode(path))

@@ -40,6 +40,7 @@ def above(limit: float, advice: str = "") -> Bounded:
 
 fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
+seed_number = Bounded(int, lambda value: -(2**63) <= value < 2**64, "lie between -2^63 and 2^64 - 1")
 
 
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -47,11 +48,21 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     for action in parser._actions:
         value = getattr(args, action.dest, None)
         if isinstance(action.type, Bounded) and value is not None and not action.type.allows(value):
-            finite = "" if math.isfinite(value) or "lie" in action.type.rule else " and finite"
+            finite = "" if abs(value) < math.inf or "lie" in action.type.rule else " and finite"
             raise UserError(f"--{action.dest} {value}: must {action.type.rule}{finite}{action.type.advice}")
+    if any(action.dest == "warmup_epochs" for action in parser._actions) and not getattr(args, "eval", False):
+        _warn_of_warmup(getattr(args, "warmup_epochs", 0), getattr(args, "epochs", math.inf))
     start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
     if epochs is not None and start_epoch >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
+
+
+def _warn_of_warmup(warmup: int, epochs: int) -> None:
+    from util.processes.collectives import is_main_process, warn  # with torch
+
+    if warmup >= epochs and is_main_process():
+        text = f"--warmup_epochs {warmup}: not below --epochs {epochs}"
+        warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
 
 
 def add_training_args(parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False) -> None:
@@ -92,7 +103,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision; auto: bf16 where the GPU has it, else fp16; none on CPU")
-    flag("--seed", default=0, type=int)
+    flag("--seed", default=0, type=seed_number)
     flag("--resume", default="", metavar="auto|FILE|URL",
          help="go on from a checkpoint; auto: the newest good one in --output_dir, if any")
     flag("--start_epoch", default=0, type=at_least(0), metavar="N")

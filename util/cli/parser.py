@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
+from util import console
 from util.errors import TrainingError, UserError
 from util.processes.signals import Interrupted
 
@@ -19,7 +20,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {console.one_line(message)} (--help lists all flags)\n")
+
+    def _print_message(self, message: str, file=None):
+        if message:  # of --help and of errors
+            console.write(message, file or sys.stderr)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,12 +54,13 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     2: a mistake of the user's; 1: training cannot go on; 75: a signal, after saving; 130: Ctrl-C twice. With
     several processes, the one that failed first has the last word, and takes the others down.
     """
+    console.guard()
     args = parse_args(parser)
     with errors_in_one_line(parser.prog):
         try:
             main(args)
         except Interrupted as stop:
-            print(f"{parser.prog}: {stop}", file=sys.stderr, flush=True)
+            console.say(f"{parser.prog}: {stop}", sys.stderr)
             sys.exit(stop.status)
 
 
@@ -64,7 +70,9 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (UserError, TrainingError) as error:
-        _fail(f"{name}: error: {error}", 2 if isinstance(error, UserError) else 1)
+        text = console.one_line(str(error))  # names in it may have line ends and worse
+        text = text if len(text) <= 900 else f"{text[:600]} ... {text[-290:]}"
+        _fail(f"{name}: error: {text}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _fail(f"{name}: interrupted", 130)
     except Exception:
@@ -82,5 +90,5 @@ def _fail(message: str | None, status: int) -> None:
             group.fail(text, status, own_fault=not lost)
     if message is None:
         raise
-    print(message, file=sys.stderr, flush=True)
+    console.say(message, sys.stderr)
     sys.exit(status)

@@ -8,6 +8,7 @@ from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
 from util.errors import UserError
 from util.files import printable, some
+from util.processes.collectives import is_main_process, warn
 
 
 class LabelledImages(ImageDataset):
@@ -70,13 +71,16 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:
-    """Raises UserError unless `train` and `val` have the same classes."""
+    """Raises UserError unless `train` and `val` have the same classes; warns of a single one."""
     if train.classes != val.classes:
         texts = []
         for one, two in ((train, val), (val, train)):
             alone = sorted(set(one.classes) - set(two.classes))
             texts.append(f"only in {one.files.root}: {some(map(printable, alone)) or 'none'}")
         raise UserError(f"the classes of train and val differ ({'; '.join(texts)})")
+    if len(train.classes) == 1 and is_main_process():
+        name = f"{printable(train.files.root)}: one class ({printable(train.classes[0])})"
+        warn(f"{name}: nothing to tell apart, so every accuracy will be 100 %")
 
 
 def count_classes(args: Namespace, dataset: LabelledImages) -> int:

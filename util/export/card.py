@@ -38,8 +38,8 @@ def read_metrics(path: str, epoch: int | None) -> dict:
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # a line cut short by a full disk
+        except (ValueError, RecursionError):
+            continue  # a line cut short by a full disk, or rubbish
         number = record.get("epoch") if isinstance(record, dict) else None
         if isinstance(number, int) and (epoch is None or number <= epoch):
             found = record

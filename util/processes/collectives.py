@@ -1,4 +1,4 @@
-"""Start-up of one or many processes, the little they exchange, and logging by rank."""
+"""The little that processes exchange, and logging by rank."""
 
 import sys
 from argparse import Namespace
@@ -6,24 +6,25 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
+from util.console import one_line, say
 from util.errors import UserError
 
 
 def log(message: str) -> None:
-    """Prints on the first process only."""
+    """Prints on the first process only. Whatever stdout takes or not, the run goes on; see `util.console`."""
     if is_main_process():
-        print(message, flush=True)
+        say(message)
 
 
 def note(message: str) -> None:
     """Prints on standard error on any process, with its rank when there are several."""
     rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
-    print(f"{rank}{message}\n", end="", file=sys.stderr, flush=True)  # one write: of threads too
+    say(f"{rank}{message}", sys.stderr)
 
 
 def warn(message: str) -> None:
-    """As `note`, of what may be wrong."""
-    note(f"warning: {message}")
+    """As `note`, on one line, of what may be wrong."""
+    note(f"warning: {one_line(str(message))}")
 
 
 def get_world_size() -> int:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import uuid
 from argparse import Namespace
@@ -14,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from util import console
 from util.errors import UserError
 from util.processes import watch
 from util.processes.collectives import all_reduce_sum, barrier, gather, note
@@ -125,7 +125,7 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
         content = {"message": {"message": message, "extraInfo": extra}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
-    sys.stdout.flush()
+    console.write("")  # what others have printed
     watch.leave(status)  # without clean-up, which would wait for the others
 
 

@@ -12,7 +12,7 @@ import models_vit
 from util.cli.flags import at_least, check_flags
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
-from util.files import check_writable
+from util.files import check_writable, printable
 from util.processes.collectives import is_main_process, log, warn
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
@@ -146,7 +146,7 @@ def load_for_eval(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state)
     if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
         warn(f"--resume {source}: has weights that are not finite")
-    log(f"evaluating {source}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
+    log(f"evaluating {printable(source)}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
 
 
 def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:

@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import resource
 import statistics
 import sys
 import time
@@ -29,15 +28,16 @@ class SmoothedValue:
         self.total, self.count, self.fmt = 0.0, 0, fmt
 
     def update(self, value: float | torch.Tensor, n: int = 1) -> None:
-        """Adds `value` (a number or a scalar tensor on any device, not read now) with weight `n`."""
-        self.pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
+        """Adds `value` (a number or a scalar tensor on any device) as it is, unread, with weight `n`."""
+        # A copy on the device, which nobody waits for: the caller may go on computing in place
+        self.pending.append((value.detach().clone() if isinstance(value, torch.Tensor) else float(value), n))
 
     def flush(self) -> None:
         """Reads the pending values, one copy from the device for all; drops what is not finite."""
         tensors = [value for value, _ in self.pending if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         for value, n in self.pending:
-            value = next(numbers) if isinstance(value, torch.Tensor) else float(value)
+            value = next(numbers) if isinstance(value, torch.Tensor) else value
             if not math.isfinite(value):  # handled, and counted, elsewhere; here it would hide all others
                 continue
             self.recent.append(value)
@@ -132,8 +132,9 @@ class MetricLogger:
             self.meters[name].synchronize_between_processes()
 
     def averages(self) -> dict[str, float]:
-        """{name: average over the epoch}, of all processes, which must all call this."""
+        """{name: average over the epoch}, of all processes, which must all call this; prints them."""
         self.synchronize_between_processes()
+        log(f"Averaged stats: {self}")
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
     def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
@@ -215,12 +216,17 @@ class _Clock:
         texts = [f"time: {self.seconds_per_step:.4f}", f"data wait: {self.wait_percent:.1f} %"]
         if images_per_step:
             texts.insert(0, f"images/s: {images_per_step / max(self.seconds_per_step, 1e-9):.1f}")
-        return [*texts, f"max mem: {peak_memory_mb():.0f} MB"]
+        peak = peak_memory_mb()
+        return [*texts, *([] if peak is None else [f"max mem: {peak:.0f} MB"])]
 
 
-def peak_memory_mb() -> float:
-    """Peak memory in MB (2^20 bytes): the GPU's allocations or this process's resident memory."""
+def peak_memory_mb() -> float | None:
+    """Peak memory in MB (2^20 bytes): the GPU's allocations or the resident memory; None: unknown."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -169,6 +169,8 @@ def announce(
 
 def close_run(log_writer, guard: RunGuard) -> None:
     """Ends a run when all is on disk and all processes are here; `Interrupted` if a signal ended it."""
+    if guard.reached_max_steps:
+        log(f"stopped by --max_steps {guard.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.monotonic() - guard.start))}")
     if log_writer is not None:
         log_writer.close()

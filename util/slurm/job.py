@@ -9,6 +9,7 @@ Run as a program, this module is the start of a job's processes. Importing it ne
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import runpy
@@ -17,6 +18,7 @@ import sys
 import time
 
 from util.cli.parser import errors_in_one_line
+from util.console import say
 from util.errors import TrainingError
 from util.processes import signals
 from util.processes.nodes import run_command
@@ -106,12 +108,16 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
     # SLURM has ended it, by scancel or to requeue it itself; asked now, it would revive even a cancelled job
     ended = "JobState=COMPLETING" in state and "Reason=TimeLimit" not in state
     if ended or stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
-        print(stop, flush=True)
+        say(stop)
         sys.exit(stop.status)
 
     record = env.paths.folder / f".{env.job_id}-fruitless-starts"
-    count = 1 + (int(record.read_text()) if record.exists() else 0) if fruitless else 0
-    record.write_text(str(count))
+    count = 0
+    with contextlib.suppress(OSError, ValueError):  # none yet; cut short by a full disk
+        count = int(record.read_bytes())
+    count = count + 1 if fruitless else 0
+    with contextlib.suppress(OSError):
+        record.write_text(str(count))
     if count >= MAX_FRUITLESS_STARTS:
         raise TrainingError(
             f"{count} starts in a row ended before anything new was saved, so the job is not requeued; "
@@ -128,7 +134,7 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
                 f"saved, but SLURM did not requeue the job ({' '.join(result.stderr.split())}); to go on, "
                 f"submit again with --output_dir {env.paths.folder}"
             )
-    print(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again", flush=True)
+    say(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again")
     sys.exit(0 if slurm else LOCAL_RESTART)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
+from util.files import nameable
 from util.processes.collectives import gather, is_main_process, warn
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
@@ -68,9 +69,10 @@ def _read_safetensors(path: str) -> dict:
     from safetensors import safe_open  # comes with timm
     from safetensors.torch import load_file
 
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
-    content = {"model": load_file(path)}
+    with nameable(path) as named:
+        with safe_open(named, "pt") as file:
+            stored = file.metadata() or {}
+        content = {"model": load_file(named)}
     for name in ("args", "model_info", "epoch"):
         with contextlib.suppress(KeyError, ValueError):
             content[name] = json.loads(stored[name])
