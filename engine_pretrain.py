@@ -1,4 +1,4 @@
-"""One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
+"""One epoch of masked-autoencoder pre-training, and the validation loss."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -83,7 +83,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, args: Namespace) -> float:
-    """Reconstruction loss over held-out images, each masked the same way every time.
+    """Reconstruction loss over validation images, each masked the same way every time.
 
     Args:
         data_loader: batches (images, labels, indices); each process gives its own share of the images.

@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--save_freq", default=20, type=at_least(1),
          help="epochs between checkpoints; the last is always saved")
     flag("--vis_freq", default=20, type=at_least(0),
-         help="epochs between reconstruction pictures and held-out losses (0: never)")
+         help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     # fmt: on
@@ -109,11 +109,11 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
 
 
 class EpochEnd:
-    """What comes after an epoch's training and its checkpoint: held-out loss, k-NN, pictures, log.
+    """What comes after an epoch's training and its checkpoint: validation loss, k-NN, figures, log.
 
     Args:
         model: bare.
-        val_set: held-out images, each of which counts once; or None.
+        val_set: validation images, each of which counts once; or None.
     """
 
     def __init__(self, args: argparse.Namespace, run: Run, model, dataset, val_set, log_writer):
