@@ -125,7 +125,7 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(images, tmp_path
     code, out = pretrain(2, images, tmp_path / "other", *flags, "--max_steps", "4")
     assert code == 0, out
     code, out = pretrain(1, images, tmp_path / "other", "--batch_size", "6", "--resume", "auto")
-    assert code == 2 and "effective batch of 8, now it is 6" in out
+    assert code == 2 and "effective batch 8 -> 6" in out
     code, out = pretrain(
         1, images, tmp_path / "other", "--batch_size", "4", "--accum_iter", "2", "--resume", "auto"
     )

@@ -87,11 +87,6 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     if written_by != recipe:
         raise UserError(f"--resume {source}: was written by main_{written_by}.py; use that script")
     adopt_model_info(args, info, source, given)
-    stored = content.get("args") or {}
-    if "optimizer" in content and not args.eval and "trainable_blocks" in stored:
-        stored, own = stored["trainable_blocks"], getattr(args, "trainable_blocks", None)
-        if stored != own:
-            raise UserError(f"--trainable_blocks {own}: {source} was trained with {stored}")
     return checkpoint
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from util.errors import UserError
 from util.files import replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
+from util.run import owner
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
 _NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
@@ -51,7 +52,8 @@ class StepCurves:
 def write_log(output_dir: str | Path | None, record: dict) -> None:
     """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process.
 
-    NaN and inf become null. A full disk is warned about; training goes on.
+    NaN and inf become null; 'run' is the id of the run that holds the folder. A full disk is warned about;
+    training goes on.
     """
     if not output_dir or not is_main_process():
         return
@@ -59,6 +61,8 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
+    if run := owner.run_id(output_dir):
+        record["run"] = run
     try:
         with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -66,8 +70,11 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         warn(f"{output_dir}/log.txt: not written: {error.strerror or error}")
 
 
-def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
+def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[str | None] = ()) -> bool:
     """Drops the lines of `log.txt` from `start_epoch` on, which will come again; on the first process.
+
+    Args:
+        runs: ids of the run, and of the one that it goes on from; lines of others are not looked at.
 
     Returns whether the epoch before has its line (on all processes).
     """
@@ -77,7 +84,11 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                epoch = json.loads(line)["epoch"]
+                record = json.loads(line)
+                if "run" in record and record["run"] not in runs:
+                    kept.append(line + "\n")
+                    continue
+                epoch = record["epoch"]
                 there = there or epoch == start_epoch - 1
                 if epoch < start_epoch:
                     kept.append(line + "\n")

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
-from util.processes.collectives import gather, is_main_process, warn
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "model.pth")
@@ -110,40 +109,17 @@ def read_json(path: Path) -> dict:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a folder, the last written first: an older run may have come further there."""
+    """Checkpoints of a folder, the furthest first by their names."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in Path(output_dir).iterdir():
-            if match := _NAME.fullmatch(path.name):
-                epoch, step = int(match[1]), match[2]
-                position = (epoch, int(step)) if step else (epoch + 1, 0)
-                with contextlib.suppress(FileNotFoundError):  # removed by its run
-                    found.append((path.stat().st_mtime_ns, position, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+        found = [path for path in Path(output_dir).iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=position_in_name, reverse=True)
 
 
-def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a folder and its content; unreadable ones are passed over with a
-    warning. The first process chooses for all.
-
-    Raises:
-        UserError: another process cannot read what the first one chose.
-    """
-    chosen = content = None
-    if is_main_process():
-        for path in list_checkpoints(output_dir):
-            try:
-                content = read_file(path)
-                if "model" in content:
-                    chosen = path
-                    break
-                warn(f"{path}: holds no model; passed over")
-            except UserError as error:
-                warn(f"{error}; passed over for the one before")
-    chosen = gather(chosen)[0]
-    if chosen is None:
-        return None
-    return chosen, content if is_main_process() else read_file(chosen)
+def position_in_name(path: Path) -> tuple[int, int]:
+    """(complete epochs, micro-steps of the next) that a checkpoint's name says."""
+    epoch, step = _NAME.fullmatch(path.name).groups()
+    return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
 
 
 def is_inside_epoch(path: Path) -> bool:
