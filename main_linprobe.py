@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--cache_views", default=1, type=at_least(1), metavar="V",
          help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
     # fmt: on
-    add_training_args(parser, backward=False)
+    add_training_args(parser, backward=False, folder="./output_linprobe")
     return parser
 
 

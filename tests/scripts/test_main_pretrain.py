@@ -158,9 +158,7 @@ def test_repeated_augmentation(images, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "= 4, 6 micro-steps an epoch" in text and "2 epochs are 4 effective epochs" in text
     run(images, tmp_path / "parts", *flags, "--max_steps", "8")
-    with pytest.raises(
-        UserError, match="inside an epoch, .*: repeated_aug 2 -> 4; keep to it"
-    ):
+    with pytest.raises(UserError, match=r"inside an epoch, .*: repeated_aug 2 -> 4; keep to it"):
         run(images, tmp_path / "parts", *flags, "--repeated_aug", "4", "--resume", "auto")
     run(images, tmp_path / "parts", *flags, "--resume", "auto")
     assert_same(

@@ -71,9 +71,10 @@ class PathList(Sequence):
         Class folders are parts of the names, so labels need no digest of their own.
         """
         names = self._buffer if os.sep == "/" else self._buffer.replace(os.fsencode(os.sep), b"/")
-        if names.startswith(b"/"):  # a list of full paths: without the folder that all lie in
-            parts = names[:-1].split(b"\0")
-            common = os.path.commonpath(map(os.path.dirname, (min(parts), max(parts)))) + b"/"
+        parts = names[:-1].split(b"\0") if names.startswith(b"/") else [b""]
+        ends = min(parts), max(parts)
+        if all(path.startswith(b"/") for path in ends):  # full paths: without the folder that all lie in
+            common = os.path.commonpath(map(os.path.dirname, ends)) + b"/"
             names = (b"\0" + names).replace(b"\0" + common, b"\0")[1:]
         return hashlib.sha256(names).hexdigest()
 

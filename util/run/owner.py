@@ -81,7 +81,8 @@ def release() -> None:
 def _ourselves() -> dict:
     """What tells this process from others; of a SLURM job also which of its starts this is."""
     job = {name.lower(): os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")}
-    return {"host": socket.gethostname(), "pid": os.getpid(), **job}
+    known = {name: value for name, value in job.items() if value is not None}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **known}
 
 
 def _take(lock: filelock.FileLock, folder: Path) -> bool:
@@ -104,7 +105,7 @@ def _works(owner: dict) -> bool:
     """Whether the process of a record may still be there; of another machine that is not known."""
     own = _ourselves()
     job, start = (owner.get(name) for name in ("slurm_job_id", "slurm_restart_count"))
-    if job and job == own["slurm_job_id"] and start != own["slurm_restart_count"]:
+    if job and job == own.get("slurm_job_id") and start != own.get("slurm_restart_count"):
         return False  # SLURM ends a start of a job before the next
     if owner.get("host") != own["host"]:
         return "host" in owner
@@ -129,7 +130,7 @@ def read_record(folder: str | os.PathLike) -> dict:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(Path(folder, ".run.json").read_text(encoding="utf-8"))
         if isinstance(record, dict):
-            return record
+            return {name: value for name, value in record.items() if name == "pid" or isinstance(value, str)}
     return {}
 
 
@@ -162,7 +163,7 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     _id = id_of(content) if source else None if anew else read_record(_folder).get("id")
     if _id and source and any(id_at(path) == _id for path in _further(position_of(content))):
         _id = None
-    _id = _id if isinstance(_id, str) else uuid.uuid4().hex
+    _id = _id or uuid.uuid4().hex
     record = {"id": _id, **_ourselves()}
     if source and "://" not in source:
         source = os.path.abspath(source)  # in the folder by its name alone, so that both can be moved

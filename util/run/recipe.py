@@ -29,7 +29,7 @@ RULES = {
 _BY_SHAPE = ("model", "patch_size", "decoder_embed_dim", "decoder_depth")  # not given: the model's own
 
 
-def check_settings(
+def check_changes(
     args: Namespace,
     content: dict,
     source: str,

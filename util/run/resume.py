@@ -11,7 +11,7 @@ from util.files import some
 from util.processes.collectives import check_agreement, gather, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.run import owner
-from util.run.recipe import check_settings
+from util.run.recipe import check_changes
 from util.weights.files import list_checkpoints, position_in_name, read_file
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
@@ -77,7 +77,7 @@ def _choose(output_dir: str) -> Checkpoint | None:
             f"--resume auto: no checkpoint of this run in {output_dir} can be read ({some(unread)}), and "
             "nothing is overwritten; pass --resume FILE or another --output_dir, or move what is damaged away"
         )
-    if best is None and isinstance(record.get("from"), str):
+    if best is None and "from" in record:
         source = record["from"] if "://" in record["from"] else os.path.join(output_dir, record["from"])
         return Checkpoint(source, read_file(source, "--resume"))
     if best and not own:
@@ -134,7 +134,7 @@ def restore_run(
     start_epoch = content["epoch"] + 1 if trains else 0
     complete = trains and epochs is not None and start_epoch >= epochs
     if not getattr(args, "eval", False):
-        check_settings(args, content, source, listing, complete and listing is not None, given)
+        check_changes(args, content, source, listing, complete and listing is not None, given)
     load_state(model, state)
     if not trains:
         log(f"resume: {source} holds weights only; optimizer and epoch start anew")

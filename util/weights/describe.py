@@ -86,7 +86,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     stored = stored_settings(content)
     used = (*_UNSEEN, "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
-    _check_settings({name: stored.get(name) for name in used}, where)
+    _check_changes({name: stored.get(name) for name in used}, where)
     info = _info_of_tensors(state, stored)
     known = _known_flags(state, stored, info)
     said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}
@@ -189,7 +189,7 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
 def read_model_info(content: dict) -> dict:
     """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
     if isinstance(content.get("model_info"), dict):
-        _check_settings(content["model_info"])
+        _check_changes(content["model_info"])
         return dict(content["model_info"])
     state, _ = encoder_state(content)
     return _info_of_tensors(state, stored_settings(content)) if has_encoder(state) else {}
@@ -218,7 +218,7 @@ def _head(state: dict) -> str | None:
     return next((key for key in ("head.weight", "head.1.weight") if key in state), None)
 
 
-def _check_settings(info: dict, whose: str = "the checkpoint's model_info") -> None:
+def _check_changes(info: dict, whose: str = "the checkpoint's model_info") -> None:
     """Raises UserError for settings that no model can be built from."""
 
     def numbers(value, kind=int, least: float = 1) -> bool:
