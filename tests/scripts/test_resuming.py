@@ -160,9 +160,9 @@ def test_a10_one_rule_for_every_flag_of_every_script(script, capsys):
             text = "effective batch" if name in ("batch_size", "accum_iter") else name
             if group == "model" or (group in ("data", "recipe") and "step" in position):
                 with pytest.raises(UserError, match=f"{text} "):
-                    recipe.check_changes(args, content, "x.pth")
+                    recipe.check_changes(args, content, "x.pth", {})
             else:
-                recipe.check_changes(args, content, "x.pth")
+                recipe.check_changes(args, content, "x.pth", {})
                 err, warned = capsys.readouterr().err, group != "machine"
                 assert (f"checkpoint's: {text} " in err) == warned and err.count("\n") == warned
 

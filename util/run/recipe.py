@@ -42,7 +42,8 @@ def check_changes(
     Args:
         args: of the run. content: of the checkpoint, `source` its name; older ones say less, and what they do
             not say is not compared.
-        listing: `describe_data` of the run's data; None: not known.
+        listing: `describe_data` of the run's data; None: of another loop than our scripts', whose settings
+            need not be those of its model.
         finished: nothing is left to do, so that data and recipe must be the same.
         start_epoch: that was asked for, which the checkpoint decides; 0: none.
 
@@ -51,7 +52,7 @@ def check_changes(
     """
     saved = content.get("args") if isinstance(content.get("args"), dict) else {}
     weights_only = "optimizer" not in content
-    for name, theirs, own in _changes("model", args, saved):
+    for name, theirs, own in _changes("model", args, saved) if listing is not None else ():
         if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name == "trainable_blocks"):
             continue
         own, theirs = _text(own), _text(theirs)
