@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import socket
 import sys
 import time
 from collections import Counter
@@ -119,7 +120,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
         if path.exists() and json.loads(path.read_text()) != settings:
             raise UserError(f"DST {printable(args.dst)}: was made with other settings ({path.read_text()})")
         path.write_text(json.dumps(settings))
-        for name in os.listdir(args.spare):
+        for name in os.listdir(args.spare) if args.lock.is_locked else ():  # else another run's, perhaps
             os.unlink(os.path.join(args.spare, name))
     except (OSError, ValueError) as error:
         raise UserError(f"DST {printable(args.dst)}: {getattr(error, 'strerror', None) or error}") from None
@@ -130,10 +131,13 @@ def _lock(path: Path) -> filelock.FileLock:
     """A lock that no other run of this command has; it is held until this one ends, however it ends."""
     path.touch()
     lock = filelock.FileLock(path)
+    owner = path.with_name("owner")
     try:
         lock.acquire(timeout=1, poll_interval=0.1)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except filelock.Timeout:
-        raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
+        who = printable(owner.read_text()) if owner.exists() else "another run"
+        raise UserError(f"{printable(path.parents[1])}: {who} is writing there") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     return lock

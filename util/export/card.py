@@ -58,6 +58,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     args, epoch = source.content.get("args"), source.content.get("epoch")
     args = args if isinstance(args, dict) else {}
     metrics = read_metrics(source.path, epoch if isinstance(epoch, int) else None)
+    metrics.pop("run", None)  # its id
     card = render(
         "card.md",
         source,
