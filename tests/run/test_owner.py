@@ -114,13 +114,14 @@ def auto(folder):
     return found and os.path.relpath(found.source, folder), run
 
 
-def test_a7_the_furthest_is_known_by_what_is_inside(tmp_path):
+def test_a7_the_furthest_is_known_by_what_is_inside(tmp_path, capsys):
     run = begin(tmp_path, (0, 1, 9, 10))
     future = time.time() + 1e8
     os.utime(tmp_path / "checkpoint-0.pth", (future, future))
     assert auto(tmp_path) == ("checkpoint-10.pth", run)
     shutil.copy(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-500.pth")  # a name may say anything
     assert auto(tmp_path)[0] == "checkpoint-10.pth"
+    assert "checkpoint-500.pth: its name says another epoch" in capsys.readouterr().err
 
 
 def test_a7_keep_checkpoints_removes_by_position_and_only_this_runs(tmp_path):

@@ -46,7 +46,7 @@ def claim(output_dir: str | os.PathLike) -> None:
         return
     release()
     check_writable("--output_dir", folder, f"{printable(output_dir)}:")
-    lock = filelock.FileLock(folder / ".run.lock", thread_local=False)
+    lock = filelock.FileLock(folder / ".run.lock", mode=0o666, thread_local=False)
     deadline, told = time.monotonic() + PATIENCE, False
     while not _take(lock, folder):
         if not told:
@@ -109,6 +109,8 @@ def _works(owner: dict) -> bool:
         return False  # SLURM ends a start of a job before the next
     if owner.get("host") != own["host"]:
         return "host" in owner
+    if os.name == "nt":  # has locks everywhere, and no way to ask for a process without harm
+        return True
     try:
         os.kill(owner.get("pid"), 0)
     except PermissionError:

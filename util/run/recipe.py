@@ -1,10 +1,12 @@
 """Which settings a run must keep when it is resumed: one table and one rule for all training scripts."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from util.errors import UserError
 from util.files import printable
 from util.processes.collectives import is_main_process, warn
+from util.weights.files import is_inside_epoch, list_checkpoints
 
 # Every flag of the three scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
@@ -67,9 +69,11 @@ def check_changes(
         if name != "data_path" or "files" not in run or not listing
     ]
     if changed and content.get("step"):
+        there = list_checkpoints(Path(source).parent) if "://" not in source else []
+        whole = next((f" ({path})" for path in there if not is_inside_epoch(path)), "")
         raise UserError(
             f"--resume {source}: was saved inside an epoch, and this command differs: {', '.join(changed)}; "
-            "keep to it until the epoch's end, or resume from a checkpoint of a whole epoch"
+            f"keep to it until the epoch's end, or resume from a checkpoint of a whole epoch{whole}"
         )
     stored = run.get("held_out") if isinstance(run.get("held_out"), dict) else {}
     changed += [f"held-out {text}" for text in _data_changes(stored, (listing or {}).get("held_out"))]

@@ -68,6 +68,8 @@ def _choose(output_dir: str) -> Checkpoint | None:
             warn(f"{error}; passed over for the one before")
             unread.append(path.name)
             continue
+        if owner.position_of(content) != position_in_name(path):
+            warn(f"{path}: its name says another epoch than its entries, which count")
         if own and owner.id_of(content) != own:
             passed += 1
         elif not best or owner.position_of(content) > owner.position_of(best.content):
