@@ -156,6 +156,10 @@ def test_a8_files_without_an_id_are_taken_where_the_folder_has_none(tmp_path, ca
     assert auto(tmp_path)[0] == name  # killed before its first save, it starts from there again
     begin(tmp_path, (1,), tmp_path / name)
     assert auto(tmp_path)[0] == "checkpoint-1.pth" and not capsys.readouterr().err
+    shutil.copytree(
+        tmp_path, tmp_path / "emptied", ignore=lambda *_: ["checkpoint-0.pth", "checkpoint-1.pth"]
+    )
+    assert auto(tmp_path / "emptied")[0] is None  # whoever removes them wants to begin anew
     (tmp_path / ".run.json").unlink()
     for path in ("checkpoint-0.pth", "checkpoint-1.pth"):
         os.utime(tmp_path / path, (1e9 - 1e3 * int(path[11]),) * 2)

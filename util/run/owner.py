@@ -1,8 +1,8 @@
 """Which run an output folder belongs to, and who writes there now.
 
-`.run.json` says it: the id of the run, process and host of its last start, and, until the run has saved
-something of its own, the file that it started from. `.run.lock` is locked while a run is at work, so that no
-second one mixes its files with the first one's.
+`.run.json` says it: the id of the run, process and host of its last start, and, for as long as the run has
+saved nothing of its own, the file that it started from. `.run.lock` is locked while a run is at work, so that
+no second one mixes its files with the first one's.
 """
 
 import contextlib
@@ -168,8 +168,9 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     _id = _id or uuid.uuid4().hex
     record = {"id": _id, **_ourselves()}
     if source and "://" not in source:
-        source = os.path.abspath(source)  # in the folder by its name alone, so that both can be moved
-        source = source if Path(source).parent != _folder else Path(source).name
+        path = Path(os.path.abspath(source))
+        inside = path.parent == _folder  # by its name alone, so that both can be moved
+        source = None if inside and id_of(content) == _id else path.name if inside else str(path)
     record |= {"from": source} if source else {}
     try:
         _write_record(record)

@@ -79,8 +79,9 @@ def _choose(output_dir: str) -> Checkpoint | None:
             f"--resume auto: no checkpoint of this run in {output_dir} can be read ({some(unread)}), and "
             "nothing is overwritten; pass --resume FILE or another --output_dir, or move what is damaged away"
         )
-    if best is None and "from" in record:
-        source = record["from"] if "://" in record["from"] else os.path.join(output_dir, record["from"])
+    start = record.get("from", "") if best is None else ""
+    if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
+        source = start if "://" in start else os.path.join(output_dir, start)
         return Checkpoint(source, read_file(source, "--resume"))
     if best and not own:
         _warn_of_later(best, paths)
