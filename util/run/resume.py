@@ -28,13 +28,14 @@ def read_resume(args) -> Checkpoint | None:
     Raises:
         UserError: unreadable, or with entries that no run has written.
     """
+    verify = not getattr(args, "no_verify", False)
     if args.resume == "auto":
-        newest = find_newest(args.output_dir) if args.output_dir else None
+        newest = find_newest(args.output_dir, verify) if args.output_dir else None
         if newest is None:
             return None
         checkpoint = Checkpoint(str(newest[0]), newest[1])
     elif args.resume:
-        checkpoint = Checkpoint(args.resume, read_file(args.resume, "--resume"))
+        checkpoint = Checkpoint(args.resume, read_file(args.resume, "--resume", verify))
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
