@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from util.errors import UserError
+from util.files import shown
 from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.weights.files import find_newest, list_checkpoints, read_file
@@ -116,7 +117,7 @@ def _warn_of_changes(args, content: dict) -> None:
     names = "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter"
     saved, own = content.get("args") or {}, vars(args)
     changed = [
-        f"{name} {saved[name]} -> {own[name]}"
+        f"{name} {shown(saved[name])} -> {own[name]}"
         for name in (*names.split(), "mean", "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
         if name in saved and name in own and str(saved[name]) != str(own[name])
     ]
