@@ -15,12 +15,12 @@ a difference of 1e-4 nothing is left and the exit code is 1.
 """
 
 import argparse
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from util.cli.flags import add_verify_arg
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import TrainingError, UserError
 from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
@@ -28,6 +28,7 @@ from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
 from util.sizes import image_size
+from util.weights.files import fetch
 
 TOLERANCE = 1e-4
 
@@ -67,6 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--resume", required=True, metavar="FILE|URL|DIR",
          help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
               "Face or timm model")
+    add_verify_arg(flag)
     flag("--to", choices=TARGETS, help="what to write")
     flag("--from", choices=[name for name, target in TARGETS.items() if hasattr(target.module, "read")],
          dest="from_",
@@ -132,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
             outputs = target.module.check(source, folder)
         else:  # what was written against what it was read from
             checkpoint.write(source, folder)
-            outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), Path(source.path))
+            outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), fetch(source.path))
         differences = {what: (theirs - ours).abs().max().item() for what, (theirs, ours) in outputs.items()}
         require_agreement(source, differences)
         if args.to:

@@ -97,6 +97,7 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
     flag("--seed", default=0, type=int)
     flag("--resume", default="", metavar="auto|FILE|URL",
          help="go on from a checkpoint; auto: the furthest good one of the run in --output_dir, if any")
+    add_verify_arg(flag)
     flag("--start_epoch", default=0, type=at_least(0), metavar="N")
     flag("--max_steps", default=0, type=at_least(0), metavar="N",
          help="save and stop after N optimizer steps in all (0: no limit)")
@@ -108,6 +109,12 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
     # fmt: on
+
+
+def add_verify_arg(flag: Callable) -> None:
+    """The flag of scripts that read weights; `flag`: a group's or parser's `add_argument`."""
+    flag("--no_verify", action="store_true",
+         help="read weights without comparing them with the checksums in the file")  # fmt: skip
 
 
 def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Callable:

@@ -12,7 +12,6 @@ import os
 import socket
 import time
 import uuid
-from argparse import Namespace
 from pathlib import Path
 
 import filelock
@@ -22,6 +21,7 @@ from util.errors import UserError
 from util.files import check_writable, printable, replacing
 from util.processes.collectives import note
 from util.weights.files import list_checkpoints, position_in_name
+from util.weights.schema import STAND_INS
 
 PATIENCE = 10.0  # seconds that a run before has for its end: a scheduler may start the next one early
 _SETTLE = 0.5  # seconds after which a folder without locks shows who wrote last
@@ -208,7 +208,7 @@ def id_at(path: Path) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _peek(path: str, size: int, time_ns: int) -> str | None:
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whatever is in the file
         return ""

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from util.errors import UserError
-from util.files import printable
+from util.files import shown
 from util.processes.collectives import is_main_process, warn
 from util.weights.files import is_inside_epoch, list_checkpoints
 
@@ -18,9 +18,9 @@ GROUPS = {
     "weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
     "mixup_switch_prob mixup_mode amp_dtype seed finetune",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
-    "compile compile_mode grad_checkpointing output_dir log_dir resume start_epoch max_steps save_freq "
-    "save_minutes keep_checkpoints vis_freq knn_freq print_freq skip_nonfinite bad_images eval dist_eval "
-    "save_predictions resplit",
+    "compile compile_mode grad_checkpointing output_dir log_dir resume no_verify start_epoch max_steps "
+    "save_freq save_minutes keep_checkpoints vis_freq knn_freq print_freq skip_nonfinite bad_images eval "
+    "dist_eval save_predictions resplit",
 }
 RULES = {
     "model": "a change is an error",
@@ -137,5 +137,4 @@ def _plain(value):
 
 
 def _text(value) -> str:
-    text = printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shown(" ".join(map(str, value)) if isinstance(value, list | tuple) else value)

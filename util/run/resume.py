@@ -37,21 +37,24 @@ def read_resume(args) -> Checkpoint | None:
             none can be read.
     """
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
+    verify = not getattr(args, "no_verify", False)
     if resume == "auto":
-        chosen = _choose(output_dir) if output_dir and is_main_process() else None
+        chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
         source = gather(chosen and chosen.source)[0]  # the first process chooses for all
         if source is None:
             return None
-        checkpoint = chosen or Checkpoint(source, read_file(source, "--resume"))
+        checkpoint = chosen or Checkpoint(
+            source, read_file(source, "--resume", verify=False)
+        )  # it has done so
     elif resume:
-        checkpoint = Checkpoint(resume, read_file(resume, "--resume"))
+        checkpoint = Checkpoint(resume, read_file(resume, "--resume", verify))
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
     return checkpoint
 
 
-def _choose(output_dir: str) -> Checkpoint | None:
+def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
     """What "auto" is; what cannot be read is passed over with a warning, another run's files without."""
     record, paths = owner.read_record(output_dir), list_checkpoints(output_dir)
     own, best, passed, unread = record.get("id"), None, 0, []
@@ -61,7 +64,7 @@ def _choose(output_dir: str) -> Checkpoint | None:
         if passed and owner.id_at(path) not in (own, ""):
             continue  # where many files are in the way, a look at each is enough
         try:
-            content = read_file(path)
+            content = read_file(path, verify=verify)
             if "model" not in content:
                 raise UserError(f"{path}: holds no model")
         except UserError as error:
@@ -82,7 +85,7 @@ def _choose(output_dir: str) -> Checkpoint | None:
     start = record.get("from", "") if best is None else ""
     if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
         source = start if "://" in start else os.path.join(output_dir, start)
-        return Checkpoint(source, read_file(source, "--resume"))
+        return Checkpoint(source, read_file(source, "--resume", verify))
     if best and not own:
         _warn_of_later(best, paths)
     return best

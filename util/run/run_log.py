@@ -15,6 +15,7 @@ from util.errors import UserError
 from util.files import replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 from util.run import owner
+from util.weights.schema import plain
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
 _NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
@@ -118,7 +119,7 @@ def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
     """
     log("\n".join(facts))
     if log_writer is not None:
-        settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NO_SETTING}
+        settings = {name: v for name, v in sorted(plain(vars(args)).items()) if name not in _NO_SETTING}
         step = int(1000 * getattr(args, "start_epoch", 0))
         log_writer.add_run(run_text(settings, facts), settings, metrics, step)
 
