@@ -165,6 +165,7 @@ def check_entries(content: dict, source: str) -> None:
         "best_acc1": real(-1, 100),
         "evaluated": lambda v: isinstance(v, bool),
         "model_info": lambda v: isinstance(v, dict),
+        "run": lambda v: isinstance(v, dict) and can_be_shown(v),
     }
     for name, test in tests.items():
         if name in content and not test(content[name]):
