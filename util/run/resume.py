@@ -40,12 +40,10 @@ def read_resume(args) -> Checkpoint | None:
     verify = not getattr(args, "no_verify", False)
     if resume == "auto":
         chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
-        source = gather(chosen and chosen.source)[0]  # the first process chooses for all
+        source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
         if source is None:
             return None
-        checkpoint = chosen or Checkpoint(
-            source, read_file(source, "--resume", verify=False)
-        )  # it has done so
+        checkpoint = chosen or Checkpoint(source, read_file(source, "--resume", verify=False))
     elif resume:
         checkpoint = Checkpoint(resume, read_file(resume, "--resume", verify))
     else:
