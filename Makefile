@@ -87,4 +87,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output_dir
+	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from util.cli.flags import add_verify_arg
 from util.cli.parser import ArgumentParser, run_script
 from util.console import say
 from util.errors import TrainingError, UserError
@@ -29,6 +30,7 @@ from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
 from util.files import nameable, printable
 from util.sizes import image_size
+from util.weights.files import fetch
 
 TOLERANCE = 1e-4
 
@@ -68,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--resume", required=True, metavar="FILE|URL|DIR",
          help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
               "Face or timm model")
+    add_verify_arg(flag)
     flag("--to", choices=TARGETS, help="what to write")
     flag("--from", choices=[name for name, target in TARGETS.items() if hasattr(target.module, "read")],
          dest="from_",
@@ -133,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
             outputs = target.module.check(source, folder)
         else:  # what was written against what it was read from
             checkpoint.write(source, folder)
-            with nameable(source.path) as original:
+            with nameable(fetch(source.path)) as original:
                 outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), original)
         differences = {what: (theirs - ours).abs().max().item() for what, (theirs, ours) in outputs.items()}
         require_agreement(source, differences)

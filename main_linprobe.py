@@ -45,7 +45,7 @@ from util.recipes.probe import cache_features, encoder_digest
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
-from util.run.start import RunState, announce, close_run, open_run, train_loader
+from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.weights.describe import make_model_info
 from util.weights.encoder import check_final_norm
 
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--cache_views", default=1, type=at_least(1), metavar="V",
          help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
     # fmt: on
-    add_training_args(parser, backward=False)
+    add_training_args(parser, backward=False, folder="./output_linprobe")
     return parser
 
 
@@ -89,6 +89,7 @@ def put_on_probe(model: torch.nn.Module) -> None:
     model.head.requires_grad_(True)
 
 
+@gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
@@ -130,7 +131,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Resume
     info = make_model_info(args, val_set.classes, "linprobe")
-    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0)
+    data = (train_set, val_set)
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
     log_writer = make_log_writer(args.log_dir, state.purge_step)
     millions = count_trained(model_without_ddp) / 1e6

@@ -37,7 +37,7 @@ from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.resume import read_resume
 from util.run.run_log import log_arguments, make_log_writer, write_log
-from util.run.start import Run, RunState, announce, close_run, open_run, train_loader
+from util.run.start import Run, RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.sizes import image_size
 
 
@@ -158,6 +158,7 @@ class EpochEnd:
         write_log(args.output_dir, record)
 
 
+@gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
@@ -186,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
 
     # Resume
-    state = RunState(args, model_without_ddp, optimizer, loss_scaler)
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, data=(dataset, val_set))
     state.restore(checkpoint)
     log_writer = make_log_writer(args.log_dir, state.purge_step)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

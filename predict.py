@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     resolve_amp_dtype(args.amp_dtype, device)
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, part)
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, part)
     model, names, name = build(weights), [], printable(args.resume)
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes

@@ -7,7 +7,7 @@ step, and a save that holds the training up for less than one step.
 Runs `engine_pretrain.train_one_epoch` itself on batches in memory, with a clock around what exists only so
 that no work is lost: seeding each step by its position, `RunGuard` (its flags, the all-reduce that makes all
 processes act alike, signals, losses that are not finite) and the check of the gradient norm. Then it saves
-through `save_model`: the stall is the time of the call, which copies model and optimizer to
+through `save_in_background`: the stall is the time of the call, which copies model and optimizer to
 memory; the file is written beside the next steps, whose times are compared with those before.
 The exit code is 1 when a target is missed.
 """
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, args: argparse.Namespace, folder: str) 
     args.output_dir, stalls, beside, durations = folder, [], [], []
     for epoch in range(options.saves):
         start = time.perf_counter()
-        checkpoint.save_model(args, epoch, model, bare, optimizer, scaler)
+        checkpoint.save_in_background(args, epoch, bare, optimizer, scaler)
         stalls.append(time.perf_counter() - start)
         writing = Batches([batch], 2)
         train(parts, writing, args, defaultdict(float))

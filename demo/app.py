@@ -236,7 +236,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--port must lie between 1 and 65535, --max_upload_mb be at least 1")
     gradio = load_gradio()
     device = resolve_device(args.device)
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, "full")
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, "full")
     model = build(weights).to(device)
     for note in weights.notes:
         log(f"note: {printable(note)}")

@@ -177,7 +177,8 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     parts = ["full", "encoder"] if args.attention else ["full"]
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, *parts)
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, *parts)
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:

@@ -8,8 +8,8 @@ import pytest
 from golden_utils import REPO
 
 LAYERS = [
-    "util.errors util.console util.sizes util.rng util.lr_sched util.lr_decay util.lars util.pos_embed "
-    "util.crop",
+    "util.console",
+    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.lars util.pos_embed util.crop",
     "util.files util.processes",
     "util.cli util.compute",
     "models_mae models_vit util.demo_set",

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
                 f"DST {printable(args.dst)}: was made with other settings ({printable(stored)[:300]})"
             )
         path.write_bytes(text)
-        for name in os.listdir(args.spare):
+        for name in os.listdir(args.spare) if args.lock.is_locked else ():  # else another run's, perhaps
             os.unlink(os.path.join(args.spare, name))
     except OSError as error:
         raise UserError(f"DST {printable(args.dst)}: {error.strerror or error}") from None
@@ -132,10 +133,13 @@ def _lock(path: Path) -> filelock.FileLock:
     """A lock that no other run of this command has; it is held until this one ends, however it ends."""
     path.touch()
     lock = filelock.FileLock(path)
+    owner = path.with_name("owner")
     try:
         lock.acquire(timeout=1, poll_interval=0.1)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except filelock.Timeout:
-        raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
+        who = printable(owner.read_text()) if owner.exists() else "another run"
+        raise UserError(f"{printable(path.parents[1])}: {who} is writing there") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     return lock

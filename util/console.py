@@ -51,9 +51,16 @@ def write(text: str, file: TextIO | None = None) -> bool:
     return True
 
 
-def one_line(text: str) -> str:
-    """`text` without anything that would end its line or steer a terminal."""
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
+def one_line(text: str, length: int | None = None) -> str:
+    """`text` without anything that would end its line or steer a terminal.
+
+    length: characters that it has at most; of a longer one the middle is left out.
+    """
+    for _ in range(2):  # escapes are longer than what they stand for
+        if length is not None and len(text) > length:
+            text = f"{text[: 2 * length // 3]} ... {text[5 - length // 3 :]}"
+        text = "".join(c if c.isprintable() else _escape(c) for c in text)
+    return text if length is None else text[:length]
 
 
 def _escape(character: str) -> str:

@@ -173,7 +173,7 @@ def test_torch_export(tmp_path):
 
 
 def load_config(folder):
-    from util.weights.files import read_json
+    from util.files import read_json
 
     return read_json(folder / "config.json")
 

@@ -18,7 +18,7 @@ from util.data.presets import eval_transform
 from util.data.read import read_picture
 from util.evaluate.features import encoder_features
 from util.export.files import write_json
-from util.weights.files import read_json
+from util.files import read_json
 
 pytestmark = pytest.mark.extra
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))

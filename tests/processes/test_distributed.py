@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -101,6 +102,11 @@ def weights(path):
     return read_file(path)["model"]
 
 
+def log_of(folder):
+    """log.txt without the run's id."""
+    return re.sub(r', "run": "\w+"', "", (folder / "log.txt").read_text())
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
 
@@ -114,8 +120,7 @@ def test_two_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(
     code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto")
     assert code == 0 and "going on at epoch 1, step 1" in out, out
     assert same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
-    logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
 @pytest.mark.slow
@@ -125,7 +130,7 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(images, tmp_path
     code, out = pretrain(2, images, tmp_path / "other", *flags, "--max_steps", "4")
     assert code == 0, out
     code, out = pretrain(1, images, tmp_path / "other", "--batch_size", "6", "--resume", "auto")
-    assert code == 2 and "effective batch of 8, now it is 6" in out
+    assert code == 2 and "effective batch 8 -> 6" in out
     code, out = pretrain(
         1, images, tmp_path / "other", "--batch_size", "4", "--accum_iter", "2", "--resume", "auto"
     )
@@ -311,6 +316,6 @@ def test_logs_of_a_timed_save_do_not_differ(images, tmp_path):
     assert code == 0, out
     code, out = pretrain(1, images, tmp_path / "b", *flags, "--save_minutes", "0.0001")
     assert code == 0, out
-    first, second = ((tmp_path / name / "log.txt").read_text() for name in "ab")
+    first, second = log_of(tmp_path / "a"), log_of(tmp_path / "b")
     assert first == second and json.loads(first)["epoch"] == 0
     assert same(weights(tmp_path / "a/checkpoint-0.pth"), weights(tmp_path / "b/checkpoint-0.pth"))

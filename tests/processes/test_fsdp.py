@@ -117,7 +117,8 @@ def pretrain(processes, images, output, *flags):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "run"} for record in records]
 
 
 def test_pictures_held_out_loss_and_neighbours_wait_for_nobody(images, tmp_path):

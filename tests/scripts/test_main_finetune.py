@@ -37,7 +37,7 @@ from util.weights.describe import read_model_info
 
 RECIPE = "--batch_size 6 --epochs 2 --warmup_epochs 1 --blr 0.05 --drop_path 0.2"
 RECIPE += " --mixup 0.8 --cutmix 1.0 --clip_grad 5"
-NOT_THE_REFERENCES = {"data_path", "device", "num_workers", "nb_classes"}
+NOT_THE_REFERENCES = {"data_path", "device", "num_workers", "nb_classes", "output_dir", "log_dir"}
 
 
 @pytest.fixture(autouse=True)

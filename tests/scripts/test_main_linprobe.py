@@ -29,7 +29,7 @@ import models_vit
 from util.compute import compile as compiling
 from util.errors import TrainingError, UserError
 
-NOT_THE_REFERENCES = {"data_path", "device", "num_workers", "nb_classes"}
+NOT_THE_REFERENCES = {"data_path", "device", "num_workers", "nb_classes", "output_dir", "log_dir"}
 RECIPE = "--batch_size 6 --epochs 3 --warmup_epochs 1 --blr 0.5"
 
 

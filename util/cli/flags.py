@@ -65,10 +65,12 @@ def _warn_of_warmup(warmup: int, epochs: int) -> None:
         warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
 
 
-def add_training_args(parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False) -> None:
-    """The flags of a training beside those of its recipe; `backward`, `fsdp`: see the groups below."""
+def add_training_args(
+    parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False, folder: str = "./output_dir"
+) -> None:
+    """The flags of a training beside those of its recipe; the rest: see the groups below."""
     add_data_args(parser)
-    add_run_args(parser)
+    add_run_args(parser, folder)
     add_speed_args(parser, backward)
     add_distributed_args(parser, fsdp)
 
@@ -94,29 +96,36 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.set_defaults(pin_mem=True)
 
 
-def add_run_args(parser: argparse.ArgumentParser) -> None:
-    """Where results go, what they start from, which device and precision computes them."""
+def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Where results go, what they start from, what computes them; `folder`: the default of where."""
     flag = parser.add_argument_group("run").add_argument
     # fmt: off
-    flag("--output_dir", default="./output_dir", help="folder of checkpoints and log.txt")
-    flag("--log_dir", default="./output_dir", help="folder of TensorBoard curves")
+    flag("--output_dir", default=folder, help=f"folder of checkpoints and log.txt (default: {folder})")
+    flag("--log_dir", default=folder, help=f"folder of TensorBoard curves (default: {folder})")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision; auto: bf16 where the GPU has it, else fp16; none on CPU")
     flag("--seed", default=0, type=seed_number)
     flag("--resume", default="", metavar="auto|FILE|URL",
-         help="go on from a checkpoint; auto: the newest good one in --output_dir, if any")
+         help="go on from a checkpoint; auto: the furthest good one of the run in --output_dir, if any")
+    add_verify_arg(flag)
     flag("--start_epoch", default=0, type=at_least(0), metavar="N")
     flag("--max_steps", default=0, type=at_least(0), metavar="N",
          help="save and stop after N optimizer steps in all (0: no limit)")
     flag("--keep_checkpoints", default=0, type=at_least(0), metavar="N",
-         help="keep the newest N only (0: all)")
+         help="keep the newest N of this run only (0: all)")
     flag("--save_minutes", default=0, type=at_least(0, float), metavar="N",
          help="also save inside epochs, when N minutes have passed since the last save (0: no)")
     flag("--skip_nonfinite", default=0, type=at_least(0), metavar="N",
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
     # fmt: on
+
+
+def add_verify_arg(flag: Callable) -> None:
+    """The flag of scripts that read weights; `flag`: a group's or parser's `add_argument`."""
+    flag("--no_verify", action="store_true",
+         help="read weights without comparing them with the checksums in the file")  # fmt: skip
 
 
 def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Callable:

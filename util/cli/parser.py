@@ -70,9 +70,7 @@ def errors_in_one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (UserError, TrainingError) as error:
-        text = console.one_line(str(error))  # names in it may have line ends and worse
-        text = text if len(text) <= 900 else f"{text[:600]} ... {text[-290:]}"
-        _fail(f"{name}: error: {text}", 2 if isinstance(error, UserError) else 1)
+        _fail(f"{name}: error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _fail(f"{name}: interrupted", 130)
     except Exception:

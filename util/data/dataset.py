@@ -140,6 +140,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """What was found, in one line."""
         return self.files.describe()
 
+    def listing(self) -> dict[str, int | str]:
+        """What tells whether a set is still the same: number of 'images', digest of the 'files' by name."""
+        return {"images": len(self), "files": self.files.paths.digest()}
+
 
 def find_split(args, split: str) -> ImageFiles | None:
     """The split's images of `args.data_path`, or of the demo set where that is None."""

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
 from util.export.source import Source
-from util.files import nameable, printable, replacing_folder, some
+from util.files import nameable, printable, replacing_folder, shown, some
+from util.weights.files import digest
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {
@@ -87,11 +88,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_safetensors(path: Path, state: dict[str, torch.Tensor], **entries) -> None:
-    """Writes tensors, and `entries` (what JSON can hold) that `read_entries` returns."""
+    """Writes tensors, `entries` (what JSON can hold), and a digest of both, which `read_file` compares."""
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, path, {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}})
+    stored = {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}}
+    save_file(tensors, path, stored | {"digest": digest(tensors, stored)})
 
 
 def render(template: str, source: Source, /, **values) -> str:
@@ -103,12 +105,13 @@ def render(template: str, source: Source, /, **values) -> str:
 
 def last_part(path) -> str:
     """A path without its folders, of Windows too: where things lay concerns nobody."""
-    return printable(PurePath(str(path).replace("\\", "/")).name)
+    return shown(PurePath(str(path).replace("\\", "/")).name, 300)
 
 
 def _cell(value) -> str:
     """Text that stays in its cell of a Markdown table."""
-    return printable(str(value).replace("|", "\\|").replace("\n", " "))
+    value = value.replace("\n", " ") if isinstance(value, str) else value
+    return shown(value, 300).replace("|", "\\|")
 
 
 def _quoted(text: str) -> str:
@@ -123,4 +126,5 @@ _TEMPLATES = Environment(
 )  # fmt: skip
 _TEMPLATES.filters |= {
     "cell": _cell, "last_part": last_part, "number": "{:g}".format, "printable": printable, "quoted": _quoted,
+    "shown": shown,
 }  # fmt: skip

@@ -31,8 +31,8 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
          help=f"one of {', '.join(models_vit.MODELS)}")
     flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
     flag("--patch_size", type=at_least(1), help="default: the model's")
-    flag("--finetune", default="", metavar="FILE|URL",
-         help="weights to start from: a pre-training checkpoint, a released, timm or Hugging Face file")
+    flag("--finetune", default="", metavar="FILE|URL|FOLDER",
+         help="weights to start from: a pre-training checkpoint, a released file, timm's or Hugging Face's")
     flag("--global_pool", action="store_true", help="classify the mean of the patch tokens")
     flag("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
     flag("--nb_classes", type=at_least(1), help="default: as many as the data has")
@@ -78,20 +78,15 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     source, content = checkpoint
     args.resume = source  # what "auto" has found stands in the log and in later checkpoints
     model_state(content, f"--resume {source}")
-    info = read_model_info(content)
+    info = read_model_info(content, f"--resume {source}")
     if "recipe" not in info:
-        state, kind = encoder_state(content)
+        state, kind = encoder_state(content, f"--resume {source}")
         advice = "; to start from its encoder, pass it with --finetune" if has_encoder(state) else ""
         raise UserError(f"--resume {source}: holds no classifier ({kind}){advice}")
     written_by = info["recipe"]
     if written_by != recipe:
         raise UserError(f"--resume {source}: was written by main_{written_by}.py; use that script")
     adopt_model_info(args, info, source, given)
-    stored = content.get("args") or {}
-    if "optimizer" in content and not args.eval and "trainable_blocks" in stored:
-        stored, own = stored["trainable_blocks"], getattr(args, "trainable_blocks", None)
-        if stored != own:
-            raise UserError(f"--trainable_blocks {own}: {source} was trained with {stored}")
     return checkpoint
 
 
@@ -106,7 +101,7 @@ def prepare_classes(
     if train is not None:
         check_classes(train, val)
     if checkpoint is not None:
-        info = read_model_info(checkpoint.content)
+        info = read_model_info(checkpoint.content, f"--resume {checkpoint.source}")
         check_class_names(info, val.classes, checkpoint.source, val.files.source, "nb_classes" in given)
     args.nb_classes = count_classes(args, val)
 
@@ -131,7 +126,8 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
     """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
-    content = read_file(args.finetune, "--finetune") if content is None else content
+    if content is None:
+        content = read_file(args.finetune, "--finetune", not getattr(args, "no_verify", False))
     report = load_into(model, args.finetune, content=content)
     log(str(report))
     warn_of_other_stats(args, content, args.finetune)

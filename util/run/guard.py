@@ -18,6 +18,7 @@ import torch
 from util.errors import TrainingError
 from util.processes import signals
 from util.processes.collectives import all_reduce_max, gather, get_rank, get_world_size, log, warn
+from util.weights.schema import plain
 
 DELAY = 2  # optimizer steps after which a GPU's flags are read
 
@@ -195,7 +196,7 @@ class RunGuard:
         rng = {"seed": self.seed, "rank": get_rank(), "epoch": entry["epoch"], "step": entry["step"]}
         content = {**entry, "loss": entry["loss"].item(), "files": files, "grad_norms": norms, "rng": rng}
         try:
-            torch.save(content, path)
+            torch.save(plain(content), path)
         except (OSError, RuntimeError) as error:
             warn(f"{path}: not written: {error}")
             return None

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ import torch
 from util.errors import UserError
 from util.files import nameable, printable, replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
+from util.run import owner
+from util.weights.schema import plain
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
 _NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
@@ -60,7 +62,8 @@ class StepCurves:
 def write_log(output_dir: str | Path | None, record: dict) -> None:
     """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process.
 
-    NaN and inf become null. What a full disk does not take comes when there is room again, after one warning;
+    NaN and inf become null; 'run' is the id of the run that holds the folder. What a full disk does not take
+    comes when there is room again, after one warning;
     training goes on.
     """
     if not output_dir or not is_main_process():
@@ -69,6 +72,8 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
+    if run := owner.run_id(output_dir):
+        record["run"] = run
     path, size = Path(output_dir) / "log.txt", None
     waiting = _unwritten.pop(path, b"")
     lines = waiting + json.dumps(record).encode() + b"\n"
@@ -87,10 +92,14 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
             warn(f"{printable(path)}: not written yet: {error.strerror or error}")
 
 
-def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
+def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[str | None] = ()) -> bool:
     """Drops the records of `log.txt` from `start_epoch` on, which will come again; on the first process.
 
     Lines without an epoch stay (k-NN's, a user's own); what is no text or half a record goes, with a warning.
+
+    Args:
+        runs: ids of the run, and of the one that it goes on from; records of others are not looked at.
+
     Returns whether the epoch before has its line (on all processes).
     """
     there = start_epoch == 0
@@ -100,12 +109,13 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
             kept, broken = [], 0
             for line in path.read_bytes().splitlines():
                 try:
-                    epoch = record_epoch(line)
+                    epoch, run = record_place(line)
                 except (ValueError, RecursionError):
                     broken += 1
                     continue
-                there = there or epoch == start_epoch - 1
-                if epoch is None or epoch < start_epoch:
+                ours = epoch is not None and (run is None or run in runs)
+                there = there or (ours and epoch == start_epoch - 1)
+                if not ours or epoch < start_epoch:
                     kept.append(line + b"\n")
             with replacing(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
@@ -116,13 +126,17 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
     return gather(there or not output_dir)[0]
 
 
-def record_epoch(line: bytes) -> int | None:
-    """The epoch of a line of log.txt; None for one that is of no epoch; ValueError for one that is broken."""
+def record_place(line: bytes) -> tuple[int | None, str | None]:
+    """(epoch, id of the run) of a line of log.txt, None for what it has none of.
+
+    Raises ValueError for a line that is broken.
+    """
     text = line.decode("utf-8")  # UnicodeDecodeError is a ValueError
     if "\0" in text:  # a block that a power cut has left empty
         raise ValueError(text)
-    epoch = json.loads(text).get("epoch") if text.lstrip().startswith("{") else None
-    return epoch if isinstance(epoch, int) else None
+    record = json.loads(text) if text.lstrip().startswith("{") else {}
+    epoch, run = record.get("epoch"), record.get("run")
+    return epoch if isinstance(epoch, int) else None, run if isinstance(run, str) else None
 
 
 def log_arguments(args) -> None:
@@ -143,7 +157,7 @@ def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
     """
     log("\n".join(facts))
     if log_writer is not None:
-        settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NO_SETTING}
+        settings = {name: v for name, v in sorted(plain(vars(args)).items()) if name not in _NO_SETTING}
         step = int(1000 * getattr(args, "start_epoch", 0))
         log_writer.add_run(run_text(settings, facts), settings, metrics, step)
 

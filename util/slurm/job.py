@@ -49,18 +49,17 @@ class TrainingJob:
             signals.install()  # in the place of submitit's handlers
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
         env = submitit.JobEnvironment()
-        from util.weights.files import list_checkpoints
 
         with errors_in_one_line(self.script):
             if env.cluster == "slurm":  # whose own variables `find_processes` reads
                 forget_launcher()
             set_up_arguments(self.args, env)
-            newest = list_checkpoints(self.args.output_dir)[:1]
+            last = last_save(self.args.output_dir)
             try:
                 importlib.import_module(self.script).main(self.args)
             except signals.Interrupted as stop:
                 if env.global_rank == 0:
-                    requeue(env, stop, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
+                    requeue(env, stop, fruitless=last_save(self.args.output_dir) == last)
                 sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
 
 
@@ -92,6 +91,13 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
         on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count()))
         cores = int(os.environ.get("SLURM_CPUS_PER_TASK", on_node * env.num_nodes // env.num_tasks))
         args.num_workers = min(default_workers(processes=1), max(cores, 1))
+
+
+def last_save(output_dir: str) -> tuple | None:
+    """Time and name of the checkpoint that was written last; an older run may have come further there."""
+    from util.weights.files import list_checkpoints
+
+    return max(((path.stat().st_mtime_ns, path) for path in list_checkpoints(output_dir)), default=None)
 
 
 def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:

@@ -28,8 +28,6 @@ def build(
     part = part or weights.part
     state = part_state(weights.state, part)
     probe = "head.1.weight" in state
-    if probe and fold_probe:
-        state = _fold_probe(state)
     head = state.get("head.1.weight", state.get("head.weight"))
     try:
         with torch.device("meta"):
@@ -39,7 +37,7 @@ def build(
             else:
                 options = {"num_classes": 0 if head is None else len(head), **weights.sizes}
                 model = VisionTransformer("fc_norm.weight" in state, **options)
-            if probe and not fold_probe:
+            if probe:
                 norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # as main_linprobe.py's
                 model.head = nn.Sequential(norm, model.head)
     except ValueError as error:
@@ -50,6 +48,8 @@ def build(
         raise UserError(f"--resume {weights.path} ({weights.kind}): is not a plain ViT of this code: "
                         f"{len(missing)} tensors are missing, {len(unexpected)} are not known, "
                         f"{len(mismatched)} have other shapes ({differences})")  # fmt: skip
+    if probe and fold_probe:
+        state, model.head = _fold_probe(state), model.head[1]
     model.load_state_dict(state, assign=True)
     return model.eval()
 

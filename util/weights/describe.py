@@ -16,12 +16,12 @@ import models_mae
 import models_vit
 from util.data.transforms import channel_stats
 from util.errors import UserError
-from util.files import some
+from util.files import shown, some
 from util.sizes import size_pair
 from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
-from util.weights.state import stored_settings
+from util.weights.schema import check_settings, stored_settings
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
@@ -72,22 +72,22 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
             contradict it, or neither they nor it say something that is needed.
     """
     where = f"--resume {path}"
-    state, kind = encoder_state(content)
+    state, kind = encoder_state(content, where)
     state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
     if not has_encoder(state):
         raise UserError(
             f"{where}: has no usable encoder keys but is {kind} (keys: {some(state, 3) or 'none'})"
         )
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise UserError(f"{where}: its weights are not finite ({bad[0]}); take an earlier checkpoint")
+        raise UserError(f"{where}: its weights are not finite ({shown(bad[0])}); take an earlier checkpoint")
     held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
     if not (found := [part for part in parts if held[part]]):
         raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
-    stored = stored_settings(content)
-    used = (*_UNSEEN, "mask_ratio", "class_names")
+    used = ("model", "recipe", "input_size", *_UNSEEN, "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
-    _check_settings({name: stored.get(name) for name in used}, where)
+    stored = stored_settings(content, where, *used)
     info = _info_of_tensors(state, stored)
+    _check_info(content, stored, info, where)
     known = _known_flags(state, stored, info)
     said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}
     sizes = _sizes(state, info, said, path)
@@ -137,8 +137,7 @@ def _sizes(state: dict, info: dict, said: dict, path) -> dict:
         raise UserError(f"--resume {path}: does not say the grid of its {patches}; pass --input_size "
                         "HEIGHTxWIDTH")  # fmt: skip
     if any(length % side for length in size) or math.prod(size) != positions * side * side:
-        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that are needed: "
-                        f"{path} has {patches}")  # fmt: skip
+        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that {path} has")
     mlp = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width))
     return {
         "img_size": size, "patch_size": side, "in_chans": channels, "embed_dim": width,
@@ -186,13 +185,39 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
     return {**info, "class_names": list(class_names), "recipe": recipe}
 
 
-def read_model_info(content: dict) -> dict:
-    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
-    if isinstance(content.get("model_info"), dict):
-        _check_settings(content["model_info"])
-        return dict(content["model_info"])
-    state, _ = encoder_state(content)
-    return _info_of_tensors(state, stored_settings(content)) if has_encoder(state) else {}
+def read_model_info(content: dict, where: str = "the checkpoint") -> dict:
+    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell.
+
+    Raises:
+        UserError: the file, `where`, says something else there than its tensors, or what cannot be.
+    """
+    state, _ = encoder_state(content, where)
+    stored = stored_settings(content, where, "input_size", "mean", "std")
+    seen = _info_of_tensors(state, stored) if has_encoder(state) else {}
+    _check_info(content, stored, seen, where)
+    return dict(content["model_info"]) if isinstance(content.get("model_info"), dict) else seen
+
+
+def _check_info(content: dict, stored: dict, seen: dict, where: str) -> None:
+    """Raises UserError where the settings in a file contradict what was `seen` of its tensors, or each other.
+
+    Of `args` that holds for mean and std only: other code stores flags there that its model did not heed.
+    """
+    info = content.get("model_info")
+    if isinstance(info, dict):
+        check_settings(info, f"{where}: its model_info")
+        for name in ("nb_classes", "in_chans", "patch_size", "global_pool", "recipe"):
+            said = info.get(name)
+            if said is not None and said != seen.get(name, said):
+                raise UserError(f"{where}: its model_info is damaged: {name} is {shown(said)}, but "
+                                f"{seen[name]} by its tensors")  # fmt: skip
+        names, count = len(info.get("class_names") or ()), info.get("nb_classes")
+        if count is not None and names > count:
+            raise UserError(f"{where}: its model_info is damaged: {names} class names for {count} classes")
+    for name in ("mean", "std"):
+        number, channels = len(stored.get(name, [0])), seen.get("in_chans", 1)
+        if number not in (1, channels):
+            raise UserError(f"{where} is damaged: {name} has {number} values for {channels} channels")
 
 
 def _info_of_tensors(state: dict, stored: dict) -> dict:
@@ -216,23 +241,3 @@ def _info_of_tensors(state: dict, stored: dict) -> dict:
 
 def _head(state: dict) -> str | None:
     return next((key for key in ("head.weight", "head.1.weight") if key in state), None)
-
-
-def _check_settings(info: dict, whose: str = "the checkpoint's model_info") -> None:
-    """Raises UserError for settings that no model can be built from."""
-
-    def numbers(value, kind=int, least: float = 1) -> bool:
-        return isinstance(value, list | tuple) and all(isinstance(v, kind) and v >= least for v in value)
-
-    tests = {
-        "input_size": lambda v: numbers([v] if isinstance(v, int) else v),
-        **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_num_heads"), lambda v: numbers([v])),
-        "nb_classes": lambda v: numbers([v], least=0),
-        "mask_ratio": lambda v: numbers([v], int | float, 0),
-        "mean": lambda v: numbers(v, int | float, float("-inf")),
-        "std": lambda v: numbers(v, int | float, 0),
-        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-    }
-    for name, test in tests.items():
-        if info.get(name) is not None and not test(info[name]):
-            raise UserError(f"{whose} is damaged: {name} is {str(info[name])[:40]!r}")

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from util.files import shown
+
 # Hugging Face's names (of its files, then of its newer modules) -> ours, inside a block
 _HF_BLOCK = {
     "attention.output.dense": "attn.proj",
@@ -153,9 +155,9 @@ def info_of_config(config: dict) -> dict:
         ValueError: it describes a model that this code does not have.
     """
     if config.get("model_type") not in ("vit", "vit_mae"):
-        raise ValueError(f"is of model_type {config.get('model_type')!r}, not vit or vit_mae")
+        raise ValueError(f"is of model_type {shown(config.get('model_type'))!r}, not vit or vit_mae")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"uses the activation {config['hidden_act']!r}; only gelu is known here")
+        raise ValueError(f"uses the activation {shown(config['hidden_act'])!r}; only gelu is known here")
     size = config.get("image_size", 224)
     info = {
         "num_heads": config.get("num_attention_heads", 12),
