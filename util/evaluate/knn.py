@@ -35,7 +35,7 @@ def knn_accuracy(
             several processes dealt by `util.data.sampler.EvalSampler`.
         k: neighbours, at most the number of training images is used.
         temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
-        args: if given: amp_dtype, mean, std.
+        args: if given: amp_dtype; mean, std, to normalise uint8 images with.
 
     Returns:
         acc1, acc5 in percent, the same on all processes.
@@ -83,21 +83,21 @@ def knn_from_features(
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:
-    """The images of `train` and `val` without augmentation; UserError without labels, or with others."""
-    centre = eval_transform(args, always_crop=True)
+    """The images of `train` and `val`, uint8, not augmented; UserError without labels, or with others."""
+    centre = eval_transform(args, always_crop=True, uint8=True)
     datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
     check_classes(*datasets)
     return datasets
 
 
-def knn_loaders(args: Namespace) -> tuple | None:
+def knn_loaders(args: Namespace, pin_memory: bool = False) -> tuple | None:
     """Loaders of `knn_sets`; None, with a line that says why, where there are none.
 
     Args:
         args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
     """
     try:
-        return tuple(eval_loader(dataset, args) for dataset in knn_sets(args))
+        return tuple(eval_loader(dataset, args, pin_memory) for dataset in knn_sets(args))
     except UserError as error:
         log(f"no k-NN accuracy: {error}")
         return None

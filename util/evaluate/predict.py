@@ -39,9 +39,9 @@ class Predictions:
 
 
 def prediction_loader(
-    files: ImageFiles, weights: WeightsFile, args: Namespace
+    files: ImageFiles, weights: WeightsFile, args: Namespace, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
-    """Batches of `files` under the evaluation's transform of the recipe that made the weights.
+    """Batches of `files`, uint8, under the evaluation's transform of the recipe that made the weights.
 
     A probe's and a bare encoder's is that of probing and k-NN: resize to size / 0.875, centre crop; a
     fine-tuned classifier's the same up to 224 pixels, above it without the margin.
@@ -50,13 +50,13 @@ def prediction_loader(
         args: batch_size, num_workers, bad_images.
     """
     tuned, channels = weights.recipe == "finetune", weights.sizes["in_chans"]
-    stats = Namespace(input_size=weights.input_size, in_chans=channels, mean=weights.mean, std=weights.std)
+    stats = Namespace(input_size=weights.input_size, in_chans=channels)
     dataset = LabelledImages(
-        files, eval_transform(stats, always_crop=not tuned), channels, 0, args.bad_images
+        files, eval_transform(stats, always_crop=not tuned, uint8=True), channels, 0, args.bad_images
     )
     batches = -(-len(dataset) // args.batch_size)
     workers = args.num_workers if batches > 1 else 0  # starting processes takes longer than one batch
-    return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches))
+    return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches), pin_memory)
 
 
 def pool_tokens(model: torch.nn.Module, tokens: torch.Tensor, kind: str) -> torch.Tensor:
