@@ -76,6 +76,7 @@ bench-gpu: setup
 	$(PY) benchmarks/bench_step.py --model base --variants eager compiled plain hf --rounds 5 --steps 10
 	$(PY) benchmarks/bench_step.py --model large --task pretrain --variants eager compiled plain hf --rounds 3 --steps 5
 	$(PY) benchmarks/bench_end_to_end.py --rounds 3 --steps 30
+	$(PY) benchmarks/bench_features.py --size large --batch_size 256 --images 8192 --amp_dtype auto --rounds 3
 
 setup: $(READY)
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast, casting_once, resolve_amp_dtype
+from util.compute.prefetch import DevicePrefetcher
 from util.data.labelled import LabelledImages
 from util.data.loader import build_loader
 from util.data.sampler import GROUP, EvalSampler
@@ -44,7 +45,8 @@ class Predictions:
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Cuts a stream of batches (images, labels[, indices]) into groups of `GROUP`; the last may be shorter.
 
-    Without indices the samples are numbered in the order in which they come.
+    Without indices the samples are numbered in the order in which they come. A group is on the device of its
+    batches.
     """
     held, count, seen = [], 0, 0
     for batch in batches:
@@ -59,6 +61,24 @@ def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, t
             held, count = [tuple(part[GROUP:] for part in joined)], count - GROUP
     if count:
         yield tuple(torch.cat(parts).clone() for parts in zip(*held, strict=True))
+
+
+def on_device(batches: Iterable, device: torch.device, args=None) -> Iterator[list]:
+    """The batches of a loader with all their tensors on `device`, where uint8 images are normalised; on a GPU
+    the next one is on its way meanwhile.
+
+    Args:
+        args: if given: mean, std.
+    """
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+
+    def move(batch) -> list[torch.Tensor]:
+        others = (part.to(device, non_blocking=True) for part in batch[1:] if isinstance(part, torch.Tensor))
+        return [normalize_batch(batch[0], device, mean, std), *others]
+
+    for batch, moved in DevicePrefetcher(batches, device, move):
+        tensors = iter(moved)
+        yield [next(tensors) if isinstance(part, torch.Tensor) else part for part in batch]
 
 
 def eval_loader(
@@ -85,26 +105,25 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
     """
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
     # The bare model: DistributedDataParallel would wait in forward for processes that have no more groups
     model = model.module if hasattr(model, "module") else model
     was_training = model.training
     model.eval()
     rows = []
-    for images, labels, indices in in_groups(data_loader):
-        images, labels = normalize_batch(images, device, mean, std), labels.to(device, non_blocking=True)
-        with autocast(device, amp_dtype):
-            logits = model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows.append(
-            (
-                indices,
-                labels,
-                F.cross_entropy(logits, labels, reduction="none"),
-                logits.topk(min(5, logits.shape[1]), dim=1).indices,
-                logits.softmax(dim=1).amax(dim=1),
+    with casting_once(device, amp_dtype, model):
+        for images, labels, indices in in_groups(on_device(data_loader, device, args)):
+            with autocast(device, amp_dtype):
+                logits = model(images)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            rows.append(
+                (
+                    indices,
+                    labels,
+                    F.cross_entropy(logits, labels, reduction="none"),
+                    logits.topk(min(5, logits.shape[1]), dim=1).indices,
+                    logits.softmax(dim=1).amax(dim=1),
+                )
             )
-        )
     model.train(was_training)
     columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
     return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)
