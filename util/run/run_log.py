@@ -76,8 +76,8 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         with open(path, "ab+") as file:
             if size := file.tell():
                 file.seek(size - 1)
-                lines = lines if file.read() == b"\n" else b"\n" + lines  # after a line that was cut short
-            file.write(lines)
+            cut_short = size and file.read() != b"\n"
+            file.write(b"\n" * cut_short + lines)
     except OSError as error:
         _unwritten[path] = lines
         if size is not None:
@@ -100,7 +100,7 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
             kept, broken = [], 0
             for line in path.read_bytes().splitlines():
                 try:
-                    epoch = record_epoch(line)
+                    epoch = _record_epoch(line)
                 except (ValueError, RecursionError):
                     broken += 1
                     continue
@@ -116,7 +116,7 @@ def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
     return gather(there or not output_dir)[0]
 
 
-def record_epoch(line: bytes) -> int | None:
+def _record_epoch(line: bytes) -> int | None:
     """The epoch of a line of log.txt; None for one that is of no epoch; ValueError for one that is broken."""
     text = line.decode("utf-8")  # UnicodeDecodeError is a ValueError
     if "\0" in text:  # a block that a power cut has left empty
