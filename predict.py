@@ -83,7 +83,7 @@ def check_args(args: argparse.Namespace) -> None:
 def read_names(path: str, count: int) -> list[str]:
     """The `count` class names that a text file lists; raises UserError for another number of them."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(

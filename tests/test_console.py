@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from test_layers import FILES
 
 from util import console
 from util.cli.progress import progress_bar
+from util.processes import signals
 from util.processes.collectives import log, note, warn
 
 PARSER = (
@@ -155,6 +157,16 @@ def test_a2_no_file_takes_the_number_of_a_closed_stream(tmp_path):
     assert subprocess.run([*command, tmp_path / "x"], cwd=REPO).returncode == 0
     number, is_terminal = (tmp_path / "x").read_text().split()
     assert int(number) > 2 and is_terminal == "False"
+
+
+def test_a2_a_signal_on_a_full_disk_lets_the_step_end(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    signals.install()
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signal.SIGTERM
 
 
 def printing(path):

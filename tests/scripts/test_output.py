@@ -1,5 +1,6 @@
 """What the scripts say and write: any name on any console, a full disk, lines that others grep, odd flags."""
 
+import ast
 import io
 import json
 import subprocess
@@ -104,6 +105,8 @@ def test_a3_c7_any_name_on_any_console(tmp_path, consoles):
         str(tmp_path / "e\udce9"),
     ]
     export.main(parse_args(ArgumentParser(parents=[export.get_args_parser()]), words))
+    code = said().rsplit("load_file(", 1)[1].split("\n")[0].removesuffix("))")
+    assert ast.literal_eval(code) == str(tmp_path / "e\udce9" / "model.safetensors")
     card = (tmp_path / "e\udce9" / "README.md").read_text(encoding="utf-8")
     assert r"caf\xe9, 猫" in card.replace(r"a\nb\x1b[31m, ", "") and "\x1b" not in card
     run_predict("--resume", tmp_path / "e\udce9" / "model.safetensors", root / "val", *common[3:])

@@ -27,9 +27,8 @@ def evaluate_and_report(
     if report and is_main_process():
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
-    log(closing_line(stats))
-    count = len(predictions.labels)
-    log(f"Accuracy of the network on the {count} test images: {stats['acc1']:.1f}%")
+    log(f"Accuracy of the network on the {len(predictions.labels)} test images: {stats['acc1']:.1f}%")
+    log(closing_line(stats))  # which stays the last
     return stats
 
 

@@ -81,8 +81,8 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         with open(path, "ab+") as file:
             if size := file.tell():
                 file.seek(size - 1)
-                lines = lines if file.read() == b"\n" else b"\n" + lines  # after a line that was cut short
-            file.write(lines)
+            cut_short = size and file.read() != b"\n"
+            file.write(b"\n" * cut_short + lines)
     except OSError as error:
         _unwritten[path] = lines
         if size is not None:
@@ -109,7 +109,7 @@ def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[s
             kept, broken = [], 0
             for line in path.read_bytes().splitlines():
                 try:
-                    epoch, run = record_place(line)
+                    epoch, run = _record_place(line)
                 except (ValueError, RecursionError):
                     broken += 1
                     continue
@@ -126,7 +126,7 @@ def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[s
     return gather(there or not output_dir)[0]
 
 
-def record_place(line: bytes) -> tuple[int | None, str | None]:
+def _record_place(line: bytes) -> tuple[int | None, str | None]:
     """(epoch, id of the run) of a line of log.txt, None for what it has none of.
 
     Raises ValueError for a line that is broken.

@@ -17,8 +17,8 @@ import signal
 import sys
 import time
 
+from util import console
 from util.cli.parser import errors_in_one_line
-from util.console import say
 from util.errors import TrainingError
 from util.processes import signals
 from util.processes.nodes import run_command
@@ -43,6 +43,7 @@ class TrainingJob:
         """Returns when the training is complete; else exits and, where that makes sense, has it requeued."""
         import submitit
 
+        console.guard()
         if getattr(self.args, "eval", False):  # has nothing to save
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         else:
@@ -114,7 +115,7 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
     # SLURM has ended it, by scancel or to requeue it itself; asked now, it would revive even a cancelled job
     ended = "JobState=COMPLETING" in state and "Reason=TimeLimit" not in state
     if ended or stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
-        say(stop)
+        console.say(stop)
         sys.exit(stop.status)
 
     record = env.paths.folder / f".{env.job_id}-fruitless-starts"
@@ -140,7 +141,7 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
                 f"saved, but SLURM did not requeue the job ({' '.join(result.stderr.split())}); to go on, "
                 f"submit again with --output_dir {env.paths.folder}"
             )
-    say(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again")
+    console.say(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again")
     sys.exit(0 if slurm else LOCAL_RESTART)
 
 
