@@ -44,8 +44,8 @@ def check_changes(
     Args:
         args: of the run. content: of the checkpoint, `source` its name; older ones say less, and what they do
             not say is not compared.
-        listing: `describe_data` of the run's data; None: of another loop than our scripts', whose settings
-            need not be those of its model.
+        listing: `util.run.start.describe_data` of the run's data; None: of another loop than our scripts',
+            whose settings need not be those of its model.
         finished: nothing is left to do, so that data and recipe must be the same.
         start_epoch: that was asked for, which the checkpoint decides; 0: none.
 
@@ -87,15 +87,6 @@ def check_changes(
         )
     if changed and is_main_process():
         warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
-
-
-def describe_data(train, held_out=None) -> dict:
-    """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
-    the `held_out` set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
-    """
-    described = getattr(train, "listing", dict)()
-    of_held_out = getattr(held_out, "listing", dict)()
-    return {**described, "held_out": of_held_out} if of_held_out else described
 
 
 def _data_changes(saved: dict, listing: dict | None) -> list[str]:
