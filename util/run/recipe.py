@@ -1,5 +1,6 @@
 """Which settings a run must keep when it is resumed: one table and one rule for all training scripts."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def check_changes(
         raise UserError(f"--{name} {own}: {source} was trained with {theirs}; go on with that")
     if weights_only:
         return
+    if finished:
+        args = _as_many_processes(args, saved)
     run = content.get("run") if isinstance(content.get("run"), dict) else {}
     changed = _data_changes(run, listing) + [
         f"{name} {_text(theirs)} -> {_text(own)}"
@@ -87,6 +90,18 @@ def check_changes(
         )
     if changed and is_main_process():
         warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
+
+
+def _as_many_processes(args: Namespace, saved: dict) -> Namespace:
+    """`args` as they would be with the processes of the checkpoint, on which the learning rate depends."""
+    own, theirs = getattr(args, "world_size", None), saved.get("world_size")
+    if type(own) is not int or type(theirs) is not int or not own:
+        return args
+    args = Namespace(**{**vars(args), "world_size": theirs})
+    rates = getattr(args, "lr", None), saved.get("lr")
+    if all(isinstance(rate, float) for rate in rates) and math.isclose(rates[0] * theirs / own, rates[1]):
+        args.lr = rates[1]
+    return args
 
 
 def _data_changes(saved: dict, listing: dict | None) -> list[str]:
