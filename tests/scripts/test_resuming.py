@@ -202,6 +202,18 @@ def test_a16_a_finished_run_with_other_data_or_recipe_says_how_to_go_on(images, 
         run(images, out, "--epochs", "2", "--resume", "auto", "--start_epoch", "1")
 
 
+def test_a16_a_finished_run_may_end_its_measurements_on_other_processes(capsys):
+    saved = {"batch_size": 4, "accum_iter": 1, "world_size": 2, "lr": 1e-3 * 8 / 256, "blr": 1e-3}
+    content = {"optimizer": {}, "args": saved, "epoch": 1}
+    for lr in (1e-3 * 4 / 256, saved["lr"]):
+        own = argparse.Namespace(**saved | {"world_size": 1, "lr": lr})
+        recipe.check_changes(own, content, "x", {}, True)
+    assert not capsys.readouterr().err
+    for change in ({"lr": 1e-3}, {"batch_size": 8}):
+        with pytest.raises(UserError, match="is complete"):
+            recipe.check_changes(argparse.Namespace(**saved | change), content, "x", {}, True)
+
+
 def test_b11_the_references_chain_of_commands_with_default_folders(tmp_path, monkeypatch):
     monkeypatch.setitem(models_vit.MODELS, "vit_test", vit_test)
     monkeypatch.chdir(tmp_path)

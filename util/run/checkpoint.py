@@ -2,7 +2,7 @@
 
 `checkpoint-{epoch}.pth` is written when an epoch is complete: a dict of 'model', 'optimizer', 'epoch',
 'scaler' and 'args' (a plain dict), as the reference's, and 'run': which run it is of ('id') and on what data
-(see `util.run.recipe.describe_data`). A run that stops inside an epoch writes
+(see `util.run.start.describe_data`). A run that stops inside an epoch writes
 `checkpoint-{epoch}-step{n}.pth`: the same, where 'epoch' is the last complete epoch (-1: none) and 'step' the
 number of micro-steps done of the next.
 """

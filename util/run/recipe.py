@@ -1,5 +1,6 @@
 """Which settings a run must keep when it is resumed: one table and one rule for all training scripts."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def check_changes(
     Args:
         args: of the run. content: of the checkpoint, `source` its name; older ones say less, and what they do
             not say is not compared.
-        listing: `describe_data` of the run's data; None: of another loop than our scripts', whose settings
-            need not be those of its model.
+        listing: `util.run.start.describe_data` of the run's data; None: of another loop than our scripts',
+            whose settings need not be those of its model.
         finished: nothing is left to do, so that data and recipe must be the same.
         start_epoch: that was asked for, which the checkpoint decides; 0: none.
 
@@ -61,6 +62,8 @@ def check_changes(
         raise UserError(f"--{name} {own}: {source} was trained with {theirs}; go on with that")
     if weights_only:
         return
+    if finished:
+        args = _as_many_processes(args, saved)
     run = content.get("run") if isinstance(content.get("run"), dict) else {}
     changed = _data_changes(run, listing) + [
         f"{name} {_text(theirs)} -> {_text(own)}"
@@ -89,13 +92,16 @@ def check_changes(
         warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
 
 
-def describe_data(train, held_out=None) -> dict:
-    """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
-    the `held_out` set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
-    """
-    described = getattr(train, "listing", dict)()
-    of_held_out = getattr(held_out, "listing", dict)()
-    return {**described, "held_out": of_held_out} if of_held_out else described
+def _as_many_processes(args: Namespace, saved: dict) -> Namespace:
+    """`args` as they would be with the processes of the checkpoint, on which the learning rate depends."""
+    own, theirs = getattr(args, "world_size", None), saved.get("world_size")
+    if type(own) is not int or type(theirs) is not int or not own:
+        return args
+    args = Namespace(**{**vars(args), "world_size": theirs})
+    rates = getattr(args, "lr", None), saved.get("lr")
+    if all(isinstance(rate, float) for rate in rates) and math.isclose(rates[0] * theirs / own, rates[1]):
+        args.lr = rates[1]
+    return args
 
 
 def _data_changes(saved: dict, listing: dict | None) -> list[str]:

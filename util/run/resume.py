@@ -11,7 +11,6 @@ from util.files import some
 from util.processes.collectives import check_agreement, gather, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.run import owner
-from util.run.recipe import check_changes
 from util.weights.files import list_checkpoints, position_in_name, read_file
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
@@ -123,7 +122,7 @@ def restore_run(
 
     Args:
         model: bare, not its wrapper.
-        listing: of the data (`util.run.recipe.describe_data`); None: of another loop than our scripts', which
+        listing: of the data (`util.run.start.describe_data`); None: of another loop than our scripts', which
             knows itself what is left to do of a complete run.
     """
     given = 0 if hasattr(args, "start_step") else getattr(args, "start_epoch", 0)  # else an earlier run's
@@ -138,6 +137,8 @@ def restore_run(
     start_epoch = content["epoch"] + 1 if trains else 0
     complete = trains and epochs is not None and start_epoch >= epochs
     if not getattr(args, "eval", False):
+        from util.run.recipe import check_changes  # only runs that go on need it
+
         check_changes(args, content, source, listing, complete and listing is not None, given)
     load_state(model, state)
     if not trains:

@@ -23,7 +23,6 @@ from util.processes.group import init_distributed_mode, shut_down
 from util.run import owner
 from util.run.checkpoint import finish_saving, prepare_output_dir, save_in_background, wait_for_saving
 from util.run.guard import RunGuard
-from util.run.recipe import describe_data
 from util.run.resume import Checkpoint, restore_run
 from util.run.run_log import log_run, trim_log
 
@@ -101,6 +100,15 @@ def train_loader(
             f"{kind}{times}, so that no batch would be full"
         )
     return loader, sampler
+
+
+def describe_data(train, held_out=None) -> dict:
+    """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
+    the `held_out` set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
+    """
+    described = getattr(train, "listing", dict)()
+    of_held_out = getattr(held_out, "listing", dict)()
+    return {**described, "held_out": of_held_out} if of_held_out else described
 
 
 @dataclass
