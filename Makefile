@@ -28,6 +28,7 @@ test-faults: setup
 	$(PY) tests/faults.py --runs 4 --kills 3 --processes 2
 	$(PY) tests/faults.py --runs 3 --kills 3 --job finetune
 	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe
+	$(PY) tests/hostile.py --cases 2500
 
 test-slurm: setup
 	bash tests/slurm_setup.sh

@@ -307,6 +307,9 @@ class Fuzz:
             except BaseException:
                 return "crashed", traceback.format_exc()[-1500:], ""
         said = [line for line in out.getvalue().splitlines() if line.startswith("* ") or ".jpg" in line]
+        text = out.getvalue().replace("\n", "")
+        if not text.isprintable() or len(text) > 50_000:
+            self.bad.append(f"{reader}: {len(text)} characters of output: {text[:300]!a}")
         return "done", (result, said), err.getvalue()
 
     def expected(self, kind: str, reader: str, entry: tuple[str, ...]) -> list:
