@@ -6,12 +6,12 @@ from collections.abc import Iterable
 import torch
 
 from util import lr_sched
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast
 from util.compute.prefetch import DevicePrefetcher
-from util.data.transforms import normalize_batch
+from util.data.loader import open_batch
 from util.processes.collectives import all_reduce_sum
 from util.processes.fsdp import without_gradient_traffic
-from util.rng import fixed_noise
+from util.rng import fixed_noise, masked_by
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves
@@ -32,8 +32,8 @@ def train_one_epoch(
     """Trains for one epoch; no step waits for the device.
 
     Args:
-        data_loader: batches that begin with images (N, C, H, W): uint8, normalised here with `args.mean` and
-            `args.std`, or float, taken as they are. Has a length. Begins at its sampler's `start_batch`.
+        data_loader: batches of images (N, C, H, W), alone or first of several: uint8, normalised here with
+            `args.mean` and `args.std`, or float, taken as they are. Has a length, begins at `start_batch`.
         loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         log_writer: TensorBoard writer, or None.
         args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present what `EpochSteps` reads.
@@ -51,7 +51,7 @@ def train_one_epoch(
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
-    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(batch[:1]))
+    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(open_batch(batch)[:1]))
     batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
     for step, (batch, (images,)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
@@ -86,22 +86,23 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     """Reconstruction loss over held-out images, each masked the same way every time.
 
     Args:
-        data_loader: batches (images, labels, indices); each process gives its own share of the images.
+        data_loader: batches as in training; each process gives its own share of the images.
         model: the bare model, not its wrapper; left in training mode as it was.
-        args: mask_ratio, amp_dtype, mean, std.
+        args: those of training.
 
     Returns:
         Mean loss over all images of all processes.
     """
-    was_training = model.training
+    was_training, steps = model.training, EpochSteps(data_loader, args, device)
     model.eval()
-    length = model.patch_embed.num_patches
+    length, seen = model.patch_embed.num_patches, 0
     total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
-    for images, _, indices in data_loader:
-        noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
-        with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
-            images = normalize_batch(images, device, args.mean, args.std)
-            loss = model(images, args.mask_ratio, noise)[0]
+    for images, _, indices in map(open_batch, data_loader):
+        numbers = range(seen, seen + len(images)) if indices is None else indices.tolist()
+        seen += len(images)
+        noise = fixed_noise(numbers, length, seed=0).to(device)
+        with autocast(steps.device, steps.amp_dtype):
+            loss = masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0]
         total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
     model.train(was_training)
     loss_total, count = all_reduce_sum(total).tolist()

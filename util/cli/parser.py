@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,11 +36,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 def take_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> set[str]:
     """Names of the flags on the command line: `args.given`, which is gone then, so that all is settings.
 
-    In a Namespace that a fork made: of those that are not the default of `parser`.
+    In a Namespace that a fork made: of those that are not the default of `parser`. Flags that it has not get
+    that default, and paths become text.
     """
-    given = vars(args).pop("given", None)
+    given, own = vars(args).pop("given", None), vars(args)
+    own.update({name: os.fspath(value) for name, value in own.items() if isinstance(value, os.PathLike)})
     if given is None:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        given = [name for name, value in own.items() if value != parser.get_default(name)]
+    own.update({**vars(parser.parse_args([])), **own})
     return set(given)
 
 

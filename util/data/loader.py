@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -15,8 +16,27 @@ from util.processes.collectives import warn
 PREFETCH = 2  # batches that each worker works ahead
 
 
-def collate(samples: list[tuple]) -> list[torch.Tensor]:
-    """[(image (C, H, W), label, index), ...] -> [images (N, C, H, W), labels int64 (N,), indices int64 (N,)].
+class Batch(NamedTuple):
+    """A batch of our loaders: its type tells it from a client's, whose third entry may be anything."""
+
+    images: torch.Tensor  # (N, C, H, W), or features (N, D)
+    labels: torch.Tensor  # int64 (N,)
+    indices: torch.Tensor  # int64 (N,), places in the data set
+
+
+def open_batch(batch: Sequence | torch.Tensor) -> tuple:
+    """(images, labels, indices) of a batch. Of a client's, images alone or a sequence, the first and the last
+    entry are taken, as the reference's evaluation does, and None for what it has not.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch, None, None
+    return batch[0], batch[-1] if len(batch) > 1 else None, None
+
+
+def collate(samples: list[tuple]) -> Batch:
+    """[(image (C, H, W), label, index), ...] -> a batch.
 
     Images with the channels innermost in memory are stacked as they lie, which is three times as fast.
     """
@@ -25,7 +45,7 @@ def collate(samples: list[tuple]) -> list[torch.Tensor]:
         stacked = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     else:
         stacked = default_collate(list(images))
-    return [stacked, *(torch.tensor(column) for column in others)]
+    return Batch(stacked, *(torch.tensor(column) for column in others))
 
 
 def _init_worker(worker_id: int) -> None:

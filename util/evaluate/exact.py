@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from util.compute.precision import autocast, resolve_amp_dtype
 from util.data.labelled import LabelledImages
-from util.data.loader import build_loader
+from util.data.loader import build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
 from util.files import printable, some
@@ -42,16 +42,18 @@ class Predictions:
 
 
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cuts a stream of batches (images, labels[, indices]) into groups of `GROUP`; the last may be shorter.
+    """Cuts a stream of batches into groups of `GROUP`, (images, labels, indices); the last may be shorter.
 
-    Without indices the samples are numbered in the order in which they come.
+    Batches are our loaders' (`util.data.loader.Batch`) or sequences that begin with the images and end with
+    the labels, as the reference reads them; their samples are numbered in the order in which they come.
     """
     held, count, seen = [], 0, 0
     for batch in batches:
-        indices = batch[2] if len(batch) > 2 else torch.arange(seen, seen + len(batch[1]))
-        seen += len(batch[1])
-        held.append((batch[0], batch[1], indices))
-        count += len(batch[1])
+        images, labels, indices = open_batch(batch)
+        indices = torch.arange(seen, seen + len(labels)) if indices is None else indices
+        seen += len(labels)
+        held.append((images, labels, indices))
+        count += len(labels)
         while count >= GROUP:
             joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*held, strict=True)]
             # A clone of a slice: its memory is laid out as if the group had come alone
@@ -78,7 +80,7 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
     """Runs the model over a loader and collects the predictions of all processes, the same on each.
 
     Args:
-        data_loader: batches (images, labels[, indices]); with several processes each gives its own share, as
+        data_loader: batches as `in_groups` takes them; with several processes each gives its own share, as
             `EvalSampler` deals it, with indices.
         model: images -> logits (N, K); its training mode is restored.
         args: if given: amp_dtype, mean, std (to normalise uint8 images).

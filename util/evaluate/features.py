@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.distributed as dist
 
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
 from util.compute.precision import autocast, resolve_amp_dtype
+from util.data.loader import Batch
 from util.data.transforms import normalize_batch
 from util.evaluate.exact import drop_unreadable, in_groups
 from util.processes.collectives import get_world_size
@@ -23,6 +26,12 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
     """
     if hasattr(model, "fc_norm"):
         return model.forward_features(images)
+    if isinstance(model, VisionTransformer):
+        x = model.norm(model.forward_tokens(images))
+        return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
+    if type(model).forward_encoder is not MaskedAutoencoderViT.forward_encoder:  # a client's own encoder
+        x = model.forward_encoder(images, 0.0)[0]  # shuffled, which pooling does not see
+        return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = torch.cat([cls_token, x], dim=1)
@@ -44,7 +53,7 @@ def extract_features(
 
     Args:
         feature_fn: normalised images on `device` -> (N, D).
-        data_loader: batches (images, labels[, indices]), dealt over processes by
+        data_loader: batches as `in_groups` takes them, dealt over processes by
             `util.data.sampler.EvalSampler`.
         args: if given: amp_dtype, mean, std.
         keep_all: an unreadable file has the features of the picture in its place, so that row i belongs to
@@ -94,7 +103,7 @@ def _gather(columns: list[torch.Tensor] | None) -> list[torch.Tensor]:
 
 
 class FeatureLoader:
-    """A loader of features in memory: batches [features (N, D), labels int64 (N,), indices int64 (N,)].
+    """A loader of features in memory: batches of features (N, D), labels int64 (N,), indices int64 (N,).
 
     Sample i of epoch e is view e % V of image i, where the ordinary path would augment the image anew.
 
@@ -115,11 +124,11 @@ class FeatureLoader:
         count = len(self.sampler)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         keys = iter(self.sampler)
         while batch := list(itertools.islice(keys, self.batch_size)):
             if self.drop_last and len(batch) < self.batch_size:
                 return
             epoch = batch[0][0] if isinstance(batch[0], tuple) else 0
             indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in batch])
-            yield [self.features[epoch % len(self.features)][indices], self.labels[indices], indices]
+            yield Batch(self.features[epoch % len(self.features)][indices], self.labels[indices], indices)

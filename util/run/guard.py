@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from util.data.loader import open_batch
 from util.errors import TrainingError
 from util.processes import signals
 from util.processes.collectives import all_reduce_max, gather, get_rank, get_world_size, log, warn
@@ -77,12 +78,12 @@ class RunGuard:
         return meters[get_rank()] if len(meters) == get_world_size() else {}
 
     def watch(self, batch: list, loss: torch.Tensor, epoch: int, step: int) -> None:
-        """Notes a micro-step: its batch (images, labels, indices if there) and its loss, a tensor not read
+        """Notes a micro-step: its batch (see `util.data.loader.open_batch`) and its loss, a tensor not read
         now.
         """
-        indices = batch[2] if len(batch) > 2 else None
+        images, _, indices = open_batch(batch)
         self.micro_steps.append(
-            {"images": batch[0], "indices": indices, "loss": loss, "epoch": epoch, "step": step}
+            {"images": images, "indices": indices, "loss": loss, "epoch": epoch, "step": step}
         )
 
     def after_update(self, epoch: int, done: int, grad_norm: torch.Tensor | None, metrics) -> bool:
