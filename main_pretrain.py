@@ -99,7 +99,7 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
         model = models_mae.MODELS[args.model](
             img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
     patches = model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))

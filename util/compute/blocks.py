@@ -24,6 +24,15 @@ class Block(vision_transformer.Block):
         if type(self.attn) is vision_transformer.Attention and not kwargs.get("scale_attn_norm"):
             self.attn.__class__ = Attention
 
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+        """Tokens (N, L, D) -> (N, L, D) as timm's, which tells attention of masks even where there are none:
+        a client's, written for an older timm, takes tokens alone.
+        """
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
 
 class Attention(vision_transformer.Attention):
     """timm's attention, same parameters and numbers, with a cheaper backward pass."""

@@ -29,7 +29,8 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
     if isinstance(model, VisionTransformer):
         x = model.norm(model.forward_tokens(images))
         return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
-    if type(model).forward_encoder is not MaskedAutoencoderViT.forward_encoder:  # a client's own encoder
+    own = type(model).forward_encoder if isinstance(model, MaskedAutoencoderViT) else None
+    if own not in (None, MaskedAutoencoderViT.forward_encoder):  # a client's
         x = model.forward_encoder(images, 0.0)[0]  # shuffled, which pooling does not see
         return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
