@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     def features(images: torch.Tensor) -> torch.Tensor:
         return encoder_features(model, images, pooled)
 
-    loaders = (eval_loader(dataset, args) for dataset in (train_set, val_set))
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loaders = (eval_loader(dataset, args, pin_memory) for dataset in (train_set, val_set))
     stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args)
     stats = {f"knn_{name}": value for name, value in stats.items()}
     closing = f"* k-NN Acc@1 {stats['knn_acc1']:.3f} Acc@5 {stats['knn_acc5']:.3f}"

@@ -96,11 +96,11 @@ def main(args: argparse.Namespace) -> None:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    centre = eval_transform(args, always_crop=True)
+    centre = eval_transform(args, always_crop=True, uint8=True)  # normalised on the device
     augment = not args.no_aug and not (args.cache_features and args.cache_views == 1)
     train_set = None
     if not args.eval:
-        train_set = labelled_images("train", args, probe_transform(args) if augment else centre)
+        train_set = labelled_images("train", args, probe_transform(args, uint8=True) if augment else centre)
     val_set = labelled_images("val", args, centre)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))

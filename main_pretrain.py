@@ -126,7 +126,7 @@ class EpochEnd:
         if args.knn_freq:
             from util.evaluate.knn import knn_loaders  # with the labelled sets, which all else does without
 
-            self.knn = knn_loaders(args)
+            self.knn = knn_loaders(args, run.pin_memory)
         if args.vis_freq and is_main_process():
             from util.figures.training import pick_images
 

@@ -124,13 +124,12 @@ def main(args: argparse.Namespace) -> None:
         say(f"note: {args.resume} has a norm for the mean of its patches only: {kind} come without a norm")
 
     files, _ = find_inputs(args.images, args.bad_images)
-    loader = prediction_loader(files, weights, args)
+    loader = prediction_loader(files, weights, args, pin_memory=device.type == "cuda")
     size = "x".join(map(str, weights.input_size))
     say(f"{args.resume}: {weights.kind}, {size} pixels; {len(files.paths)} images; {device}")
     progress = progress_bar(len(files.paths))
-    result = predict(
-        model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
-    )
+    top_k = args.top_k if wants_classes else 0
+    result = predict(model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights)
     progress.close()
     if left_out := loader.dataset.bad_paths():
         some = ", ".join(map(printable, left_out[:5])) + (", ..." if len(left_out) > 5 else "")

@@ -56,7 +56,7 @@ def bare_loop(model, dataset, args, device: torch.device) -> np.ndarray:
 
 def with_predict(model, files, weights, args, device: torch.device, path: str) -> np.ndarray:
     loader = prediction_loader(files, weights, args)
-    result = predict(model, loader, device, args.amp_dtype, feature_kind="mean")
+    result = predict(model, loader, device, args.amp_dtype, feature_kind="mean", stats=weights)
     write_features(path, [files.paths[i] for i in result.rows], result, "mean", model.patch_embed.grid_size)
     return result.features
 

@@ -559,7 +559,11 @@ def test_b8_main_of_a_half_namespace_and_own_constructors(monkeypatch, tmp_path,
         picture,
     ]
     predict.main(ArgumentParser(parents=[predict.get_args_parser()]).parse_args(words))
-    assert (tmp_path / "out.csv").exists()
+    shown = (tmp_path / "out.csv").read_text().splitlines()[1]
+    image = datasets.build_dataset(False, Namespace(data_path=folder, input_size=32))[0][0]
+    with torch.no_grad():
+        confidence = model(image[None]).softmax(dim=1).max().item()
+    assert str(confidence)[:4] in shown, (shown, confidence)
 
 
 def test_b8_what_a_constructor_has_fixed_cannot_be_a_flag(monkeypatch, folder):

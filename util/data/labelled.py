@@ -15,7 +15,7 @@ from util.files import printable, some
 
 
 class LabelledImages(ImageDataset):
-    """Images with labels; item (epoch, index) or index -> (float32 (C, H, W), label, index).
+    """Images with labels; item (epoch, index) or index -> (float32 or uint8 (C, H, W), label, index).
 
     Every random draw of an item depends only on (seed, epoch, index). Unreadable files: see `ImageDataset`.
 

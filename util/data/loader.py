@@ -1,6 +1,7 @@
 """The order of samples, and the loader that fetches them."""
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from util.compute.memory import free_memory
 from util.processes.collectives import warn
 
 PREFETCH = 2  # batches that each worker works ahead
+IN_USE = 3  # batches beside those: under way to the device, in the step, and held until its flags are read
 
 
 class Batch(NamedTuple):
@@ -89,24 +92,39 @@ def _stop_workers(reference: weakref.ref, owner: int) -> None:
         iterator._shutdown_workers()
 
 
-def _that_fit(dataset: Dataset, batch_size: int, num_workers: int) -> tuple[int, int]:
-    """Workers, and batches that each may work ahead, in the shared memory there is (64 MB in a container by
-    default); with more the workers would die of a bus error. Warns where they are fewer than `num_workers`.
+def _that_fit(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool) -> tuple[int, int, bool]:
+    """Workers, batches that each may work ahead, and whether batches are page-locked, in the memory there is
+    for each of the processes of this machine: /dev/shm (64 MB in a container by default), where with more the
+    workers would die of a bus error, and half of what is free, as locked pages cannot be moved out. Warns
+    where they are fewer than `num_workers`, or not locked.
     """
-    if not os.path.isdir("/dev/shm"):
-        return num_workers, PREFETCH
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    room = free // (dataset[0][0].nbytes * batch_size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) - 2
-    for prefetch in range(PREFETCH, 0, -1):
-        if num_workers * prefetch <= room:
-            return num_workers, prefetch
-    workers = max(0, room)
+    batch = dataset[0][0].nbytes * batch_size if num_workers or pin_mem else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = locked = math.inf
+    if num_workers and os.path.isdir("/dev/shm"):
+        status = os.statvfs("/dev/shm")
+        free = status.f_bavail * status.f_frsize
+        room = free // (batch * processes) - 2
+    if pin_mem:
+        left, block = free_memory(), 1 << (batch - 1).bit_length()  # as torch rounds each up
+        locked = left // (2 * block * processes) - IN_USE
+    for pin, room_now in ((pin_mem, min(room, locked)), (False, room)):
+        for prefetch in range(PREFETCH, 0, -1):
+            if num_workers * prefetch <= room_now:
+                if pin_mem and not pin:
+                    warn(
+                        "batches are not page-locked, so copies to the GPU are slower: half of the free "
+                        f"memory ({left / 1e9:.1f} GB) does not hold {num_workers + IN_USE} batches of "
+                        f"{block / 1e6:.0f} MB for each of {processes} processes; take a smaller "
+                        "--batch_size or fewer --num_workers"
+                    )
+                return num_workers, prefetch, pin
+    workers = int(max(0, room))
     warn(
         f"--num_workers {num_workers}: {workers} are used, as /dev/shm ({free / 1e6:.0f} MB free) has "
         "room for no more: take a smaller --batch_size, or docker run --ipc=host or --shm-size"
     )
-    return workers, 1
+    return workers, 1, pin_mem and workers <= locked
 
 
 def build_loader(
@@ -125,11 +143,10 @@ def build_loader(
 
     Args:
         num_workers: at most; fewer where their batches would not fit into shared memory.
-        pin_mem: page-locked batches, for copies to a GPU that do not wait.
+        pin_mem: page-locked batches, for copies to a GPU that do not wait; where memory has the room.
     """
     options = {}
-    if num_workers > 0:
-        num_workers, prefetch = _that_fit(dataset, batch_size, num_workers)
+    num_workers, prefetch, pin_mem = _that_fit(dataset, batch_size, num_workers, pin_mem)
     if num_workers > 0:
         options = {
             "prefetch_factor": prefetch,

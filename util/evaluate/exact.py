@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast, casting_once, resolve_amp_dtype
+from util.compute.prefetch import DevicePrefetcher
 from util.data.labelled import LabelledImages
-from util.data.loader import build_loader, open_batch
+from util.data.loader import Batch, build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
 from util.files import printable, some
@@ -45,7 +46,8 @@ def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, t
     """Cuts a stream of batches into groups of `GROUP`, (images, labels, indices); the last may be shorter.
 
     Batches are our loaders' (`util.data.loader.Batch`) or sequences that begin with the images and end with
-    the labels, as the reference reads them; their samples are numbered in the order in which they come.
+    the labels, as the reference reads them; their samples are numbered in the order in which they come. A
+    group is on the device of its batches.
     """
     held, count, seen = [], 0, 0
     for batch in batches:
@@ -61,6 +63,24 @@ def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, t
             held, count = [tuple(part[GROUP:] for part in joined)], count - GROUP
     if count:
         yield tuple(torch.cat(parts).clone() for parts in zip(*held, strict=True))
+
+
+def on_device(batches: Iterable, device: torch.device, args=None) -> Iterator[list]:
+    """The batches of a loader with all their tensors on `device`, where uint8 images are normalised; on a GPU
+    the next one is on its way meanwhile.
+
+    Args:
+        args: if given: mean, std.
+    """
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+
+    def move(batch) -> list[torch.Tensor]:
+        images, *others = open_batch(batch)
+        others = [part.to(device, non_blocking=True) for part in others if part is not None]
+        return [normalize_batch(images, device, mean, std), *others]
+
+    for batch, moved in DevicePrefetcher(batches, device, move):
+        yield Batch(*moved) if isinstance(batch, Batch) else moved
 
 
 def eval_loader(
@@ -87,26 +107,25 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
     """
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
     # The bare model: DistributedDataParallel would wait in forward for processes that have no more groups
     model = model.module if hasattr(model, "module") else model
     was_training = model.training
     model.eval()
     rows = []
-    for images, labels, indices in in_groups(data_loader):
-        images, labels = normalize_batch(images, device, mean, std), labels.to(device, non_blocking=True)
-        with autocast(device, amp_dtype):
-            logits = model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows.append(
-            (
-                indices,
-                labels,
-                F.cross_entropy(logits, labels, reduction="none"),
-                logits.topk(min(5, logits.shape[1]), dim=1).indices,
-                logits.softmax(dim=1).amax(dim=1),
+    with casting_once(device, amp_dtype, model):
+        for images, labels, indices in in_groups(on_device(data_loader, device, args)):
+            with autocast(device, amp_dtype):
+                logits = model(images)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            rows.append(
+                (
+                    indices,
+                    labels,
+                    F.cross_entropy(logits, labels, reduction="none"),
+                    logits.topk(min(5, logits.shape[1]), dim=1).indices,
+                    logits.softmax(dim=1).amax(dim=1),
+                )
             )
-        )
     model.train(was_training)
     columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
     return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)

@@ -44,7 +44,8 @@ def is_main_process() -> bool:
 
 def barrier() -> None:
     if get_world_size() > 1:
-        dist.barrier()
+        # NCCL warns where it has to guess the GPU
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import uuid
+import warnings
 from argparse import Namespace
 from datetime import timedelta
 
@@ -70,6 +71,7 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
     try:
         if on_gpu:
+            check_kernels(torch.device("cuda", args.gpu))
             torch.cuda.set_device(args.gpu)
         store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
         store.set_timeout(patience)
@@ -88,6 +90,27 @@ def init_distributed_mode(args: Namespace) -> None:
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
     watch.start(args.rank, args.world_size, store, part)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises UserError where this torch has no kernels for the GPU `device`, which it finds usable until the
+    first one fails; RuntimeError where there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*(CUDA capability|not compatible|compute capability)")
+        try:
+            torch.ones(1, device=device).add_(1).item()  # a launch fails at once, or when it is waited for
+        except RuntimeError as error:
+            if "no kernel image" not in str(error):
+                raise
+            name = "{} (sm_{}{})".format(
+                torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
+            )
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} has no kernels for {name}, only for "
+                f"{' '.join(torch.cuda.get_arch_list())}; install a torch that is built for it "
+                "(https://pytorch.org/get-started), or take --device cpu"
+            ) from None
 
 
 def _own_part(store: dist.Store) -> dist.Store:

@@ -88,9 +88,11 @@ class BackgroundWriter:
         self.failed = False
 
     def start(self, write: Callable, content: dict) -> None:
-        """Calls write(copy of `content`) in the background, after the write before has ended."""
-        copy = snapshot(content)
+        """Calls write(copy of `content`) in the background, after the write before has ended, so that on a
+        slow disk there is never a second copy.
+        """
         self.wait()
+        copy = snapshot(content)
         self.thread = threading.Thread(target=self._run, args=(write, copy), name="checkpoint")
         self.thread.start()
 
