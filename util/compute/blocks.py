@@ -71,10 +71,13 @@ class DropPath(layers.DropPath):
 def draw_paths(block: torch.nn.Module, x: torch.Tensor, *_, **named) -> list[DropPath]:
     """Draws which paths of a timm block drop for tokens (N, L, D), in the order of its forward pass; returns
     the modules that hold it. Draws nothing where the order could be another one: in a block of another kind,
-    or with dropout between.
+    with another drop path, or with dropout between.
     """
-    own = type(block).forward in (Block.forward, vision_transformer.Block.forward)
-    paths = [path for path in (block.drop_path1, block.drop_path2) if type(path) is DropPath] if own else []
+    if type(block).forward not in (Block.forward, vision_transformer.Block.forward):
+        return []
+    paths = [path for path in (block.drop_path1, block.drop_path2) if type(path) is not torch.nn.Identity]
+    if not all(type(path) is DropPath for path in paths):
+        return []
     if paths and any(isinstance(module, torch.nn.Dropout) and module.p for module in block.modules()):
         return []
     for path in paths:

@@ -112,7 +112,7 @@ def _gather(
     own = _in_rows(blocks, shape)
     for start in range(0, max(counts), ROWS):
         parts = _exchange(next(own), everywhere)
-        for part, place, count in zip(parts, places.split(counts), counts, strict=True):
+        for part, place, count in zip(parts, places.split(counts), counts, strict=wanted):
             place = place[start : min(start + ROWS, count)]
             whole[place] = part[: len(place)].cpu()
     return (whole, torch.from_numpy(np.concatenate(all_labels)[order])) if wanted else None
