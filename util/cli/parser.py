@@ -79,17 +79,16 @@ def _memory_advice(error: Exception, flags: Iterable[str]) -> str:
     """One line on an error that `out_of_memory` knows: where, how much was asked for, what to do."""
     text = " ".join(str(error).split())
     asked = re.search(r"(tr(?:ied|y) to allocate|unable to allocate) [\d.]+ \w+", text, re.I)
-    where = "the GPU" if re.search("CUDA|CUBLAS|MPS|HIP", text) else "this machine"
-    helpful = {
-        "batch_size": "a smaller --batch_size",
-        "accum_iter": "with a larger --accum_iter",
-        "grad_checkpointing": "--grad_checkpointing",
-        "fsdp": "--fsdp on several GPUs",
-        "num_workers": "fewer --num_workers",
-    }
-    advice = [words for flag, words in helpful.items() if flag in flags]
-    advice = f"; take {', '.join(advice)}" if advice else ""
-    return f"{where} is out of memory{f' ({asked[0]})' if asked else ''}{advice}"
+    on_gpu = re.search("CUDA|CUBLAS|MPS|HIP", text)
+    larger = " with a larger --accum_iter" if "accum_iter" in flags else ""
+    helpful = {"batch_size": f"a smaller --batch_size{larger}", "grad_checkpointing": "--grad_checkpointing"}
+    if on_gpu:
+        helpful["fsdp"] = "--fsdp with several GPUs"
+    else:
+        helpful["num_workers"] = "fewer --num_workers"
+    advice = " or ".join(words for flag, words in helpful.items() if flag in flags)
+    where = "the GPU" if on_gpu else "this machine"
+    return f"{where} is out of memory{f' ({asked[0]})' if asked else ''}{advice and f'; take {advice}'}"
 
 
 def _fail(message: str | None, status: int) -> None:

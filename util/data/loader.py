@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.errors import TrainingError
+from util.errors import TrainingError, out_of_memory
 from util.processes.collectives import warn
 
 PREFETCH = 2  # batches that each worker works ahead
@@ -122,27 +122,28 @@ class ImageLoader(DataLoader):
         )
 
     def _part_with_workers(self, error: Exception) -> None:
-        """Ends what is left of the workers where one has died; raises any other `error` of theirs."""
+        """Ends the workers where one has died or has no more memory; raises any other `error` of theirs."""
         global _lost_worker
         iterator, self._iterator = self._iterator, None
-        dead = [worker for worker in getattr(iterator, "_workers", []) if not worker.is_alive()]
-        if not dead:
+        workers = getattr(iterator, "_workers", [])
+        if dead := [worker for worker in workers if not worker.is_alive()]:
+            known = {-9: "was killed (SIGKILL), as when memory runs out",
+                     -7: "died of SIGBUS, as when /dev/shm is full"}  # fmt: skip
+            how = known.get(dead[0].exitcode, f"ended with status {dead[0].exitcode}")
+            text = f"loader worker {dead[0].pid} {how}"
+        elif out_of_memory(error) and _saver_is_there:
+            text = "a loader worker has no more memory"
+        else:
             raise error
-        known = {
-            -9: "was killed (SIGKILL), as when memory runs out",
-            -7: "died (SIGBUS), as when /dev/shm is full",
-        }
-        how = known.get(dead[0].exitcode, f"ended with status {dead[0].exitcode}")
-        text = f"loader worker {dead[0].pid} {how}"
         advice = "take fewer --num_workers or a smaller --batch_size"
         if not _saver_is_there:
             raise TrainingError(f"{text}; {advice}") from None
-        _lost_worker = f"{text}; {advice}"
+        _lost_worker, self._alone = f"{text}; {advice}", True
         warn(f"{text}; this process reads on alone, until the run is saved")
-        self._alone = True
-        for worker in iterator._workers:
+        for worker in workers:
             worker.kill()
-        iterator._shutdown_workers()
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def _stop_workers(reference: weakref.ref, owner: int) -> None:

@@ -177,7 +177,7 @@ class RunGuard:
         return save > 0
 
     def _report(self, micro_steps: list[dict], of_loss: bool) -> None:
-        """Writes what led to a loss (else a gradient) that is not finite, names the files; stops at too many."""
+        """Writes what led to a loss (else a gradient) that is not finite, names files; stops at too many."""
         bad = [entry for entry in micro_steps if not torch.isfinite(entry["loss"])]
         # A gradient is that of all micro-steps: which one has spoilt it cannot be known
         entry = bad[0] if bad else micro_steps[-1]
