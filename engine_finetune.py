@@ -54,7 +54,7 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    steps = EpochSteps(data_loader, args, device)
+    steps = EpochSteps(data_loader, args, device, model)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
     batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(open_batch(batch)[:2]))
@@ -62,7 +62,7 @@ def train_one_epoch(
     for step, (batch, (images, targets)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
             lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
-        steps.seed_step(epoch, step)
+        steps.begin(epoch, step)
         update = steps.updates(step)
 
         if mixup_fn is not None:
@@ -78,7 +78,7 @@ def train_one_epoch(
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
         guard.watch(batch, loss, epoch, step)
         if update:
-            optimizer.zero_grad()
+            steps.finish(optimizer, grad_norm)
             curves.add(epoch + step / steps.count, loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break

@@ -1,5 +1,6 @@
 """One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ from util import lr_sched
 from util.compute.precision import autocast
 from util.compute.prefetch import DevicePrefetcher
 from util.data.loader import open_batch
-from util.processes.collectives import all_reduce_sum
+from util.processes.collectives import gather
 from util.processes.fsdp import without_gradient_traffic
 from util.rng import fixed_noise, masked_by
 from util.run.guard import RunGuard
@@ -47,7 +48,7 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    steps = EpochSteps(data_loader, args, device)
+    steps = EpochSteps(data_loader, args, device, model)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
@@ -56,7 +57,7 @@ def train_one_epoch(
     for step, (batch, (images,)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
-        steps.seed_step(epoch, step)
+        steps.begin(epoch, step)
         update = steps.updates(step)
 
         with without_gradient_traffic(model, not update):
@@ -69,7 +70,7 @@ def train_one_epoch(
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
         guard.watch(batch, loss, epoch, step)
         if update:
-            optimizer.zero_grad()
+            steps.finish(optimizer, grad_norm)
             curves.add(epoch + step / steps.count, train_loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
@@ -83,27 +84,26 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, args: Namespace) -> float:
-    """Reconstruction loss over held-out images, each masked the same way every time.
+    """Mean reconstruction loss of all held-out images of all processes, each masked the same way every time;
+    the same to the last digit at any batch size and number of processes (how: `util.evaluate.exact`).
 
     Args:
-        data_loader: batches as in training; each process gives its own share of the images.
+        data_loader: batches as in training, dealt by `util.data.sampler.EvalSampler`.
         model: the bare model, not its wrapper; left in training mode as it was.
         args: those of training.
-
-    Returns:
-        Mean loss over all images of all processes.
     """
+    from util.evaluate.exact import in_groups  # with the labelled sets, which training does without
+
     was_training, steps = model.training, EpochSteps(data_loader, args, device)
     model.eval()
-    length, seen = model.patch_embed.num_patches, 0
-    total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
-    for images, _, indices in map(open_batch, data_loader):
-        numbers = range(seen, seen + len(images)) if indices is None else indices.tolist()
-        seen += len(images)
-        noise = fixed_noise(numbers, length, seed=0).to(device)
+    losses, counts = [], []  # of groups that are the same at any batch size and number of processes
+    for images, _, indices in in_groups(data_loader):
+        noise = fixed_noise(indices.tolist(), model.patch_embed.num_patches, seed=0).to(device)
         with autocast(steps.device, steps.amp_dtype):
-            loss = masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0]
-        total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
+            losses.append(masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0])
+        counts.append(len(images))
     model.train(was_training)
-    loss_total, count = all_reduce_sum(total).tolist()
-    return loss_total / max(count, 1)
+    own = torch.stack(losses).tolist() if losses else []
+    shares = gather([(loss * count, count) for loss, count in zip(own, counts, strict=True)])
+    sums, counts = zip(*(part for share in shares for part in share), strict=True)
+    return math.fsum(sums) / sum(counts)

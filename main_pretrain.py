@@ -27,7 +27,7 @@ from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.loader import build_loader
-from util.data.sampler import EpochSampler
+from util.data.sampler import EvalSampler
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
@@ -120,7 +120,7 @@ class EpochEnd:
         self.args, self.device, self.model, self.log_writer = args, run.device, model, log_writer
         self.val_loader = self.knn = self.pictures = None
         if val_set is not None:
-            sampler = EpochSampler(len(val_set), get_world_size(), get_rank(), shuffle=False)
+            sampler = EvalSampler(len(val_set), get_world_size(), get_rank())
             loader = build_loader(val_set, sampler, args.batch_size, args.num_workers, run.pin_memory)
             self.val_loader = loader
         if args.knn_freq:

@@ -45,17 +45,19 @@ class Predictions:
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Cuts a stream of batches into groups of `GROUP`, (images, labels, indices); the last may be shorter.
 
-    Batches are our loaders' (`util.data.loader.Batch`) or sequences that begin with the images and end with
-    the labels, as the reference reads them; their samples are numbered in the order in which they come. A
-    group is on the device of its batches.
+    Batches are our loaders' or what `util.data.loader.open_batch` makes of others: labels are -1 where there
+    are none, and samples are numbered in the order in which they come. A group is on the device of its
+    batches.
     """
     held, count, seen = [], 0, 0
     for batch in batches:
         images, labels, indices = open_batch(batch)
-        indices = torch.arange(seen, seen + len(labels)) if indices is None else indices
-        seen += len(labels)
+        number = len(images)
+        labels = torch.full((number,), -1) if labels is None else labels
+        indices = torch.arange(seen, seen + number) if indices is None else indices
+        seen += number
         held.append((images, labels, indices))
-        count += len(labels)
+        count += number
         while count >= GROUP:
             joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*held, strict=True)]
             # A clone of a slice: its memory is laid out as if the group had come alone

@@ -49,7 +49,7 @@ class TrainingJob:
         env = submitit.JobEnvironment()
         from util.weights.files import list_checkpoints
 
-        with errors_in_one_line(self.script):
+        with errors_in_one_line(self.script, vars(self.args)):
             if env.cluster == "slurm":  # whose own variables `find_processes` reads
                 forget_launcher()
             set_up_arguments(self.args, env)
