@@ -10,7 +10,7 @@ from util.errors import UserError
 from util.files import some
 from util.weights.describe import WeightsFile, named_constructor
 from util.weights.encoder import part_state
-from util.weights.state import compare_state, stored_settings
+from util.weights.state import compare_state
 
 
 def build(
@@ -37,8 +37,8 @@ def build(
         options = {**weights.decoder, "norm_pix_loss": weights.norm_pix_loss}
     else:
         options = {"global_pool": "fc_norm.weight" in state, "num_classes": 0 if head is None else len(head)}
-    make = named_constructor(stored_settings(weights.content), part)
-    make = make or (MaskedAutoencoderViT if part == "full" else VisionTransformer)
+    plain = MaskedAutoencoderViT if part == "full" else VisionTransformer
+    make = named_constructor(weights.constructor, part) or plain
     try:
         with torch.device("meta"):
             model = construct(make, **weights.sizes, **options)

@@ -52,6 +52,7 @@ class WeightsFile:
     norm_pix_loss: bool = False  # the decoder predicts patches that are normalised by their own mean and std
     mask_ratio: float = 0.75  # share of patches that pre-training masked
     model: str | None = None  # the model in models_vit.MODELS of this width and depth
+    constructor: str | None = None  # the file's own word for its model, of any MODELS
     recipe: str | None = None  # of the file's classifier: "finetune" or "linprobe"; None without one
     class_names: list[str] | None = None  # in the order of the outputs; None where the file stores none
     content: dict = field(default_factory=dict)  # what it holds besides tensors: args, epoch, config, ...
@@ -97,7 +98,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
         *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
         norm_pix_loss=bool(said["norm_pix_loss"]),
         mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
-        model=info.get("model"),
+        model=info.get("model"), constructor=stored.get("model"),
         recipe=stored.get("recipe", info.get("recipe")),
         class_names=stored.get("class_names"),
         content={k: v for k, v in content.items() if k in _OTHERS},
@@ -116,7 +117,7 @@ def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     """What the file says of the flags of `describe`; None for those that it does not say."""
     known = {name: stored.get(name) for name in _UNSEEN}
     known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
-    named, size = _stacks(named_constructor(stored)), _width_and_depth(state)
+    named, size = _stacks(named_constructor(stored.get("model"))), _width_and_depth(state)
     if known["num_heads"] is None and named[0][:2] == size:
         known["num_heads"] = named[0][2]
     if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
@@ -126,11 +127,10 @@ def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     return known
 
 
-def named_constructor(stored: dict, part: str = "") -> Callable | None:
-    """The constructor whose name is in a file's settings, of the kind of model that `part` needs ("full": a
-    masked autoencoder, other words: a classifier, "": either); None where none of this code has the name.
+def named_constructor(name: str | None, part: str = "") -> Callable | None:
+    """The constructor of that name, of the kind of model that `part` needs ("full": a masked autoencoder,
+    other words: a classifier, "": either); None where there is none.
     """
-    name = str(stored.get("model"))
     modules = [models_mae] if part == "full" else [models_vit] if part else [models_mae, models_vit]
     return next((module.MODELS[name] for module in modules if name in module.MODELS), None)
 
