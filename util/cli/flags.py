@@ -21,8 +21,8 @@ class Constructors(MutableMapping):
         self.namespace = namespace
 
     def __getitem__(self, name: str) -> Callable:
-        value = self.namespace.get(name)
-        if str(name).startswith("_") or isinstance(value, type) or not callable(value):
+        value = self.namespace.get(name) if isinstance(name, str) and not name.startswith("_") else None
+        if isinstance(value, type) or not callable(value):
             raise KeyError(name)
         parameters = inspect.signature(value).parameters.values()
         required = [
