@@ -34,6 +34,7 @@ from image_utils import make_folder
 import engine_finetune
 import engine_pretrain
 import main_finetune
+import main_knn
 import main_linprobe
 import main_pretrain
 import models_mae
@@ -534,6 +535,10 @@ def test_b8_main_of_a_half_namespace_and_own_constructors(monkeypatch, tmp_path,
     main_finetune.main(resumed)
     records = [json.loads(line) for line in (ft / "log.txt").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1] and resumed.clip_grad is None
+    half = Namespace(
+        model="vit_mine", input_size=32, data_path=folder, finetune=ft / "checkpoint-1.pth", device="cpu"
+    )
+    assert 0 <= main_knn.main(half)["knn_acc1"] <= 100 and half.k == 20
     capsys.readouterr()
 
     # predict.py computes with the client's class, not with a plain one of the same tensors

@@ -1,6 +1,7 @@
 """The flags that the main scripts share, and argparse types of numbers that have bounds."""
 
 import argparse
+import contextlib
 import inspect
 import math
 import re
@@ -24,13 +25,13 @@ class Constructors(MutableMapping):
         value = self.namespace.get(name) if isinstance(name, str) and not name.startswith("_") else None
         if isinstance(value, type) or not callable(value):
             raise KeyError(name)
-        parameters = inspect.signature(value).parameters.values()
-        required = [
-            p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        ]
-        if required or not any(p.kind is p.VAR_KEYWORD or p.name == "img_size" for p in parameters):
-            raise KeyError(name)
-        return value
+        with contextlib.suppress(TypeError, ValueError):  # functions in C have no signature
+            signature = inspect.signature(value)
+            parameters = signature.parameters.values()
+            signature.bind()  # TypeError where something must be given
+            if any(p.kind is p.VAR_KEYWORD or p.name == "img_size" for p in parameters):
+                return value
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name in self.namespace if name in self])
