@@ -4,7 +4,9 @@ fit otherwise (FSDP2, `torch.distributed.fsdp.fully_shard`; ZeRO stage 3, arXiv 
 A block's weights are gathered when it computes and dropped after it; gradients are averaged, and each process
 keeps its share of them. Blocks compute in the precision that autocast gives them, as with
 DistributedDataParallel: weights travel in float32, and both give the same numbers. (FSDP2's own mixed
-precision would also round norms and position tables to 16 bits.)
+precision would also round norms and position tables to 16 bits.) So autograd keeps autocast's 16-bit copies
+of all weights, 2 bytes a parameter, up to the backward pass, unless blocks are computed again
+(--grad_checkpointing).
 
 All that is not training takes a `full_copy`, a plain model that any process may call as often as it likes.
 Checkpoints hold whole tensors: `util.run.writer.snapshot` gathers them, one at a time, and `load_state` and
