@@ -25,7 +25,7 @@ from util.cli.flags import above, add_schedule_args, add_training_args, at_least
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
-from util.data.labelled import build_dataset
+from util.data.labelled import labelled_images
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
@@ -133,8 +133,8 @@ def main(args: argparse.Namespace) -> None:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    train_set = None if args.eval else build_dataset(True, args)
-    val_set = build_dataset(False, args)
+    train_set = None if args.eval else labelled_images("train", args)
+    val_set = labelled_images("val", args)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)

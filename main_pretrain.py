@@ -27,7 +27,7 @@ from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.loader import build_loader
-from util.data.sampler import EpochSampler
+from util.data.sampler import EvalSampler
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
@@ -99,7 +99,7 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
         model = models_mae.MODELS[args.model](
             img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
     patches = model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))
@@ -120,7 +120,7 @@ class EpochEnd:
         self.args, self.device, self.model, self.log_writer = args, run.device, model, log_writer
         self.val_loader = self.knn = self.pictures = None
         if val_set is not None:
-            sampler = EpochSampler(len(val_set), get_world_size(), get_rank(), shuffle=False)
+            sampler = EvalSampler(len(val_set), get_world_size(), get_rank())
             loader = build_loader(val_set, sampler, args.batch_size, args.num_workers, run.pin_memory)
             self.val_loader = loader
         if args.knn_freq:

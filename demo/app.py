@@ -33,7 +33,7 @@ from util.figures.canvas import panel_pixels
 from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
 from util.files import printable
 from util.processes.collectives import log, warn
-from util.rng import fixed_noise
+from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
@@ -239,6 +239,8 @@ def main(args: argparse.Namespace) -> None:
     content = read_file(args.resume, "--resume", not args.no_verify)
     weights = describe(content, args.resume, args, "full")
     model = build(weights).to(device)
+    if not takes_noise(model):
+        raise UserError(f"--resume {args.resume}: its model draws its own masks, so that none can be chosen")
     for note in weights.notes:
         log(f"note: {printable(note)}")
     player = Player(model, weights, device)

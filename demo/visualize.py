@@ -38,7 +38,7 @@ from util.figures.canvas import panel_layout, save_png
 from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
 from util.files import printable
 from util.processes.collectives import log, warn
-from util.rng import fixed_noise
+from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
@@ -190,6 +190,8 @@ def main(args: argparse.Namespace) -> None:
     images, labels = read_images(paths, names, weights, args.bad_images == "skip")
     model, name = model.to(device), printable(os.path.basename(weights.path))
 
+    if args.mask_file and not attention_only and not takes_noise(model):
+        raise UserError(f"--mask_file: the model of {weights.path} draws its own masks; leave the flag out")
     if attention_only:
         log(
             f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, "

@@ -9,10 +9,10 @@ from golden_utils import REPO
 
 LAYERS = [
     "util.console",
-    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.lars util.pos_embed util.crop",
+    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.pos_embed util.crop",
     "util.files util.processes",
     "util.cli util.compute",
-    "models_mae models_vit util.demo_set",
+    "models_mae models_vit util.demo_set util.lars",
     "util.data",
     "util.datasets util.weights util.figures tools",
     "util.run util.evaluate util.slurm",

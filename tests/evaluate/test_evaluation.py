@@ -13,6 +13,7 @@ import torch
 from golden_utils import REPO
 
 import models_vit
+from util.data.loader import collate
 from util.data.sampler import GROUP, EvalSampler
 from util.evaluate.exact import Predictions, in_groups, predict_samples, summarize
 from util.evaluate.features import FeatureLoader, extract_features
@@ -54,7 +55,7 @@ class Images(torch.utils.data.Dataset):
 
 def make_loader(batch_size, world_size=1, rank=0):
     sampler = EvalSampler(COUNT, world_size, rank)
-    return torch.utils.data.DataLoader(Images(), batch_size, sampler=sampler)
+    return torch.utils.data.DataLoader(Images(), batch_size, sampler=sampler, collate_fn=collate)
 
 
 def make_model():
@@ -182,7 +183,7 @@ class WithBadFiles(Images):
 
 
 def test_samples_that_cannot_be_read_are_not_counted(capsys):
-    loader = torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT))
+    loader = torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT), collate_fn=collate)
     found, whole = (predict_samples(x, make_model(), "cpu") for x in (loader, make_loader(7)))
     keep = ~np.isin(whole.indices, (3, 40))
     assert np.array_equal(found.indices, whole.indices[keep]) and len(found.labels) == COUNT - 2
@@ -195,7 +196,7 @@ def test_samples_that_cannot_be_read_are_not_counted(capsys):
 
 def test_features_of_samples_that_cannot_be_read():
     def loader():
-        return torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT))
+        return torch.utils.data.DataLoader(WithBadFiles(), 7, sampler=EvalSampler(COUNT), collate_fn=collate)
 
     model = make_model().eval()
     whole, labels = extract_features(model.forward_features, make_loader(7), "cpu")

@@ -1,12 +1,60 @@
 """The flags that the main scripts share, and argparse types of numbers that have bounds."""
 
 import argparse
+import contextlib
+import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from util.errors import UserError
 from util.sizes import default_workers
+
+
+class Constructors(MutableMapping):
+    """{name: constructor} of the models in a module's namespace as it is now: what `--model` may be.
+
+    A constructor is a function of public name that can be called with keywords alone.
+    """
+
+    def __init__(self, namespace: dict):
+        self.namespace = namespace
+
+    def __getitem__(self, name: str) -> Callable:
+        value = self.namespace.get(name) if isinstance(name, str) and not name.startswith("_") else None
+        if isinstance(value, type) or not callable(value):
+            raise KeyError(name)
+        with contextlib.suppress(TypeError, ValueError):  # functions in C have no signature
+            signature = inspect.signature(value)
+            parameters = signature.parameters.values()
+            signature.bind()  # TypeError where something must be given
+            if any(p.kind is p.VAR_KEYWORD or p.name == "img_size" for p in parameters):
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self.namespace if name in self])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __setitem__(self, name: str, constructor: Callable) -> None:
+        self.namespace[name] = constructor
+
+    def __delitem__(self, name: str) -> None:
+        del self.namespace[name]
+
+
+def construct(constructor: Callable, **sizes):
+    """constructor(**sizes), without those of them that it gives its model itself, as the reference's do."""
+    while True:
+        try:
+            return constructor(**sizes)
+        except TypeError as error:
+            found = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+            if found is None or sizes.pop(found[1], None) is None:
+                raise
 
 
 @dataclass(frozen=True)

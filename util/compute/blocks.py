@@ -30,6 +30,15 @@ class Block(vision_transformer.Block):
             if type(path) is layers.DropPath:
                 path.__class__ = DropPath
 
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+        """Tokens (N, L, D) -> (N, L, D) as timm's, which tells attention of masks even where there are none:
+        a client's, written for an older timm, takes tokens alone.
+        """
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
 
 class Attention(vision_transformer.Attention):
     """timm's attention, same parameters and numbers, with a cheaper backward pass."""
@@ -64,7 +73,7 @@ def draw_paths(block: torch.nn.Module, x: torch.Tensor, *_, **named) -> list[Dro
     the modules that hold it. Draws nothing where the order could be another one: in a block of another kind,
     with another drop path, or with dropout between.
     """
-    if type(block).forward is not vision_transformer.Block.forward:
+    if type(block).forward not in (Block.forward, vision_transformer.Block.forward):
         return []
     paths = [path for path in (block.drop_path1, block.drop_path2) if type(path) is not torch.nn.Identity]
     if not all(type(path) is DropPath for path in paths):

@@ -79,6 +79,8 @@ class Compiled:
         # Blocks that differ in a number (dropout) or in what learns are versions of one function
         name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
+        # Else a graph would serve blocks with and without hooks alike, and hooks of later on not at all
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
         self.compiled = torch.compile(
             method,

@@ -1,11 +1,15 @@
 """Labelled images for fine-tuning, probing and evaluation: a folder of class folders for each split."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
+
+from torchvision.datasets import ImageFolder
 
 from util.data.dataset import ImageDataset, find_split
 from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
+from util.data.read import read_image, read_picture
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import is_main_process, warn
@@ -38,24 +42,64 @@ class LabelledImages(ImageDataset):
         return self.files.classes
 
 
-def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
-    """The fine-tuning data set: `train/` with augmentation, or `val/` with the evaluation's transform.
+class LabelledFolder(ImageFolder):
+    """torchvision's ImageFolder over the files that we find; items are (float32 (C, H, W), label).
+
+    Augmentation draws from the global generators, as the reference's does, so that each epoch of any loader
+    differs; `LabelledImages` is what our scripts train on. A file that cannot be decoded raises BadImage.
 
     Args:
-        args: data_path, input_size; if present also in_chans, mean, std, seed, bad_images, and of timm's
+        files: with labels and classes.
+        transform: as of `LabelledImages`.
+    """
+
+    def __init__(self, files: ImageFiles, transform: Callable, channels: int = 3):
+        self.files = files
+        decode = read_picture if channels in (1, 3) else read_image
+        super().__init__(files.root, transform, loader=functools.partial(decode, channels=channels))
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return self.files.classes, {name: label for label, name in enumerate(self.files.classes)}
+
+    def make_dataset(self, *_, **__) -> list[tuple[str, int]]:
+        return list(zip(self.files.paths, self.files.labels.tolist(), strict=True))
+
+
+def build_dataset(is_train: bool, args: Namespace) -> LabelledFolder:
+    """The fine-tuning data as the reference gives it: (image, label) of `train/` with augmentation, or of
+    `val/` with the evaluation's transform.
+
+    Args:
+        args: data_path, input_size; if present also in_chans, mean, std, bad_images, and of timm's
             augmentation color_jitter, aa, reprob, remode, recount.
 
     Raises:
         UserError: no such folder, no labels, an empty class.
     """
-    return labelled_images("train" if is_train else "val", args, train_transform(args) if is_train else None)
+    files = labelled_files("train" if is_train else "val", args)
+    return LabelledFolder(files, build_transform(is_train, args), getattr(args, "in_chans", 3))
+
+
+def build_transform(is_train: bool, args: Namespace) -> Callable:
+    """Fine-tuning's augmentation, or the evaluation's transform; `args`: as of `build_dataset`."""
+    return train_transform(args) if is_train else eval_transform(args)
 
 
 def labelled_images(split: str, args: Namespace, transform: Callable | None = None) -> LabelledImages:
-    """The images of `train` or `val` under `args.data_path`; without `transform`, the evaluation's.
+    """The images of `train` or `val` as our scripts take them; default: with `build_transform`'s transform.
+
+    Args:
+        args: as of `build_dataset`; if present also seed.
 
     Raises UserError as `build_dataset`.
     """
+    files = labelled_files(split, args)
+    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
+    return LabelledImages(files, transform or build_transform(split == "train", args), *options)
+
+
+def labelled_files(split: str, args: Namespace) -> ImageFiles:
+    """The files of `train` or `val` under `args.data_path`; UserError as of `build_dataset`."""
     files = find_split(args, split)
     layout = "labelled images are needed in train/CLASS/... and val/CLASS/..."
     if files is None:
@@ -66,8 +110,7 @@ def labelled_images(split: str, args: Namespace, transform: Callable | None = No
     if files.labels is None:
         place = f"--data_path {args.data_path}: {files.source}"
         raise UserError(f"{place} has no class folders, so no labels; {layout}")
-    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
-    return LabelledImages(files, transform or eval_transform(args), *options)
+    return files
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
 from util.compute.prefetch import on_host
+from util.data.loader import Batch
 from util.evaluate.exact import drop_unreadable, in_groups, on_device
 from util.processes.collectives import gather, get_world_size, is_main_process
 
@@ -24,8 +27,14 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
             `global_pool` says.
         global_pool: mean over the patch tokens, else the class token.
     """
-    if hasattr(model, "fc_norm"):
+    if hasattr(model, "fc_norm") or (isinstance(model, VisionTransformer) and not global_pool):
         return model.forward_features(images)
+    if isinstance(model, VisionTransformer):
+        return model.norm(model.forward_tokens(images))[:, 1:].mean(dim=1)
+    own = type(model).forward_encoder if isinstance(model, MaskedAutoencoderViT) else None
+    if own not in (None, MaskedAutoencoderViT.forward_encoder):  # a client's
+        x = model.forward_encoder(images, 0.0)[0]  # shuffled, which pooling does not see
+        return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = torch.cat([cls_token, x], dim=1)
@@ -48,7 +57,7 @@ def extract_features(
 
     Args:
         feature_fn: normalised images on `device` -> (N, D).
-        data_loader: batches (images, labels[, indices]), dealt over processes by
+        data_loader: batches as `in_groups` takes them, dealt over processes by
             `util.data.sampler.EvalSampler`.
         args: if given: amp_dtype, mean, std.
         keep_all: an unreadable file has the features of the picture in its place, so that row i belongs to
@@ -141,7 +150,7 @@ def _exchange(block: torch.Tensor, everywhere: bool) -> list[torch.Tensor]:
 
 
 class FeatureLoader:
-    """A loader of features in memory: batches [features (N, D), labels int64 (N,), indices int64 (N,)].
+    """A loader of features in memory: batches of features (N, D), labels int64 (N,), indices int64 (N,).
 
     Sample i of epoch e is view e % V of image i, where the ordinary path would augment the image anew.
 
@@ -162,11 +171,11 @@ class FeatureLoader:
         count = len(self.sampler)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         keys = iter(self.sampler)
         while batch := list(itertools.islice(keys, self.batch_size)):
             if self.drop_last and len(batch) < self.batch_size:
                 return
             epoch = batch[0][0] if isinstance(batch[0], tuple) else 0
             indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in batch])
-            yield [self.features[epoch % len(self.features)][indices], self.labels[indices], indices]
+            yield Batch(self.features[epoch % len(self.features)][indices], self.labels[indices], indices)

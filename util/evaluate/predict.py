@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from models_vit import VisionTransformer
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
 from util.compute.prefetch import on_host
 from util.data.find import ImageFiles
@@ -99,14 +100,20 @@ def predict(
     dtype = resolve_amp_dtype(amp_dtype, device)
     dataset, done = loader.dataset, 0
     parts, features = [], None
+    plain = type(model) is VisionTransformer  # a client's class says itself what its features and logits are
+    way = "mean" if model.global_pool else "cls"
 
     def results() -> Iterator[list[torch.Tensor]]:
         for images, _, indices in in_groups(on_device(loader, device, stats)):
             with autocast(device, dtype):
-                tokens = model.forward_tokens(images)
-                pooled = pool_tokens(model, tokens, "mean" if model.global_pool else "cls") if top_k else None
-                logits = model.head(model.head_drop(pooled)) if top_k else None
+                tokens = model.forward_tokens(images) if feature_kind else None
                 values = pool_tokens(model, tokens, feature_kind) if feature_kind else None
+                if plain and feature_kind and top_k:  # the encoder runs once
+                    logits = model.forward_head(pool_tokens(model, tokens, way))
+                else:
+                    logits = model(images) if top_k else None
+                if not plain and feature_kind == way:
+                    values = model.forward_features(images)
             best = logits.float().softmax(dim=1).topk(top_k, dim=1) if top_k else None
             columns = [best.indices, best.values] if top_k else []
             yield [indices, *columns, *([values.float()] if feature_kind else [])]

@@ -18,8 +18,8 @@ def settings(source: Source) -> dict[str, dict]:
     """The entry of a checkpoint that says how to build its model: `args`; of classifiers `model_info`."""
     info = {name: source.info.get(name) for name in _SETTINGS}
     if source.part == "full":
-        name = f"mae_{info['model']}"
-        info |= {"model": name if name in models_mae.MODELS else None}
+        names = source.constructor, f"mae_{info['model']}"
+        info |= {"model": next((name for name in names if name in models_mae.MODELS), None)}
         info |= {name: source.info[name] for name in FULL}
     if source.part == "classifier":
         info |= {name: source.info.get(name) for name in _CLASSIFIER}

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
+from util.errors import UserError
+from util.rng import takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
@@ -84,6 +86,9 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
     source = Source(**vars(weights))
     source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
     source.mae = build(weights) if weights.part == "full" else None
+    if source.mae is not None and not takes_noise(source.mae):
+        raise UserError(f"--resume {path}: its model draws its own masks, so that no copy can be compared "
+                        "with it; pass --encoder_only")  # fmt: skip
     if args.mask_ratio is not None:
         source.mask_ratio = args.mask_ratio
     stored, config = stored_settings(content, f"--resume {path}", "mean", "std"), content.get("config", {})

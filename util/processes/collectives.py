@@ -27,12 +27,16 @@ def warn(message: str) -> None:
     note(f"warning: {one_line(str(message))}")
 
 
+def is_dist_avail_and_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def get_world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
 
 
 def get_rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
 def is_main_process() -> bool:

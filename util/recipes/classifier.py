@@ -9,7 +9,7 @@ import argparse
 import torch
 
 import models_vit
-from util.cli.flags import at_least, check_flags
+from util.cli.flags import at_least, check_flags, construct
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
 from util.files import check_writable, printable
@@ -111,16 +111,20 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
     if args.patch_size is not None:
         extra["patch_size"] = args.patch_size
     try:
-        model = models_vit.MODELS[args.model](
+        model = construct(
+            models_vit.MODELS[args.model],
             img_size=args.input_size,
             in_chans=args.in_chans,
             num_classes=args.nb_classes,
             global_pool=args.global_pool,
             **extra,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    args.patch_size = model.patch_embed.patch_size[0]
+    own = model.patch_embed.patch_size[0]
+    if args.patch_size not in (None, own):
+        raise UserError(f"--patch_size {args.patch_size}: {args.model} always has {own}; leave the flag out")
+    args.patch_size = own
     return model
 
 

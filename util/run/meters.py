@@ -22,10 +22,10 @@ class SmoothedValue:
         fmt: how it prints, from median, avg, global_avg, max, value.
     """
 
-    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
         self.recent: deque = deque(maxlen=window_size)
         self.pending: list = []  # tensors not read yet, with their counts
-        self.total, self.count, self.fmt = 0.0, 0, fmt
+        self.total, self.count, self.fmt = 0.0, 0, fmt or "{median:.4f} ({global_avg:.4f})"
 
     def update(self, value: float | torch.Tensor, n: int = 1) -> None:
         """Adds `value` (a number or a scalar tensor on any device) as it is, unread, with weight `n`."""
@@ -55,9 +55,14 @@ class SmoothedValue:
         self.total, self.count = all_reduce_sum(sums).tolist()
         self.count = int(self.count)
 
-    def _recent(self) -> list[float]:
+    @property
+    def deque(self) -> "deque[float]":
+        """The last values, up to date."""
         self.flush()
-        return list(self.recent) or [math.nan]
+        return self.recent
+
+    def _recent(self) -> list[float]:
+        return list(self.deque) or [math.nan]
 
     @property
     def median(self) -> float:
@@ -137,14 +142,16 @@ class MetricLogger:
         log(f"Averaged stats: {self}")
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
+    def log_every(
+        self, iterable: Iterable, print_freq: int, header: str | None = None, start: int = 0
+    ) -> Iterator:
         """Yields from `iterable`; prints a line every `print_freq` items and a total at the end.
 
         A line has the time to go, the meters, images/s, seconds per step, the share of time spent waiting for
         data and the peak memory. On a terminal a progress bar stands in for the lines. `start`: number of the
         first item of `iterable` when it goes on inside an epoch; its length stays that of the epoch.
         """
-        length = len(iterable)
+        length, header = len(iterable), header or ""
         bar = None
         if is_main_process() and sys.stdout.isatty():
             bar = progress_bar(length, "it", sys.stdout, initial=start, desc=header, mininterval=0.5)

@@ -110,6 +110,7 @@ def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     Raises:
         UserError: unreadable, of another architecture, or without what resuming needs.
     """
+    args.resume, args.output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     checkpoint = read_resume(args)
     restore_run(args, checkpoint, model_without_ddp, optimizer, loss_scaler)
     return checkpoint and checkpoint.content

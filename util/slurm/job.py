@@ -51,7 +51,7 @@ class TrainingJob:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
         env = submitit.JobEnvironment()
 
-        with errors_in_one_line(self.script):
+        with errors_in_one_line(self.script, vars(self.args)):
             if env.cluster == "slurm":  # whose own variables `find_processes` reads
                 forget_launcher()
             set_up_arguments(self.args, env)

@@ -7,6 +7,7 @@ only: width and depth tell which of the named models it is, and what no tensor s
 import functools
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,7 @@ class WeightsFile:
     norm_pix_loss: bool = False  # the decoder predicts patches that are normalised by their own mean and std
     mask_ratio: float = 0.75  # share of patches that pre-training masked
     model: str | None = None  # the model in models_vit.MODELS of this width and depth
+    constructor: str | None = None  # the file's own word for its model, of any MODELS
     recipe: str | None = None  # of the file's classifier: "finetune" or "linprobe"; None without one
     class_names: list[str] | None = None  # in the order of the outputs; None where the file stores none
     content: dict = field(default_factory=dict)  # what it holds besides tensors: args, epoch, config, ...
@@ -97,7 +99,7 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
         *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
         norm_pix_loss=bool(said["norm_pix_loss"]),
         mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
-        model=info.get("model"),
+        model=info.get("model"), constructor=stored.get("model"),
         recipe=stored.get("recipe", info.get("recipe")),
         class_names=stored.get("class_names"),
         content={k: v for k, v in content.items() if k in _OTHERS},
@@ -116,13 +118,22 @@ def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     """What the file says of the flags of `describe`; None for those that it does not say."""
     known = {name: stored.get(name) for name in _UNSEEN}
     known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
+    named, size = _stacks(named_constructor(stored.get("model"))), _width_and_depth(state)
+    if known["num_heads"] is None and named[0][:2] == size:
+        known["num_heads"] = named[0][2]
     if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
         *_, known["num_heads"] = _stacks(models_vit.MODELS[info["model"]])[0]
-    constructor = models_mae.MODELS.get(str(stored.get("model")))
-    if known["decoder_num_heads"] is None and constructor:
-        encoder, decoder = _stacks(constructor)
-        known["decoder_num_heads"] = decoder[2] if encoder[:2] == _width_and_depth(state) else None
+    if known["decoder_num_heads"] is None and len(named) > 1:
+        known["decoder_num_heads"] = named[1][2] if named[0][:2] == size else None
     return known
+
+
+def named_constructor(name: str | None, part: str = "") -> Callable | None:
+    """The constructor of that name, of the kind of model that `part` needs ("full": a masked autoencoder,
+    other words: a classifier, "": either); None where there is none.
+    """
+    modules = [models_mae] if part == "full" else [models_vit] if part else [models_mae, models_vit]
+    return next((module.MODELS[name] for module in modules if name in module.MODELS), None)
 
 
 def _sizes(state: dict, info: dict, said: dict, path) -> dict:
@@ -163,14 +174,19 @@ def _heads(flag: str, said: dict, width: int, depth: int, named: dict, path) -> 
 
 
 @functools.cache
-def _stacks(constructor) -> list[tuple[int, int, int]]:
-    """(width, blocks, heads) of a named model's encoder and, if it has one, decoder."""
-    with torch.device("meta"):
-        model = constructor()
-    stacks = [(model.cls_token, model.blocks)]
-    if hasattr(model, "decoder_blocks"):
-        stacks.append((model.mask_token, model.decoder_blocks))
-    return [(token.shape[-1], len(blocks), blocks[0].attn.num_heads) for token, blocks in stacks]
+def _stacks(constructor: Callable | None) -> list[tuple[int, int, int | None]]:
+    """(width, blocks, heads) of a named model's encoder and, if it has one, decoder; zeros where there is no
+    such model, or a client's has no blocks like these.
+    """
+    try:
+        with torch.device("meta"):
+            model = constructor()
+        stacks = [(model.cls_token, model.blocks)]
+        if hasattr(model, "decoder_blocks"):
+            stacks.append((model.mask_token, model.decoder_blocks))
+        return [(token.shape[-1], len(blocks), blocks[0].attn.num_heads) for token, blocks in stacks]
+    except Exception:  # whatever a client's constructor does when it is called without arguments
+        return [(0, 0, None)]
 
 
 def _width_and_depth(state: dict) -> tuple[int, int]:
@@ -234,9 +250,10 @@ def _info_of_tensors(state: dict, stored: dict) -> dict:
     if (head := _head(state)) is not None:
         info["nb_classes"] = state[head].shape[0]
         info["recipe"] = "finetune" if head == "head.weight" else "linprobe"
-    for name, constructor in models_vit.MODELS.items():  # no two have the same width and depth
-        if _stacks(constructor)[0][:2] == _width_and_depth(state):
-            info["model"] = name
+    size = _width_and_depth(state)
+    names = [name for name, make in models_vit.MODELS.items() if _stacks(make)[0][:2] == size]
+    if names:  # no two of ours have the same width and depth; a client's may
+        info["model"] = stored["model"] if stored.get("model") in names else names[0]
     return info
 
 
