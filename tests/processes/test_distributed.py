@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
-from golden_utils import REPO
+from golden_utils import REPO, TINY_MAE
 from image_utils import make_folder
 
+import models_mae
 from util.errors import UserError
-from util.processes import collectives, group
+from util.processes import collectives, fsdp, group
 from util.weights.files import read_file
 
 TINY = [
@@ -105,17 +106,43 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
 
 
-def test_two_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(images, tmp_path):
-    flags = ("--batch_size", "4")  # 3 steps an epoch
-    code, out = pretrain(2, images, tmp_path / "whole", *flags)
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a12_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(images, tmp_path, processes):
+    """Weights and log. With three, how gradients are added up depends on their place in a bucket."""
+    flags = ("--batch_size", str(8 // processes))  # 3 or 4 steps an epoch
+    code, out = pretrain(processes, images, tmp_path / "whole", *flags)
     assert code == 0, out
-    code, out = pretrain(2, images, tmp_path / "parts", *flags, "--max_steps", "4")
+    steps = str(4 if processes == 2 else 5)
+    code, out = pretrain(processes, images, tmp_path / "parts", *flags, "--max_steps", steps)
     assert code == 0 and (tmp_path / "parts" / "checkpoint-1-step1.pth").exists(), out
-    code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto")
+    code, out = pretrain(processes, images, tmp_path / "parts", *flags, "--resume", "auto")
     assert code == 0 and "going on at epoch 1, step 1" in out, out
     assert same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+def test_a12_gradients_keep_their_places_from_the_first_step_on():
+    """Laid out anew after the first step, they would be added up otherwise in a resumed run's first one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = models_mae.mae_vit(TINY_MAE)
+        frozen = {name: value.clone() for name, value in model.state_dict().items()}
+        wrapped = fsdp.wrap_model(model, torch.device("cpu"))
+        places = []
+        for _ in range(3):
+            assert all(p.grad is None for p in model.parameters())
+            wrapped(torch.randn(2, 3, 32, 32))[0].backward()
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            places.append(
+                {name: (g.untyped_storage().nbytes(), g.storage_offset()) for name, g in grads.items()}
+            )
+            model.zero_grad()
+        assert places[0] == places[1] == places[2]
+        assert same(frozen, model.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
