@@ -309,6 +309,21 @@ def test_launchers_environments(monkeypatch):
     assert found(**ompi) == (1, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("processes", "omp", "threads"), [("4", None, [2]), ("16", None, [1]), ("4", "3", []), ("1", None, [])]
+)
+def test_c10_processes_of_a_machine_share_its_cores(monkeypatch, processes, omp, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    group._share_cores()
+    assert taken == threads
+
+
 @pytest.mark.parametrize("gpus, number", [(8, 3), (1, 0)])
 def test_a_process_that_sees_its_own_gpu_only_takes_that(monkeypatch, gpus, number):
     """As under srun --gpus-per-task 1; and what then fails is said in one line."""
