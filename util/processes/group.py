@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from util import console
 from util.errors import UserError
-from util.processes import watch
 from util.processes.collectives import all_reduce_sum, barrier, gather, note
 
 
@@ -90,6 +89,8 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError(
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
+    from util.processes import watch  # here and below: a single process does without it
+
     watch.start(args.rank, args.world_size, store, part)
 
 
@@ -150,6 +151,8 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
     With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other
     process has given a reason.
     """
+    from util.processes import watch
+
     first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
     if first:
         note(message)
@@ -166,6 +169,8 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
 def shut_down() -> None:
     """Leaves the process group, if there is one, when all processes have come here."""
     if dist.is_available() and dist.is_initialized():
+        from util.processes import watch
+
         barrier()
         watch.stop()
         dist.destroy_process_group()
