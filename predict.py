@@ -27,7 +27,7 @@ from util.data.inputs import find_inputs
 from util.errors import UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
-from util.files import printable
+from util.files import printable, shown
 from util.processes.collectives import warn
 from util.sizes import default_workers
 from util.weights.build import build
@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         write_csv(args.csv, paths, names, result)
         say(f"wrote {args.csv}: {len(paths)} images")
     elif wants_classes:
-        show(table(paths, names, result))
+        show(table(paths, list(map(shown, names)), result))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import models_mae
 import models_vit
 import predict
 from util.cli.parser import ArgumentParser, parse_args
-from util.errors import UserError
+from util.errors import TrainingError, UserError
 from util.processes import signals
 from util.run.checkpoint import finish_saving
 
@@ -302,11 +302,14 @@ class Fuzz:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 result = getattr(self.scripts, reader)(self.path)
-            except UserError as error:
+            except (UserError, TrainingError) as error:
                 return "refused", str(error), ""
             except BaseException:
                 return "crashed", traceback.format_exc()[-1500:], ""
         said = [line for line in out.getvalue().splitlines() if line.startswith("* ") or ".jpg" in line]
+        text = out.getvalue().replace("\n", "")
+        if not text.isprintable() or len(text) > 50_000:
+            self.bad.append(f"{reader}: {len(text)} characters of output: {text[:300]!a}")
         return "done", (result, said), err.getvalue()
 
     def expected(self, kind: str, reader: str, entry: tuple[str, ...]) -> list:

@@ -219,6 +219,10 @@ def test_from_a_file_alone(tmp_path):
     run_export("--from", "hf", "--resume", tmp_path / "pytorch_model.bin", *words, "--output", tmp_path / "b")
     a, b = (torch.load(tmp_path / x / "model.pth", weights_only=True)["model"] for x in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+    (tmp_path / "hf" / "config.json").unlink()  # a folder without it is as a file alone
+    run_export("--from", "hf", "--resume", tmp_path / "hf", *words, "--output", tmp_path / "d")
+    d = torch.load(tmp_path / "d" / "model.pth", weights_only=True)["model"]
+    assert all(torch.equal(a[key], d[key]) for key in a)
     half = {key: value.half() for key, value in load_file(file).items()}
     save_file(half, tmp_path / "half.safetensors", {"format": "pt"})
     words = (*words, "--resume", tmp_path / "half.safetensors", "--output", tmp_path / "c")

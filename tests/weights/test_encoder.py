@@ -264,6 +264,14 @@ def test_no_usable_encoder(tmp_path):
         load_into(make_vit(), str(tmp_path / "nothing.pth"))
 
 
+def test_c6_weights_that_are_not_finite(tmp_path):
+    state = make_mae().state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = math.nan
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"--finetune .*a\.pth: its weights are not finite \(blocks\.1\.mlp"):
+        load_into(make_vit(), str(tmp_path / "a.pth"))
+
+
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [

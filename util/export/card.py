@@ -58,6 +58,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     """
     args, epoch = source.content.get("args"), source.content.get("epoch")
     args = args if isinstance(args, dict) else {}
+    data = "" if args.get("data_path") is None else args["data_path"]
     metrics = read_metrics(source.path, epoch if isinstance(epoch, int) else None)
     metrics.pop("run", None)  # its id
     card = render(
@@ -68,7 +69,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
         usage=usage,
         part=_PARTS[source.part],
         parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
-        data=str(args["data_path"] or "") if "data_path" in args else None,
+        data=(data if isinstance(data, str) else shown(data)) if "data_path" in args else None,
         arguments=_arguments(args),
         epoch=metrics.pop("epoch", None),
         metrics={name: f"{v:.6g}" if isinstance(v, float) else v for name, v in metrics.items()},

@@ -22,6 +22,7 @@ from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
 from util.weights.schema import check_settings, stored_settings
+from util.weights.state import not_finite
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
@@ -78,8 +79,8 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
         raise UserError(
             f"{where}: has no usable encoder keys but is {kind} (keys: {some(state, 3) or 'none'})"
         )
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise UserError(f"{where}: its weights are not finite ({shown(bad[0])}); take an earlier checkpoint")
+    if bad := not_finite(state):
+        raise UserError(f"{where}: its weights are not finite ({bad}); take an earlier checkpoint")
     held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
     if not (found := [part for part in parts if held[part]]):
         raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")

@@ -19,7 +19,7 @@ from util.sizes import size_pair
 from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
 from util.weights.schema import stored_settings
-from util.weights.state import compare_state, describe_kind, foreign_kind, model_state
+from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
@@ -98,6 +98,8 @@ def load_into(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
         )
+    if bad := not_finite(state):
+        raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
     report.unexpected = unexpected

@@ -176,7 +176,7 @@ def _place(path: Path, name: str) -> str:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         record = next(r for r in archive.namelist() if r.endswith("/data.pkl"))
         for code, value, _ in pickletools.genops(archive.read(record)):
-            if code.name == "GLOBAL" and value.replace(" ", ".") == name:
+            if code.name == "GLOBAL" and value.replace(" ", ".").endswith(name):
                 return f" in '{shown(last)}'" if last else ""
             if "UNICODE" in code.name:
                 last = fresh = value

@@ -165,8 +165,8 @@ def info_of_config(config: dict) -> dict:
     }
     if config["model_type"] == "vit_mae":
         info["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
-        info["norm_pix_loss"] = bool(config.get("norm_pix_loss", False))
-        info["mask_ratio"] = float(config.get("mask_ratio", 0.75))
+        info["norm_pix_loss"] = config.get("norm_pix_loss", False)
+        info["mask_ratio"] = config.get("mask_ratio", 0.75)
     labels = config.get("id2label")
     if labels and list(labels.values()) != [f"LABEL_{i}" for i in range(len(labels))]:
         info["class_names"] = [labels[str(i)] for i in range(len(labels))]
@@ -190,6 +190,6 @@ def settings_of_folder(config: dict, preprocessor: dict) -> dict:
     elif config:
         info = info_of_config(config)
     for name in ("mean", "std"):
-        if isinstance(values := preprocessor.get(f"image_{name}"), list):
+        if (values := preprocessor.get(f"image_{name}")) is not None:
             info[name] = values
     return {name: value for name, value in info.items() if value is not None}

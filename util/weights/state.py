@@ -79,6 +79,12 @@ def describe_kind(state: dict) -> str:
     return "encoder only"
 
 
+def not_finite(state: dict) -> str:
+    """Name of the first tensor of a state dict with NaN or inf in it; "" if there is none."""
+    bad = (k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all())
+    return shown(next(bad, ""))
+
+
 def foreign_kind(state: dict) -> str:
     """What kind of transformer, other than a plain ViT, a state dict belongs to, in words; "" for no such."""
     for key in state:
