@@ -19,7 +19,7 @@ from util.export.files import write_safetensors
 from util.run import checkpoint, resume
 from util.weights.describe import describe
 from util.weights.encoder import load_into
-from util.weights.files import fetch, find_newest, read_file
+from util.weights.files import fetch, read_file
 
 
 def flip(path, at, bits=1):
@@ -80,7 +80,6 @@ def test_a6_auto_passes_on_to_the_one_before(tmp_path, capsys):
     flip(newest, places(newest)["tensor"])
     resume.load_model(args, model, optimizer, None)
     assert args.start_epoch == 1 and "checkpoint-1.pth: cannot be read" in capsys.readouterr().err
-    assert find_newest(tmp_path, verify=False)[0] == newest
     args.no_verify = True
     resume.load_model(args, model, optimizer, None)
     assert args.start_epoch == 2
