@@ -28,6 +28,9 @@ test-faults: setup
 	$(PY) tests/faults.py --runs 4 --kills 3 --processes 2
 	$(PY) tests/faults.py --runs 3 --kills 3 --job finetune
 	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe
+	$(PY) tests/faults.py --runs 3 --kills 3 --job linprobe --flags="--cache_features"
+	$(PY) tests/faults.py --runs 3 --kills 3 --flags="--accum_iter 3 --repeated_aug 2 --keep_checkpoints 1"
+	$(PY) tests/faults.py --runs 3 --kills 3 --processes 2 --flags="--accum_iter 2 --repeated_aug 2"
 	$(PY) tests/hostile.py --cases 2500
 
 test-slurm: setup

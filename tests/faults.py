@@ -3,14 +3,18 @@
     python tests/faults.py --runs 10 --kills 5                 ten pre-trainings, each killed five times
     python tests/faults.py --runs 4 --kills 3 --processes 2    one of two processes is killed each time
     python tests/faults.py --job finetune --runs 2 --kills 3
+    python tests/faults.py --flags="--accum_iter 3 --repeated_aug 2 --keep_checkpoints 1"
 
 Each run saves after every step (--save_minutes of a few milliseconds), so that kills also fall into saves.
-Prints the count and exits with 1 unless all final weights are identical.
+Prints the count and exits with 1 unless weights, optimizer and log.txt are those of the undisturbed run, bit
+for bit, and so is checkpoint-best.pth where the job writes one.
 """
 
 import argparse
+import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,17 +44,8 @@ JOBS = {
 
 def command(args, data: Path, output: Path) -> list[str]:
     words = [*JOBS[args.job].split(), *COMMON.split(), "--epochs", str(args.epochs)]
-    words += [
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(output),
-        "--resume",
-        "auto",
-        "--save_minutes",
-        "0.0001",
-    ]
-    words += ["--keep_checkpoints", "2"]
+    words += ["--data_path", str(data), "--output_dir", str(output), "--resume", "auto"]
+    words += ["--save_minutes", "0.0001", "--keep_checkpoints", "2", *shlex.split(args.flags)]
     if args.processes > 1:
         port = str(random.randint(20000, 29000))
         words = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes),
@@ -83,6 +78,31 @@ def run_once(args, data: Path, output: Path, kill_after: float | None, rng: rand
     return code == 0
 
 
+def identical_content(ours, theirs) -> bool:
+    """Whether nested dicts and lists hold the same values, tensors bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(identical_content(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(identical_content, ours, theirs))
+    return ours == theirs
+
+
+def results(output: Path, last: str) -> dict:
+    """What a finished run left: by file and entry, what must be the same however often it was killed."""
+    found = {}
+    for name in (last, "checkpoint-best.pth"):
+        if (output / name).exists():
+            content = read_file(output / name)
+            for entry in ("model", "optimizer", "scaler", "epoch", "best_acc1", "stats"):
+                found[f"{name}: {entry}"] = content.get(entry)
+    lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    # The id of a run, which is its own, is no result
+    found["log.txt"] = [{name: value for name, value in line.items() if name != "run"} for line in lines]
+    return found
+
+
 def campaign(args, folder: Path) -> tuple[int, int]:
     """(identical runs, kills)."""
     data = make_folder(folder / "data" / "train", 24, classes=2).parent
@@ -90,7 +110,10 @@ def campaign(args, folder: Path) -> tuple[int, int]:
     last = f"checkpoint-{args.epochs - 1}.pth"
     if not run_once(args, data, folder / "undisturbed", None, random.Random()):
         sys.exit("the undisturbed run failed")
-    expected = read_file(folder / "undisturbed" / last)["model"]
+    expected = results(folder / "undisturbed", last)
+    best = args.job == "pretrain" or "checkpoint-best.pth: model" in expected
+    if len(expected["log.txt"]) != args.epochs or not best:
+        sys.exit(f"the undisturbed run left {sorted(expected)}, {len(expected['log.txt'])} lines in log.txt")
     identical = kills = 0
     for number in range(args.runs):
         rng = random.Random(f"{args.seed}-{number}")
@@ -99,11 +122,14 @@ def campaign(args, folder: Path) -> tuple[int, int]:
         while not run_once(args, data, output, rng.uniform(0, args.spread) if left else None, rng):
             kills += 1
             left = max(left - 1, 0)
-        final = read_file(output / last)["model"]
-        same = all(torch.equal(value, final[key]) for key, value in expected.items())
-        identical += same
-        print(f"run {number}: {args.kills - left} kills, {'identical' if same else 'DIFFERENT'}", flush=True)
-        shutil.rmtree(output)
+        final = results(output, last)
+        other = [name for name in expected.keys() | final.keys()
+                 if not identical_content(expected.get(name), final.get(name))]  # fmt: skip
+        identical += not other
+        told = f"DIFFERENT: {', '.join(sorted(other))}" if other else "identical"
+        print(f"run {number}: {args.kills - left} kills, {told}", flush=True)
+        if not other:
+            shutil.rmtree(output)
     return identical, kills
 
 
@@ -115,6 +141,7 @@ def main() -> None:
     parser.add_argument("--runs", default=3, type=int)
     parser.add_argument("--kills", default=5, type=int, help="of each run")
     parser.add_argument("--processes", default=1, type=int)
+    parser.add_argument("--flags", default="", help="further flags of the script")
     parser.add_argument("--epochs", default=12, type=int)
     parser.add_argument("--spread", default=2.0, type=float, help="kill within so many seconds of training")
     parser.add_argument("--seed", default=0, type=int)
