@@ -34,7 +34,7 @@ from util.compute.precision import NativeScalerWithGradNormCount
 from util.processes.collectives import all_reduce_max, get_world_size
 from util.processes.fsdp import wrap_model
 from util.processes.group import shut_down
-from util.run import checkpoint
+from util.run import checkpoint, steps
 from util.run.guard import RunGuard
 from util.sizes import default_workers
 from util.weights.files import check_archive, read_file
@@ -62,7 +62,7 @@ def train(parts: tuple, batches: Batches, args, spent: dict[str, float]) -> None
     guard.watch = clocked(guard.watch, spent, "guard: notes the batch")
     with contextlib.ExitStack() as stack:
         for owner, name, part in [
-            (engine_pretrain, "seed_step", "seeding by position"),
+            (steps, "seed_step", "seeding by position"),
             (torch, "isfinite", "checks that norm and loss are finite"),
         ]:
             value = clocked(getattr(owner, name), spent, part)
