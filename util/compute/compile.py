@@ -72,7 +72,7 @@ class Compiled:
     CPU).
     """
 
-    def __init__(self, method, cuda_graphs: bool = False, prepare: Callable = lambda *_, **__: ()):
+    def __init__(self, method, cuda_graphs: bool = False, prepare: Callable | None = None):
         functools.update_wrapper(self, method)  # the name lets pickle find the plain method
         self.method, self.cuda_graphs, self.prepare = method, cuda_graphs, prepare
         self.checked, self.failed = set(), False
@@ -110,7 +110,7 @@ class Compiled:
         return result
 
     def _run(self, module: torch.nn.Module, *inputs, **named):
-        drawn = self.prepare(module, *inputs, **named)
+        drawn = self.prepare(module, *inputs, **named) if self.prepare else ()
         try:
             return self.compiled(module, *inputs, **named)
         finally:
