@@ -225,6 +225,7 @@ def test_evaluation_needs_no_flags_and_gives_the_same_digits(pictures, trained, 
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 24 and [os.path.exists(row["path"]) for row in rows] == [True] * 24
     assert 100 * np.mean([int(row["correct"]) for row in rows]) == pytest.approx(final["test_acc1"])
+    # Six decimals are written: 5e-7
     assert np.mean([float(row["loss"]) for row in rows]) == pytest.approx(final["test_loss"], abs=1e-6)
     assert not (tmp_path / "log.txt").exists()
 

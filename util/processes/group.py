@@ -62,6 +62,7 @@ def init_distributed_mode(args: Namespace) -> None:
         return
     args.rank, args.world_size, args.gpu = found
     args.distributed = True
+    _share_cores()
     device = str(getattr(args, "device", "auto"))
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
@@ -111,6 +112,16 @@ def check_kernels(device: torch.device) -> None:
                 f"{' '.join(torch.cuda.get_arch_list())}; install a torch that is built for it "
                 "(https://pytorch.org/get-started), or take --device cpu"
             ) from None
+
+
+def _share_cores() -> None:
+    """Divides the cores among the processes of this machine where nobody has said how many threads each shall
+    have, as torchrun does. With as many as there are cores, each process would wait for the others' threads.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
 
 
 def _own_part(store: dist.Store) -> dist.Store:
