@@ -17,7 +17,7 @@ import models_vit
 from util.data import loader as loaders
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.find import ImageFiles, PathList
-from util.data.labelled import build_dataset, labelled_images
+from util.data.labelled import labelled_images
 from util.data.loader import build_loader
 from util.data.presets import eval_transform, probe_transform
 from util.data.sampler import EpochSampler
@@ -53,8 +53,8 @@ def all_loaders(root, channels) -> dict:
     kinds = {
         "pretrain": build_pretrain_dataset(args),
         "held out": build_val_dataset(args),
-        "finetune": build_dataset(True, args),
-        "evaluation": build_dataset(False, args),
+        "finetune": labelled_images("train", args),
+        "evaluation": labelled_images("val", args),
         "probe": labelled_images("train", args, probe_transform(args)),
         "probe, uint8": labelled_images("train", args, probe_transform(args, uint8=True)),
         "probe's evaluation": labelled_images("val", args, eval_transform(args, True, uint8=True)),

@@ -15,7 +15,7 @@ import main_pretrain
 from util.cli.parser import ArgumentParser, parse_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.dataset import ImageDataset
-from util.data.loader import build_loader, go_on_without_workers
+from util.data.loader import Batch, build_loader, go_on_without_workers
 from util.errors import TrainingError
 from util.run import steps
 from util.run.guard import RunGuard
@@ -208,7 +208,7 @@ def test_d6_no_more_images_are_held_with_more_accumulation(dataset, images):
     guard = RunGuard(Namespace(accum_iter=32), dataset=dataset, steps=32)
     held = []
     for step in range(32):
-        batch = [torch.zeros(4, 3, 32, 32), torch.zeros(4), torch.arange(4)]
+        batch = Batch(torch.zeros(4, 3, 32, 32), torch.zeros(4), torch.arange(4))
         held.append(weakref.ref(batch[0]))
         guard.watch(batch, torch.ones(()), 0, step)
         del batch
