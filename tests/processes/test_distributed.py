@@ -218,6 +218,43 @@ def test_a_rank_that_fails_takes_all_down_within_seconds(images, tmp_path, actio
     assert sum(line.startswith("[rank") for line in lines) == 1, out  # one process has the word
 
 
+KILLED_WORKER = """
+import sys, os, signal, torch
+sys.path.insert(0, {repo!r})
+import main_pretrain
+from util.cli.parser import ArgumentParser, run_script
+from util.data.dataset import ImageDataset
+read = ImageDataset._samples
+def read_or_die(dataset, epoch, *args):
+    if epoch == 1 and os.environ["RANK"] == "1" and torch.utils.data.get_worker_info():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(dataset, epoch, *args)
+ImageDataset._samples = read_or_die
+run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_parser()]))
+"""
+
+
+@pytest.mark.slow
+def test_c5_a_killed_loader_worker_of_one_process_has_both_save(images, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_WORKER.format(repo=str(REPO)))
+    flags = ("--batch_size", "4", "--accum_iter", "2")
+    code, out = pretrain(2, images, tmp_path / "whole", *flags)
+    assert code == 0, out
+    words = ["--data_path", images, "--output_dir", tmp_path / "parts", *TINY, *flags, "--num_workers", "1"]
+    code, out = run(2, script, *words)
+    assert code == 1 and (tmp_path / "parts" / "checkpoint-1-step2.pth").exists(), out
+    assert (
+        len(re.findall(r"error: loader worker \d+ was killed \(SIGKILL\).*; saved; --resume auto", out)) == 1
+    )
+    assert "[rank 1] warning: loader worker" in out
+    code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto")
+    assert code == 0 and "going on at epoch 1, step 2" in out, out
+    assert same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
 TRIED_TWICE = """
 import os, sys, time
 from pathlib import Path
