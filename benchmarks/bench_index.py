@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import Parser, positive, run_benchmark
+from harness import Parser, positive, run_benchmark, say
 
 from util.errors import UserError
 
@@ -92,17 +92,15 @@ def start_process(options: argparse.Namespace, folder: Path) -> dict:
 
 def report(few: dict, many: dict) -> bool:
     """Prints the table; returns whether no process needs TARGET_MB more than with few files."""
-    print(f"\n{'files':>10s}{'listing':>11s}{'+ headers':>11s}{'first batch':>13s}  MB: main, workers")
+    say(f"\n{'files':>10s}{'listing':>11s}{'+ headers':>11s}{'first batch':>13s}  MB: main, workers")
     for result in (few, many):
         times = "".join(f"{value:9.2f} s " for value in result["seconds"].values())
         sizes = (" ".join(f"{value:.0f}" for value in result[moment]) for moment in ("start", "end"))
-        print(f"{result['files']:10,d}{times}     at the start: {next(sizes)}, at the end: {next(sizes)}")
+        say(f"{result['files']:10,d}{times}     at the start: {next(sizes)}, at the end: {next(sizes)}")
     pairs = (zip(many[moment], few[moment], strict=True) for moment in ("start", "end"))
     worst = max(more - less for part in pairs for more, less in part)
     met = worst < TARGET_MB
-    print(
-        f"at most {worst:.0f} MB more than with few files; target {TARGET_MB}: {'met' if met else 'MISSED'}"
-    )
+    say(f"at most {worst:.0f} MB more than with few files; target {TARGET_MB}: {'met' if met else 'MISSED'}")
     return met
 
 
@@ -119,7 +117,7 @@ def main(options: argparse.Namespace) -> int:
     if options.files < options.folders:
         raise UserError(f"--files {options.files}: must be at least --folders {options.folders}")
     if options.folder:
-        print(json.dumps(measure(options)))
+        say(json.dumps(measure(options)))
         return 0
     place = Path(tempfile.mkdtemp(prefix="bench_index-", dir=options.place))
     try:
@@ -127,7 +125,7 @@ def main(options: argparse.Namespace) -> int:
         start = time.perf_counter()
         make_files(few, 1000, 10)
         make_files(many, options.files, options.folders)
-        print(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s", flush=True)
+        say(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s")
         results = [start_process(options, folder) for folder in (few, many)]
     finally:
         shutil.rmtree(place)

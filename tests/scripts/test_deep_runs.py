@@ -17,7 +17,7 @@ import main_pretrain
 import predict
 from util.data.depth import adopt_pixel_range, depth_of, view
 from util.errors import UserError
-from util.weights.describe import describe, weights_depth
+from util.weights.describe import describe
 from util.weights.files import read_file
 
 SMALL = "--input_size 32 --patch_size 8 --in_chans 1 --num_workers 0 --device cpu --log_dir ''"
@@ -86,9 +86,7 @@ def test_resuming_measures_nothing(images, pretrained, tmp_path, monkeypatch, ca
     resumed = read_file(tmp_path / "checkpoint-1.pth")["args"]["pixel_range"]
     assert tuple(resumed) == tuple(read_file(pretrained)["args"]["pixel_range"])
     flags = f"{PRETRAIN} --epochs 2 --pixel_range 0 4095"
-    with pytest.raises(
-        UserError, match=r"--pixel_range 0 4095: .* was trained with .*leave the flag out"
-    ):
+    with pytest.raises(UserError, match=r"--pixel_range 0 4095: .* was trained with .*leave the flag out"):
         start(main_pretrain, flags, data_path=images, output_dir=tmp_path, resume=pretrained)
 
 
@@ -120,7 +118,7 @@ def test_predict_and_pictures_take_it(images, pretrained, tuned, tmp_path, capsy
     run("--resume", str(pretrained), path, "--features", str(tmp_path / "f.npz"))
     assert np.isfinite(np.load(tmp_path / "f.npz")["features"]).all()
     weights = describe(read_file(pretrained), pretrained, predict.argparse.Namespace(), "full")
-    sample = view(path, weights.input_size, 1, weights_depth(weights))
+    sample = view(path, weights.input_size, 1, depth_of(weights))
     low, high = weights.pixel_range
     mean = (np.asarray(Image.open(path))[:, 2:42].clip(low, high).mean() - low) / (high - low)
     assert (sample * weights.std[0] + weights.mean[0]).mean() == pytest.approx(mean, abs=0.02)

@@ -1,5 +1,6 @@
 """Finds the images of a data set, whatever its layout, and looks at each file before training starts."""
 
+import hashlib
 import os
 from array import array
 from collections import Counter
@@ -63,6 +64,19 @@ class PathList(Sequence):
     def take(self, indices: Iterable[int]) -> "PathList":
         """A new list of some of the files."""
         return PathList((self.name(i) for i in indices), self.root)
+
+    def digest(self) -> str:
+        """SHA-256 over the names in their order; the same wherever the whole set lies.
+
+        Class folders are parts of the names, so labels need no digest of their own.
+        """
+        names = self._buffer if os.sep == "/" else self._buffer.replace(os.fsencode(os.sep), b"/")
+        parts = names[:-1].split(b"\0") if names.startswith(b"/") else [b""]
+        ends = min(parts), max(parts)
+        if all(path.startswith(b"/") for path in ends):  # full paths: without the folder that all lie in
+            common = os.path.commonpath(map(os.path.dirname, ends)) + b"/"
+            names = (b"\0" + names).replace(b"\0" + common, b"\0")[1:]
+        return hashlib.sha256(names).hexdigest()
 
     @property
     def nbytes(self) -> int:
