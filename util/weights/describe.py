@@ -138,9 +138,7 @@ def _sizes(state: dict, info: dict, said: dict, path) -> dict:
         raise UserError(f"--resume {path}: does not say the grid of its {patches}; pass --input_size "
                         "HEIGHTxWIDTH")  # fmt: skip
     if any(length % side for length in size) or math.prod(size) != positions * side * side:
-        raise UserError(
-            f"--input_size {size[0]}x{size[1]}: does not give as many patches; {path} has {patches}"
-        )
+        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that {path} has")
     mlp = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width))
     return {
         "img_size": size, "patch_size": side, "in_chans": channels, "embed_dim": width,
