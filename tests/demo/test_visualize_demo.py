@@ -291,7 +291,9 @@ def test_released_files_hold_tensors_only(tmp_path):
     path = save(tmp_path / "d.pth", tiny_mae(img_size=(16, 32)))
     with pytest.raises(UserError, match=r"does not say the grid of its 8 patches of 8x8 .*pass --input_size"):
         weights_of(path, "--num_heads", 3)
-    with pytest.raises(UserError, match=r"--input_size 32x32: .* has 8 patches of 8x8 pixels"):
+    with pytest.raises(
+        UserError, match=r"--input_size 32x32: does not give the 8 patches of 8x8 pixels that .* has"
+    ):
         weights_of(path, "--num_heads", 3, "--input_size", 32)
     with pytest.raises(UserError, match=r"attention heads \(width 24, 2 blocks.*pass --num_heads"):
         weights_of(path, "--input_size", "16x32")
