@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,9 +56,11 @@ def all_loaders(root, channels) -> dict:
         "held out": build_val_dataset(args),
         "finetune": labelled_images("train", args),
         "evaluation": labelled_images("val", args),
-        "probe": labelled_images("train", args, probe_transform(args)),
-        "probe, uint8": labelled_images("train", args, probe_transform(args, uint8=True)),
-        "probe's evaluation": labelled_images("val", args, eval_transform(args, True, uint8=True)),
+        "probe": labelled_images("train", args, probe_transform),
+        "probe, uint8": labelled_images("train", args, partial(probe_transform, uint8=True)),
+        "probe's evaluation": labelled_images(
+            "val", args, partial(eval_transform, always_crop=True, uint8=True)
+        ),
     }
     if channels == 3:
         kinds["reference"] = build_pretrain_dataset(make_args(root, channels, loader="reference"))
@@ -121,9 +124,9 @@ def test_d5_probes_neighbours_and_predictions_get_uint8_and_the_same_numbers(fol
     stats = [0.1 + 0.01 * c for c in range(channels)], [0.2 + 0.01 * c for c in range(channels)]
     args.mean, args.std = stats
     for kind, floats in [
-        ("probe, uint8", labelled_images("train", args, probe_transform(args))),
-        ("probe's evaluation", labelled_images("val", args, eval_transform(args, True))),
-        ("k-NN", labelled_images("train", args, eval_transform(args, True))),
+        ("probe, uint8", labelled_images("train", args, probe_transform)),
+        ("probe's evaluation", labelled_images("val", args, partial(eval_transform, always_crop=True))),
+        ("k-NN", labelled_images("train", args, partial(eval_transform, always_crop=True))),
     ]:
         for key in ((0, 0), (3, 5)):
             pixels, expected = found[kind].dataset[key][0], floats[key][0]

@@ -53,7 +53,7 @@ def prediction_loader(
     """
     tuned, channels = weights.recipe == "finetune", weights.sizes["in_chans"]
     names = ("input_size", "mean", "std", "pixel_range")
-    stats = Namespace(in_chans=channels, **{name: getattr(weights, name) for name in names})
+    stats = Namespace(in_chans=channels, **{name: getattr(weights, name, None) for name in names})
     transform = eval_transform(stats, always_crop=not tuned, uint8=True)
     dataset = LabelledImages(files, transform, channels, 0, args.bad_images, depth_of(weights))
     batches = -(-len(dataset) // args.batch_size)
