@@ -177,6 +177,8 @@ def test_what_a_checkpoint_says_of_8_bits_and_what_is_damaged():
     assert adopt([0.0, 9.0], args={"seed": 0}) == [0.0, 9.0]
     assert adopt("auto", model_info={"pixel_range": [1, 2]}) == (1.0, 2.0)
     assert adopt([1.0, 2.0], model_info={"pixel_range": [1, 2]}) == (1.0, 2.0)
+    bands = {"pixel_range": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "in_chans": 5}  # --in_chans comes later
+    assert adopt("auto", model_info=bands) == tuple(map(float, bands["pixel_range"]))
     for damaged in ("x", [3, 1], [1, 2, 3], {"a": 1}, 5):
         with pytest.raises(UserError, match="file: is damaged"):
             adopt("auto", args={"pixel_range": damaged})

@@ -137,6 +137,8 @@ def settle_pixel_range(own, stored: dict, source, channels: int) -> tuple[float,
     Raises:
         UserError: another range was given than the file's images had.
     """
+    if isinstance(stored.get("in_chans"), int):  # which the script may take from the file later
+        channels = stored["in_chans"]
     theirs, given = stored.get("pixel_range"), parse_range(own, channels)
     try:
         theirs = None if theirs is None else parse_range(list(theirs), channels)

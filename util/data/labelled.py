@@ -101,6 +101,8 @@ def labelled_images(split: str, args: Namespace, make_transform: Callable | None
     Raises UserError as `build_dataset`.
     """
     files = labelled_files(split, args)
+    if split == "train" and make_transform is None and depth_of(args):
+        files.notes.append("augmented by crop, flip and erasing only, as --aa is for 8 bits")
     transform = make_transform(args) if make_transform else build_transform(split == "train", args)
     options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
     return LabelledImages(files, transform, *options, depth_of(args))
