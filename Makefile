@@ -33,6 +33,7 @@ test-faults: setup
 	$(PY) tests/faults.py --runs 10 --kills 5 --data shards
 	$(PY) tests/faults.py --runs 3 --kills 3 --data shards --processes 2 --flags="--shuffle near"
 	$(PY) tests/faults.py --runs 3 --kills 3 --processes 2 --flags="--accum_iter 2 --repeated_aug 2"
+	$(PY) tests/hostile.py --cases 2500
 
 test-slurm: setup
 	bash tests/slurm_setup.sh
@@ -78,6 +79,7 @@ bench-gpu: setup
 	$(PY) benchmarks/bench_step.py --model base --variants eager compiled plain hf --rounds 5 --steps 10
 	$(PY) benchmarks/bench_step.py --model large --task pretrain --variants eager compiled plain hf --rounds 3 --steps 5
 	$(PY) benchmarks/bench_end_to_end.py --rounds 3 --steps 30
+	$(PY) benchmarks/bench_features.py --size large --batch_size 256 --images 8192 --amp_dtype auto --rounds 3
 
 setup: $(READY)
 
@@ -89,4 +91,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output_dir
+	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe

@@ -8,6 +8,7 @@ import torch
 from util import lr_sched
 from util.compute.precision import autocast
 from util.compute.prefetch import DevicePrefetcher
+from util.data.loader import open_batch
 from util.evaluate.exact import closing_line, predict_samples, summarize
 from util.processes.collectives import log
 from util.processes.fsdp import without_gradient_traffic
@@ -35,9 +36,9 @@ def train_one_epoch(
 
     Args:
         criterion: loss of logits (N, K) and targets, int64 (N,) or, after `mixup_fn`, float (N, K).
-        data_loader: batches that begin with images (N, C, H, W) and labels int64 (N,). uint8 images are
-            normalised here with `args.mean` and `args.std`; float ones (or cached features (N, D)) are taken
-            as they are. Has a length. Begins at its sampler's `start_batch`.
+        data_loader: batches that begin with images (N, C, H, W) and end with labels int64 (N,), or our
+            loaders'. uint8 images are normalised here with `args.mean` and `args.std`; float ones (or cached
+            features (N, D)) are taken as they are. Has a length. Begins at its sampler's `start_batch`.
         loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         max_norm: largest gradient norm; 0 or None: no clipping.
         mixup_fn: (images, labels) -> (images, soft targets) on the device, as timm's Mixup; or None.
@@ -53,16 +54,15 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    steps = EpochSteps(data_loader, args, device)
+    steps = EpochSteps(data_loader, args, device, model)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
-
-    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(batch[:2]))
+    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(open_batch(batch)[:2]))
     batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
     for step, (batch, (images, targets)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
             lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
-        steps.seed_step(epoch, step)
+        steps.begin(epoch, step)
         update = steps.updates(step)
 
         if mixup_fn is not None:
@@ -78,7 +78,7 @@ def train_one_epoch(
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
         guard.watch(batch, loss, epoch, step)
         if update:
-            optimizer.zero_grad()
+            steps.finish(optimizer, grad_norm)
             curves.add(epoch + step / steps.count, loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
@@ -99,7 +99,7 @@ def evaluate(
     when the loader's sampler is a `util.data.sampler.EvalSampler` (how: see there).
 
     Args:
-        data_loader: batches of images, labels int64 (N,) and, if there, the samples' indices.
+        data_loader: batches that begin with images and end with labels int64 (N,), or our loaders'.
         args: if given: amp_dtype, mean, std.
 
     Returns:

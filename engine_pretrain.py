@@ -1,17 +1,18 @@
-"""One epoch of masked-autoencoder pre-training, and the held-out reconstruction loss."""
+"""One epoch of masked-autoencoder pre-training, and the validation loss."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
 
 from util import lr_sched
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast
 from util.compute.prefetch import DevicePrefetcher
-from util.data.transforms import normalize_batch
-from util.processes.collectives import all_reduce_sum
+from util.data.loader import open_batch
+from util.processes.collectives import gather
 from util.processes.fsdp import without_gradient_traffic
-from util.rng import fixed_noise
+from util.rng import fixed_noise, masked_by
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves
@@ -32,8 +33,8 @@ def train_one_epoch(
     """Trains for one epoch; no step waits for the device.
 
     Args:
-        data_loader: batches that begin with images (N, C, H, W): uint8, normalised here with `args.mean` and
-            `args.std`, or float, taken as they are. Has a length. Begins at its sampler's `start_batch`.
+        data_loader: batches of images (N, C, H, W), alone or first of several: uint8, normalised here with
+            `args.mean` and `args.std`, or float, taken as they are. Has a length, begins at `start_batch`.
         loss_scaler: `util.compute.precision.NativeScalerWithGradNormCount`.
         log_writer: TensorBoard writer, or None.
         args: accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs; if present what `EpochSteps` reads.
@@ -47,16 +48,16 @@ def train_one_epoch(
     """
     model.train()
     guard = guard or RunGuard(args)
-    steps = EpochSteps(data_loader, args, device)
+    steps = EpochSteps(data_loader, args, device, model)
     metrics, curves = epoch_metrics(data_loader, guard.take_meters()), StepCurves(log_writer)
     optimizer.zero_grad()
 
-    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(batch[:1]))
+    batches = DevicePrefetcher(data_loader, steps.device, lambda batch: steps.move(open_batch(batch)[:1]))
     batches = metrics.log_every(batches, steps.print_freq, f"Epoch: [{epoch}]", steps.start)
     for step, (batch, (images,)) in enumerate(batches, steps.start):
         if step % steps.accum_iter == 0:
             lr = lr_sched.adjust_learning_rate(optimizer, epoch + step / steps.count, args)
-        steps.seed_step(epoch, step)
+        steps.begin(epoch, step)
         update = steps.updates(step)
 
         with without_gradient_traffic(model, not update):
@@ -69,7 +70,7 @@ def train_one_epoch(
         metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
         guard.watch(batch, loss, epoch, step)
         if update:
-            optimizer.zero_grad()
+            steps.finish(optimizer, grad_norm)
             curves.add(epoch + step / steps.count, train_loss=loss, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
@@ -83,26 +84,26 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device, args: Namespace) -> float:
-    """Reconstruction loss over held-out images, each masked the same way every time.
+    """Mean reconstruction loss of all processes' validation images, each masked the same way every time; the
+    same to the last digit at any batch size and number of processes (how: `util.evaluate.exact`).
 
     Args:
-        data_loader: batches (images, labels, indices); each process gives its own share of the images.
+        data_loader: batches as in training, dealt by `util.data.sampler.EvalSampler`.
         model: the bare model, not its wrapper; left in training mode as it was.
-        args: mask_ratio, amp_dtype, mean, std.
-
-    Returns:
-        Mean loss over all images of all processes.
+        args: those of training.
     """
-    was_training = model.training
+    from util.evaluate.exact import in_groups  # with the labelled sets, which training does without
+
+    was_training, steps = model.training, EpochSteps(data_loader, args, device)
     model.eval()
-    length = model.patch_embed.num_patches
-    total = torch.zeros(2, dtype=torch.float32, device=device)  # sum of losses, number of images
-    for images, _, indices in data_loader:
-        noise = fixed_noise(indices.tolist(), length, seed=0).to(device)
-        with autocast(device, resolve_amp_dtype(args.amp_dtype, device)):
-            images = normalize_batch(images, device, args.mean, args.std)
-            loss = model(images, args.mask_ratio, noise)[0]
-        total += torch.stack([loss * len(images), torch.full_like(loss, len(images))])
+    losses, counts = [], []  # of groups that are the same at any batch size and number of processes
+    for images, _, indices in in_groups(data_loader):
+        noise = fixed_noise(indices.tolist(), model.patch_embed.num_patches, seed=0).to(device)
+        with autocast(steps.device, steps.amp_dtype):
+            losses.append(masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0])
+        counts.append(len(images))
     model.train(was_training)
-    loss_total, count = all_reduce_sum(total).tolist()
-    return loss_total / max(count, 1)
+    own = torch.stack(losses).tolist() if losses else []
+    shares = gather([(loss * count, count) for loss, count in zip(own, counts, strict=True)])
+    sums, counts = zip(*(part for share in shares for part in share), strict=True)
+    return math.fsum(sums) / sum(counts)

@@ -15,19 +15,22 @@ a difference of 1e-4 nothing is left and the exit code is 1.
 """
 
 import argparse
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from util.cli.flags import add_verify_arg
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say
 from util.errors import TrainingError, UserError
 from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
 from util.export.card import make_card
 from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
+from util.files import nameable, printable
 from util.sizes import image_size
+from util.weights.files import fetch
 
 TOLERANCE = 1e-4
 
@@ -67,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--resume", required=True, metavar="FILE|URL|DIR",
          help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
               "Face or timm model")
+    add_verify_arg(flag)
     flag("--to", choices=TARGETS, help="what to write")
     flag("--from", choices=[name for name, target in TARGETS.items() if hasattr(target.module, "read")],
          dest="from_",
@@ -102,9 +106,9 @@ def check_args(args: argparse.Namespace) -> None:
 def require_agreement(source: Source, differences: dict[str, float]) -> None:
     """Prints the differences; raises TrainingError (exit code 1) where one is too large, or not a number."""
     for what, value in differences.items():
-        print(f"  {what}: {value:.1e}")
+        say(f"  {what}: {value:.1e}")
     worst = max(differences, key=lambda what: (differences[what] != differences[what], differences[what]))
-    print(f"largest difference: {differences[worst]:.1e} ({worst})", flush=True)
+    say(f"largest difference: {differences[worst]:.1e} ({worst})")
     if not differences[worst] <= TOLERANCE:
         raise TrainingError(
             f"{source.path}: {worst}: a difference of {differences[worst]:.1e}, more than {TOLERANCE:g}; "
@@ -122,9 +126,9 @@ def main(args: argparse.Namespace) -> None:
     else:
         source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
-    print(f"{args.resume}: {source.kind}; {verb} the {_PARTS[source.part]}")
+    say(f"{printable(args.resume)}: {printable(source.kind)}; {verb} the {_PARTS[source.part]}")
     for note in source.notes:
-        print(f"note: {note}")
+        say(f"note: {printable(note)}")
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
     with output_folder(output, size) as folder, torch.no_grad():
         if args.to:
@@ -132,17 +136,18 @@ def main(args: argparse.Namespace) -> None:
             outputs = target.module.check(source, folder)
         else:  # what was written against what it was read from
             checkpoint.write(source, folder)
-            outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), Path(source.path))
+            with nameable(fetch(source.path)) as original:
+                outputs = target.module.check(checkpoint.read_again(folder / "model.pth"), original)
         differences = {what: (theirs - ours).abs().max().item() for what, (theirs, ours) in outputs.items()}
         require_agreement(source, differences)
         if args.to:
             code = target.module.usage(source, output.name)
             card = make_card(source, target.title, target.library, code, differences)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     if args.to:
-        print(f"written: {args.output}; load it with\n\n{target.module.usage(source, args.output)}")
+        say(f"written: {printable(args.output)}; load it with\n\n{target.module.usage(source, args.output)}")
     else:
-        print(f"written: {args.output}/model.pth; {checkpoint.advice(source)}")
+        say(f"written: {printable(args.output)}/model.pth; {checkpoint.advice(source)}")
 
 
 _PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}

@@ -25,7 +25,7 @@ from util.cli.flags import above, add_schedule_args, add_training_args, at_least
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
-from util.data.labelled import build_dataset
+from util.data.labelled import labelled_images
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
@@ -50,7 +50,7 @@ from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
-from util.run.start import RunState, announce, close_run, open_run, train_loader
+from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.weights.describe import make_model_info
 
 
@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--mixup_switch_prob", default=0.5, type=fraction, help="of cutmix when both are on")
     flag("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a weight")
     # fmt: on
-    add_training_args(parser, fsdp=True)
+    add_training_args(parser, fsdp=True, folder="./output_finetune")
     return parser
 
 
@@ -126,6 +126,7 @@ def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | 
     return torch.nn.CrossEntropyLoss(), None
 
 
+@gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
@@ -134,8 +135,8 @@ def main(args: argparse.Namespace) -> None:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    train_set = None if args.eval else build_dataset(True, args)
-    val_set = build_dataset(False, args)
+    train_set = None if args.eval else labelled_images("train", args)
+    val_set = labelled_images(getattr(args, "split", "val"), args)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)
@@ -173,7 +174,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Resume
     info = make_model_info(args, val_set.classes, "finetune")
-    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0)
+    data = (train_set, val_set)
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
     log_writer = make_log_writer(args.log_dir, state.purge_step)
     millions = count_trained(model_without_ddp) / 1e6

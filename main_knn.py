@@ -12,7 +12,15 @@ import argparse
 
 import torch
 
-from util.cli.flags import above, add_data_args, add_distributed_args, at_least, check_flags
+from util.cli.flags import (
+    above,
+    add_data_args,
+    add_distributed_args,
+    add_verify_arg,
+    at_least,
+    check_flags,
+    seed_number,
+)
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.depth import adopt_pixel_range
@@ -43,8 +51,9 @@ def get_args_parser() -> argparse.ArgumentParser:
          help=f"one of {', '.join(models_vit.MODELS)}")
     flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
     flag("--patch_size", type=at_least(1), help="default: the model's")
-    flag("--finetune", "--resume", default="", metavar="FILE|URL",
-         help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file")
+    flag("--finetune", "--resume", default="", metavar="FILE|URL|FOLDER",
+         help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file or folder")
+    add_verify_arg(flag)
     flag("--global_pool", action="store_true", help="features: the mean of the patch tokens (default)")
     flag("--cls_token", action="store_false", dest="global_pool", help="features: the class token")
     flag = parser.add_argument_group("k-NN").add_argument
@@ -55,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("run").add_argument
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
-    flag("--seed", default=0, type=int, help="of the random encoder, without --finetune")
+    flag("--seed", default=0, type=seed_number, help="of the random encoder, without --finetune")
     flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
     # fmt: on
     parser.set_defaults(global_pool=True)
@@ -69,8 +78,8 @@ def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> Non
     where a `given` one contradicts.
     """
     adopt_pixel_range(args, content, args.finetune)
-    stored = content.get("model_info")
-    if isinstance(stored, dict):  # pooling is a choice here, and there is no head
+    if isinstance(content.get("model_info"), dict):  # pooling is a choice here, and there is no head
+        stored = read_model_info(content, f"--finetune {args.finetune}")
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}
         adopt_model_info(args, info, args.finetune, given)
 
@@ -82,7 +91,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     init_distributed_mode(args)
     check_flags(args, parser)
     make_report_dir(args.output_dir)
-    content = read_file(args.finetune, "--finetune") if args.finetune else {}
+    content = read_file(args.finetune, "--finetune", not args.no_verify) if args.finetune else {}
     adopt_flags(args, content, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
@@ -94,7 +103,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken
     pooled, args.nb_classes = args.global_pool, 0
-    args.global_pool = pooled and bool(read_model_info(content).get("global_pool"))
+    info = read_model_info(content, f"--finetune {args.finetune}")
+    args.global_pool = pooled and bool(info.get("global_pool"))
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune:
@@ -104,7 +114,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     def features(images: torch.Tensor) -> torch.Tensor:
         return encoder_features(model, images, pooled)
 
-    loaders = (eval_loader(dataset, args) for dataset in (train_set, val_set))
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loaders = (eval_loader(dataset, args, pin_memory) for dataset in (train_set, val_set))
     stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args)
     stats = {f"knn_{name}": value for name, value in stats.items()}
     closing = f"* k-NN Acc@1 {stats['knn_acc1']:.3f} Acc@5 {stats['knn_acc5']:.3f}"

@@ -47,7 +47,7 @@ from util.recipes.probe import cache_features, encoder_digest
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
-from util.run.start import RunState, announce, close_run, open_run, train_loader
+from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.weights.describe import make_model_info
 from util.weights.encoder import check_final_norm
 
@@ -66,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--cache_views", default=1, type=at_least(1), metavar="V",
          help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
     # fmt: on
-    add_training_args(parser, backward=False)
+    add_training_args(parser, backward=False, folder="./output_linprobe")
     return parser
 
 
@@ -91,6 +91,7 @@ def put_on_probe(model: torch.nn.Module) -> None:
     model.head.requires_grad_(True)
 
 
+@gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
@@ -99,12 +100,13 @@ def main(args: argparse.Namespace) -> None:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
-    centre = functools.partial(eval_transform, always_crop=True)
+    centre = functools.partial(eval_transform, always_crop=True, uint8=True)  # normalised on the device
     augment = not args.no_aug and not (args.cache_features and args.cache_views == 1)
     train_set = None
     if not args.eval:
-        train_set = labelled_images("train", args, probe_transform if augment else centre)
-    val_set = labelled_images(args.split, args, centre)
+        random_crop = functools.partial(probe_transform, uint8=True)
+        train_set = labelled_images("train", args, random_crop if augment else centre)
+    val_set = labelled_images(getattr(args, "split", "val"), args, centre)
     prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)
@@ -134,7 +136,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Resume
     info = make_model_info(args, val_set.classes, "linprobe")
-    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0)
+    data = (train_set, val_set)
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
     log_writer = make_log_writer(args.log_dir, state.purge_step)
     millions = count_trained(model_without_ddp) / 1e6

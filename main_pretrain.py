@@ -27,7 +27,7 @@ from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.loader import build_loader
-from util.data.sampler import EpochSampler
+from util.data.sampler import EvalSampler
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
@@ -37,7 +37,7 @@ from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.resume import read_resume
 from util.run.run_log import log_arguments, make_log_writer, write_log
-from util.run.start import Run, RunState, announce, close_run, open_run, train_loader
+from util.run.start import Run, RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.sizes import image_size
 
 
@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--save_freq", default=20, type=at_least(1),
          help="epochs between checkpoints; the last is always saved")
     flag("--vis_freq", default=20, type=at_least(0),
-         help="epochs between reconstruction pictures and held-out losses (0: never)")
+         help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     # fmt: on
@@ -99,7 +99,7 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
         model = models_mae.MODELS[args.model](
             img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
     patches = model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))
@@ -109,24 +109,24 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
 
 
 class EpochEnd:
-    """What comes after an epoch's training and its checkpoint: held-out loss, k-NN, pictures, log.
+    """What comes after an epoch's training and its checkpoint: validation loss, k-NN, figures, log.
 
     Args:
         model: bare.
-        val_set: held-out images, each of which counts once; or None.
+        val_set: validation images, each of which counts once; or None.
     """
 
     def __init__(self, args: argparse.Namespace, run: Run, model, dataset, val_set, log_writer):
         self.args, self.device, self.model, self.log_writer = args, run.device, model, log_writer
         self.val_loader = self.knn = self.pictures = None
         if val_set is not None:
-            sampler = EpochSampler(len(val_set), get_world_size(), get_rank(), shuffle=False)
+            sampler = EvalSampler(len(val_set), get_world_size(), get_rank())
             loader = build_loader(val_set, sampler, args.batch_size, args.num_workers, run.pin_memory)
             self.val_loader = loader
         if args.knn_freq:
             from util.evaluate.knn import knn_loaders  # with the labelled sets, which all else does without
 
-            self.knn = knn_loaders(args)
+            self.knn = knn_loaders(args, run.pin_memory)
         if args.vis_freq and is_main_process():
             from util.figures.training import pick_images
 
@@ -158,6 +158,7 @@ class EpochEnd:
         write_log(args.output_dir, record)
 
 
+@gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
@@ -186,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
 
     # Resume
-    state = RunState(args, model_without_ddp, optimizer, loss_scaler)
+    state = RunState(args, model_without_ddp, optimizer, loss_scaler, data=(dataset, val_set))
     state.restore(checkpoint)
     log_writer = make_log_writer(args.log_dir, state.purge_step)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -220,8 +221,6 @@ def main(args: argparse.Namespace) -> None:
             break
         after.finish(epoch, stats, guard.reached_max_steps)
 
-    if guard.reached_max_steps:
-        log(f"stopped by --max_steps {args.max_steps}")
     close_run(log_writer, guard)
 
 

@@ -13,7 +13,9 @@ import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
+from util.cli.flags import Constructors
 from util.compute.blocks import Block, run_blocks
+from util.console import say
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -102,16 +104,23 @@ class MaskedAutoencoderViT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, L, p * p * C); inside a patch: row, column, channel."""
-        (rows, columns), p = self.patch_embed.grid_size, self.patch_size
-        x = imgs.reshape(len(imgs), self.in_chans, rows, p, columns, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, p * p * self.in_chans)
+        """(N, C, H, W), sides that p divides -> (N, L, p * p * C); inside a patch: row, column, channel."""
+        (n, c, height, width), p = imgs.shape, self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"images of {height}x{width} are not divisible by the patch size {p}")
+        x = imgs.reshape(n, c, height // p, p, width // p, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (height // p) * (width // p), p * p * c)
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, L, p * p * C) -> (N, C, H, W); the inverse of `patchify`."""
-        (rows, columns), p = self.patch_embed.grid_size, self.patch_size
-        x = x.reshape(len(x), rows, columns, p, p, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.in_chans, rows * p, columns * p)
+        """(N, L, p * p * C) -> (N, C, H, W), the inverse of `patchify`; square if L is not the model's."""
+        (n, length, numbers), p = x.shape, self.patch_size
+        rows, columns = (side // p for side in self.img_size)
+        if length != rows * columns:
+            rows = columns = round(length**0.5)
+        if length != rows * columns:
+            raise ValueError(f"{length} patches are neither those of the model's images nor a square")
+        x = x.reshape(n, rows, columns, p, p, numbers // p**2)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, numbers // p**2, rows * p, columns * p)
 
     def random_masking(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
         """Masks a random part of every image's tokens.
@@ -135,23 +144,23 @@ class MaskedAutoencoderViT(nn.Module):
         mask = (ids_restore >= visible).float()  # (N, L)
         return x, mask, ids_restore
 
-    def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+    def forward_encoder(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
         """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
-        if imgs.shape[1:] != (self.in_chans, *self.img_size):
+        if x.shape[1:] != (self.in_chans, *self.img_size):
             sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
-            raise ValueError(f"images have shape {tuple(imgs.shape)}, the model takes N x {sizes}")
-        x = self.patch_embed(imgs)  # (N, L, D)
+            raise ValueError(f"images have shape {tuple(x.shape)}, the model takes N x {sizes}")
+        x = self.patch_embed(x)  # (N, L, D)
         x = x + self.pos_embed[:, 1:]  # before masking: a token keeps its place
-        fixed = () if noise is None else (noise,)  # an override need not know it
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, *fixed)  # (N, K, D)
+        fixed = {} if noise is None else {"noise": noise}  # an override need not know it
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, **fixed)  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+    def forward_decoder(self, x: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Latent (N, 1 + K, D) -> predicted patches (N, L, p * p * C)."""
-        x = self.decoder_embed(latent)  # (N, 1 + K, E)
+        x = self.decoder_embed(x)  # (N, 1 + K, E)
         n, length = ids_restore.shape
         mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1)  # (N, L, E), shuffled
@@ -185,8 +194,8 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             loss (scalar; NaN if no patch is masked), pred (N, L, p * p * C), mask (N, L), 1 = masked.
         """
-        fixed = () if noise is None else (noise,)  # an override need not know it
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *fixed)
+        fixed = {} if noise is None else {"noise": noise}  # an override need not know it
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **fixed)
         pred = self.forward_decoder(latent, ids_restore)
         loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
@@ -243,16 +252,7 @@ mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
 
-MODELS = {
-    "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
-    "mae_vit_small_patch16": mae_vit_small_patch16,
-    "mae_vit_base_patch16": mae_vit_base_patch16,
-    "mae_vit_large_patch16": mae_vit_large_patch16,
-    "mae_vit_huge_patch14": mae_vit_huge_patch14,
-    "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
-    "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
-    "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
-}
+MODELS = Constructors(globals())  # what `--model` may be: the functions above, and any other that is added
 
 
 @torch.no_grad()
@@ -279,9 +279,9 @@ def print_shapes(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> None:
         ("loss", model.forward_loss(imgs, pred, mask)),
     ]
     for name, tensor in steps:
-        print(f"{name:68s} {tuple(tensor.shape)}")
-    print(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        say(f"{name:68s} {tuple(tensor.shape)}")
+    say(f"{int(mask.sum())} of {mask.shape[1]} patches masked, loss {steps[-1][1].item():.4f}")
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
 if __name__ == "__main__":

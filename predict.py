@@ -16,19 +16,18 @@ goes to stdout, everything else that is printed to stderr.
 """
 
 import argparse
-import os
-import sys
 
 from util.cli.flags import at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.cli.progress import progress_bar
 from util.compute.precision import resolve_amp_dtype, resolve_device
+from util.console import say
 from util.data.inputs import find_inputs
-from util.errors import UserError
+from util.errors import TrainingError, UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
-from util.files import printable
-from util.processes.collectives import warn
+from util.files import printable, shown
+from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
 from util.weights.describe import describe
@@ -73,6 +72,9 @@ def check_args(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     if args.feature_kind and not args.features:
         raise UserError(f"--feature_kind {args.feature_kind}: needs --features FILE.npz")
+    if args.features and not args.features.endswith(".npz"):
+        text = "an .npz archive all the same: numpy.load(...)['features']; better name it .npz"
+        warn(f"--features {printable(args.features)}: becomes {text}")
     for flag in ("csv", "features"):
         if getattr(args, flag) is not None:
             check_output(f"--{flag}", getattr(args, flag))
@@ -81,7 +83,7 @@ def check_args(args: argparse.Namespace) -> None:
 def read_names(path: str, count: int) -> list[str]:
     """The `count` class names that a text file lists; raises UserError for another number of them."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
@@ -92,26 +94,15 @@ def read_names(path: str, count: int) -> list[str]:
     return names
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Prints to stdout; a reader that has seen enough (`| head`) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     resolve_amp_dtype(args.amp_dtype, device)
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, part)
-    model, names = build(weights), []
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, part)
+    model, names, name = build(weights), [], printable(args.resume)
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes
         names = [*stored[:count], *(f"class {i}" for i in range(len(stored), count))]
@@ -121,16 +112,15 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
     kind = (args.feature_kind or "mean") if args.features else None
     if kind in ("cls", "patches") and model.global_pool:
-        say(f"note: {args.resume} has a norm for the mean of its patches only: {kind} come without a norm")
+        note(f"note: {name} has a norm for the mean of its patches only: {kind} come without a norm")
 
     files, _ = find_inputs(args.images, args.bad_images)
-    loader = prediction_loader(files, weights, args)
+    loader = prediction_loader(files, weights, args, pin_memory=device.type == "cuda")
     size = "x".join(map(str, weights.input_size))
-    say(f"{args.resume}: {weights.kind}, {size} pixels; {len(files.paths)} images; {device}")
+    note(f"{name}: {printable(weights.kind)}, {size} pixels; {len(files.paths)} images; {device}")
     progress = progress_bar(len(files.paths))
-    result = predict(
-        model.to(device), loader, device, args.amp_dtype, args.top_k if wants_classes else 0, kind, progress
-    )
+    top_k = args.top_k if wants_classes else 0
+    result = predict(model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights)
     progress.close()
     if left_out := loader.dataset.bad_paths():
         some = ", ".join(map(printable, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
@@ -138,12 +128,12 @@ def main(args: argparse.Namespace) -> None:
     paths = [files.paths[i] for i in result.rows]
     if args.features:
         write_features(args.features, paths, result, kind, model.patch_embed.grid_size)
-        say(f"wrote {args.features}: {kind} features {'x'.join(map(str, result.features.shape))}")
+        note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
         write_csv(args.csv, paths, names, result)
-        say(f"wrote {args.csv}: {len(paths)} images")
-    elif wants_classes:
-        show(table(paths, names, result))
+        note(f"wrote {printable(args.csv)}: {len(paths)} images")
+    elif wants_classes and not say(table(paths, list(map(shown, names)), result)):
+        raise TrainingError("the table could not be written to stdout")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def measure(options: argparse.Namespace, args: argparse.Namespace, device: torch
         ways = {source: partial(run, *of, options.steps) for source, of in sources.items()}
         results[name] = {"rounds": take_turns(options.rounds, ways)}
         results[name]["percent_of_in_memory"] = report(name, results[name]["rounds"])
+        del run, ways  # the model, before the next one is made
     return results
 
 

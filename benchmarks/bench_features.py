@@ -2,9 +2,11 @@
 
     python benchmarks/bench_features.py --threads 2 --json features.json
     python benchmarks/bench_features.py --images 64 --rounds 3 --size tiny        # a quick look
+    ... --size large --batch_size 256 --images 8192 --amp_dtype auto              # on a GPU
 
-Both run the same model (random weights), files, transform, batch size and loader processes, in turns:
-1. bare: `for images in DataLoader: features.append(model.forward_features(images))` under `inference_mode`;
+Both run the same model (random weights), files, resizing, batch size and loader processes, in turns:
+1. bare: `for images in DataLoader: features.append(model.forward_features(images))` under `inference_mode`,
+   with images that the loader normalises and, on a GPU, page-locks;
 2. predict: what predict.py does once it has the model: its loader, `predict`, the .npz file.
 Each round measures both, the order alternating; the figure is the median over rounds of time 2 / time 1. The
 same with processor time of the main process is a cross-check on a busy machine. The features must agree. The
@@ -26,6 +28,8 @@ from harness import Parser, finish, median_of, paired_ratio, positive, run_bench
 import models_vit
 from util.compute.precision import autocast, resolve_amp_dtype, resolve_device
 from util.data.find import ImageFiles, PathList, find_images
+from util.data.labelled import LabelledImages
+from util.data.presets import eval_transform
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.demo_set.files import ensure_demo_data
 from util.evaluate.output import write_features
@@ -38,25 +42,28 @@ TARGET = 1.05
 
 def take_files(args) -> ImageFiles:
     """The first `args.images` images; the list starts again where there are fewer."""
-    found = find_images(args.data_path or ensure_demo_data(log=print), "train").paths
+    found = find_images(args.data_path or ensure_demo_data(log=say), "train").paths
     return ImageFiles("", "", PathList(found[i % len(found)] for i in range(args.images)))
 
 
 def bare_loop(model, dataset, args, device: torch.device) -> np.ndarray:
     """Features (n, D), the way one would write it down."""
-    loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
+    pin = device.type == "cuda"
+    loader = torch.utils.data.DataLoader(
+        dataset, args.batch_size, num_workers=args.num_workers, pin_memory=pin
+    )
     dtype, parts = resolve_amp_dtype(args.amp_dtype, device), []
     with torch.inference_mode():
         for images, *_ in loader:
             with autocast(device, dtype):
-                features = model.forward_features(images.to(device))
+                features = model.forward_features(images.to(device, non_blocking=True))
             parts.append(features.float().cpu())
     return torch.cat(parts).numpy()
 
 
 def with_predict(model, files, weights, args, device: torch.device, path: str) -> np.ndarray:
-    loader = prediction_loader(files, weights, args)
-    result = predict(model, loader, device, args.amp_dtype, feature_kind="mean")
+    loader = prediction_loader(files, weights, args, pin_memory=device.type == "cuda")
+    result = predict(model, loader, device, args.amp_dtype, feature_kind="mean", stats=weights)
     write_features(path, [files.paths[i] for i in result.rows], result, "mean", model.patch_embed.grid_size)
     return result.features
 
@@ -82,7 +89,8 @@ def measure(args) -> dict[str, list[dict]]:
     weights = WeightsFile("", "", "encoder", {}, {"in_chans": 3}, size, IMAGENET_MEAN, IMAGENET_STD)
     args.bad_images = "error"
     files = take_files(args)
-    dataset = prediction_loader(files, weights, args).dataset
+    stats = Namespace(input_size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    dataset = LabelledImages(files, eval_transform(stats, always_crop=True))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "features.npz")
         few = ImageFiles("", "", files.paths.take(range(min(len(files.paths), args.batch_size))))

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import Parser, positive, run_benchmark
+from harness import Parser, positive, run_benchmark, say
 
 from util.errors import UserError
 
@@ -109,18 +109,18 @@ def start_process(options: argparse.Namespace, folder: Path) -> dict:
 
 def report(few: dict, many: dict, archives: int) -> bool:
     """Prints the table; returns whether the targets are met."""
-    print(f"\n{'files':>10s}{'listing':>11s}{'+ headers':>11s}{'first batch':>13s}  MB: main, workers")
+    say(f"\n{'files':>10s}{'listing':>11s}{'+ headers':>11s}{'first batch':>13s}  MB: main, workers")
     for result in (few, many):
         times = "".join(f"{value:9.2f} s " for value in result["seconds"].values())
         sizes = (" ".join(f"{value:.0f}" for value in result[moment]) for moment in ("start", "end"))
-        print(f"{result['files']:10,d}{times}     at the start: {next(sizes)}, at the end: {next(sizes)}")
+        say(f"{result['files']:10,d}{times}     at the start: {next(sizes)}, at the end: {next(sizes)}")
     pairs = (zip(many[moment], few[moment], strict=True) for moment in ("start", "end"))
     worst = max(more - less for part in pairs for more, less in part)
     target, opened = ARCHIVES_MB if archives else TARGET_MB, many["seconds"]["list and look at the headers"]
     met = worst < target and (not archives or opened < ARCHIVES_S)
     told = f" and opening again within {ARCHIVES_S} s" if archives else ""
-    print(f"at most {worst:.0f} MB more than with few files")
-    print(f"target {target} MB{told}: {'met' if met else 'MISSED'}")
+    say(f"at most {worst:.0f} MB more than with few files")
+    say(f"target {target} MB{told}: {'met' if met else 'MISSED'}")
     return met
 
 
@@ -138,7 +138,7 @@ def main(options: argparse.Namespace) -> int:
     if options.files < options.folders:
         raise UserError(f"--files {options.files}: must be at least --folders {options.folders}")
     if options.folder:
-        print(json.dumps(measure(options)))
+        say(json.dumps(measure(options)))
         return 0
     place = Path(tempfile.mkdtemp(prefix="bench_index-", dir=options.place))
     try:
@@ -149,7 +149,7 @@ def main(options: argparse.Namespace) -> int:
                 make_archives(folder, count, classes, options.archives)
             else:
                 make_files(folder, count, classes)
-        print(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s", flush=True)
+        say(f"{options.files:,} files made in {time.perf_counter() - start:.0f} s")
         if options.archives:  # the first time makes the table
             start_process(options, many)
         results = [start_process(options, folder) for folder in (few, many)]

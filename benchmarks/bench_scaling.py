@@ -40,7 +40,7 @@ from util.compute import precision
 from util.compute.compile import compile_model
 from util.data.transforms import normalize_batch
 from util.processes import watch
-from util.processes.collectives import get_world_size
+from util.processes.collectives import barrier, get_world_size
 from util.processes.fsdp import without_gradient_traffic, wrap_model
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
@@ -80,8 +80,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
     images = noise_batch((options.batch_size, 3, options.input_size, options.input_size))[0].to(device)
 
     def steps(count: int, exchange: bool) -> float:
-        if args.distributed:
-            dist.barrier()
+        barrier()
         start = time.perf_counter()
         for _ in range(count):
             with without_gradient_traffic(model, not exchange), precision.autocast(device, amp_dtype):
@@ -103,7 +102,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
     if rank == 0:
         path.write_text(json.dumps(result))
     if args.distributed:
-        dist.barrier()
+        barrier()
         with contextlib.suppress(Exception):
             watch.stop()
         dist.destroy_process_group()

@@ -123,19 +123,33 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict:
     del model
     amp = resolve_amp_dtype(args.amp_dtype, device) or torch.float32
     peak = partial(matrix_peak, device, torch.bfloat16 if device.type == "cuda" else amp)
-    ways, own, results = {"": peak}, {}, {}
+    ways, steps, own, results = {"": peak}, {}, {}, {}
+
+    def turn(variant: str) -> tuple[float, int] | None:
+        """None from the moment on that it ran out of memory, by what the others hold."""
+        try:
+            return time_round(variant, steps[variant], device) if variant in steps else None
+        except torch.OutOfMemoryError:
+            del steps[variant]
+        free_memory(device)  # not before the traceback, whose frames hold the step's tensors, is gone
+        return None
+
     for variant in args.variants:
         before = allocated(device)
         ready = make_ready(variant, task, name, args)
         free_memory(device)
         results[variant] = {"failed": ready} if isinstance(ready, str) else {}
         if not isinstance(ready, str):
-            ways[variant] = partial(time_round, variant, ready, device)
+            steps[variant], ways[variant] = ready, partial(turn, variant)
             own[variant] = allocated(device) - before
+        del ready  # `steps` has it alone
         say(f"{task} {name}: {variant} {results[variant].get('failed', 'ready')}")
     rounds = take_turns(args.rounds, ways)
     top = statistics.median(rounds.pop(""))
     for variant, pairs in rounds.items():
+        if variant not in steps:
+            results[variant] = {"failed": "out of memory"}
+            continue
         seconds, grown = map(list, zip(*pairs, strict=True))
         rate = args.batch * args.steps / statistics.median(seconds)
         results[variant] = {"images_per_s": rate, "tflops": rate * flop / 1e12, "mfu": rate * flop / top}

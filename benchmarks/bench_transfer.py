@@ -36,7 +36,7 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
     words = [script, *flags, "--output_dir", str(output)]
     commands.append("python " + shlex.join(words))
     if not (output / "done").exists():
-        print(f"$ {commands[-1]}", flush=True)
+        say(f"$ {commands[-1]}")
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.txt").unlink(missing_ok=True)
         with open(output / "stdout.txt", "w") as out:

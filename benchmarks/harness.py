@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # a benchmark is started as a file: so far only i
 
 import torch
 
+from util import console
 from util.cli.parser import ArgumentParser, errors_in_one_line
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow", "simplejpeg", "transformers")
@@ -103,7 +104,7 @@ def is_first() -> bool:
 def say(text: str = "") -> None:
     """Prints on the first process, at once."""
     if is_first():
-        print(text, flush=True)
+        console.say(text)
 
 
 def describe_run(args: argparse.Namespace) -> dict:

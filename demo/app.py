@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
-from util.data.depth import unit, view
+from util.data.depth import depth_of, unit, view
 from util.data.find import find_images
 from util.data.inputs import find_inputs
 from util.data.read import BadImage
@@ -32,10 +32,11 @@ from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
 from util.figures.canvas import panel_pixels
 from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
+from util.files import printable
 from util.processes.collectives import log, warn
-from util.rng import fixed_noise
+from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe, weights_depth
+from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
@@ -93,14 +94,10 @@ class Player:
 
     def read(self, path: str) -> torch.Tensor:
         """A picture as the model sees it: uint8 (C, H, W), a deep one normalised float32; raises BadImage."""
-        return view(
-            path, self.weights.input_size, self.weights.sizes["in_chans"], weights_depth(self.weights)
-        )
+        return view(path, self.weights.input_size, self.weights.sizes["in_chans"], depth_of(self.weights))
 
     def random_mask(self, ratio: float, seed: int) -> np.ndarray:
-        """bool (L,): that share of the patches, at least one and not all; a larger ratio hides more, never
-        other ones.
-        """
+        """bool (L,): that share of the patches, at least one, not all; a larger ratio only adds some."""
         length = self.grid[0] * self.grid[1]
         hidden = min(max(round(length * ratio), 1), length - 1)
         return fixed_noise(1, length, seed)[0].argsort(descending=True).argsort().numpy() < hidden
@@ -176,7 +173,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
         return draw({**state, "removed": ~state["removed"]})
 
     _, *titles = column_headings(player.model.norm_pix_loss, player.weights.sizes["in_chans"])
-    name = os.path.basename(player.weights.path)
+    name = printable(os.path.basename(player.weights.path))
     first = take(samples[0], 0.75, 0)
     with gradio.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
         gradio.Markdown(
@@ -200,7 +197,7 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
                                   elem_id="upload", height=320)  # fmt: skip
             refuse_addresses(gradio, upload)
             gallery = gradio.Gallery(
-                [player.enlarge(panel_pixels(unit(s, weights_depth(player.weights)))) for s in samples],
+                [player.enlarge(panel_pixels(unit(s, depth_of(player.weights)))) for s in samples],
                 label="samples", elem_id="samples", columns=4, height=320, allow_preview=False,
                 interactive=False, format="png", object_fit="contain", buttons=[],
             )  # fmt: skip
@@ -238,10 +235,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--port must lie between 1 and 65535, --max_upload_mb be at least 1")
     gradio = load_gradio()
     device = resolve_device(args.device)
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, "full")
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, "full")
     model = build(weights).to(device)
+    if not takes_noise(model):
+        raise UserError(f"--resume {args.resume}: its model draws its own masks, so that none can be chosen")
     for note in weights.notes:
-        log(f"note: {note}")
+        log(f"note: {printable(note)}")
     player = Player(model, weights, device)
     page = build_page(gradio, player, read_samples(player, args.samples))
     page.queue(default_concurrency_limit=1, max_size=32)

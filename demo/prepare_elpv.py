@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say
 from util.errors import UserError
 from util.files import replacing_folder
 
@@ -59,7 +60,8 @@ def read_labels(folder: Path) -> list[tuple[str, float, str]]:
     Raises UserError for a row that is not of this form or whose picture is missing.
     """
     rows = []
-    for number, line in enumerate((folder / "labels.csv").read_text().splitlines(), 1):
+    text = (folder / "labels.csv").read_text(encoding="utf-8", errors="backslashreplace")
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -125,12 +127,12 @@ def main(args: argparse.Namespace) -> None:
     split = split_rows(read_labels(folder))
     label = LABELS[args.labels]
     copy(folder, split, out, label)
-    print(TERMS)
+    say(TERMS)
     for name, rows in split.items():
         counts = Counter(label(*row[1:]) for row in rows)
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        print(f"{out / name}: {len(rows)} pictures ({text})")
-    print(f"use it: python main_pretrain.py --data_path {out}")
+        say(f"{out / name}: {len(rows)} pictures ({text})")
+    say(f"use it: python main_pretrain.py --data_path {out}")
 
 
 if __name__ == "__main__":

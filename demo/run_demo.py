@@ -14,7 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.cli.parser import ArgumentParser, run_script
+from util.console import say
+from util.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
 SIZES = ["--input_size", "64", "--patch_size", "8"]
 DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_heads", "4"]
 PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
@@ -22,24 +28,18 @@ PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100
 
 def run(*command: str) -> None:
     """Prints and runs a command of this repository; stops the demo if it fails."""
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    say(f"\n$ python {shlex.join(command)}")
     result = subprocess.run([sys.executable, *command], cwd=REPO)
     if result.returncode:
         sys.exit(result.returncode)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", default="demo_output", help="remade each time")
-    parser.add_argument("--epochs", default=12, type=int)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     start = time.time()
     output = (REPO / args.output_dir).resolve()
     marker = output / ".demo"
     if output.exists() and not marker.exists():
-        sys.exit(f"run_demo.py: error: --output_dir {output} exists and is no demo's; pass another")
+        raise UserError(f"--output_dir {output}: exists and is no demo's; pass another")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     marker.touch()
@@ -61,12 +61,12 @@ def main() -> None:
 
     held_out = [record["val_loss"] for record in records if "val_loss" in record]
     first, last = records[0]["train_loss"], records[-1]["train_loss"]
-    print(f"\nDone in {time.time() - start:.0f} s.")
-    print(f"training loss:   {first:.4f} in the first epoch, {last:.4f} in the last")
-    print(f"held-out loss:   {held_out[0]:.4f} after the first epoch, {held_out[-1]:.4f} at the end")
-    print(f"linear probe:    {accuracy['pre-trained']:.1f} % right with the pre-trained encoder, "
-          f"{accuracy['random']:.1f} % with a random one (10 classes)")  # fmt: skip
-    print(f"reconstructions: {output}/reconstruction-{records[-1]['epoch']}.png")
+    say(f"\nDone in {time.time() - start:.0f} s.")
+    say(f"training loss:   {first:.4f} in the first epoch, {last:.4f} in the last")
+    say(f"held-out loss:   {held_out[0]:.4f} after the first epoch, {held_out[-1]:.4f} at the end")
+    say(f"linear probe:    {accuracy['pre-trained']:.1f} % right with the pre-trained encoder, "
+        f"{accuracy['random']:.1f} % with a random one (10 classes)")  # fmt: skip
+    say(f"reconstructions: {output}/reconstruction-{records[-1]['epoch']}.png")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -75,4 +75,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", default="demo_output", help="remade each time")
+    parser.add_argument("--epochs", default=12, type=int)
+    run_script(main, parser)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
-from util.data.depth import view
+from util.data.depth import depth_of, view
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.inputs import find_inputs
 from util.data.read import BadImage
@@ -39,9 +39,9 @@ from util.figures.canvas import panel_layout, save_png
 from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
 from util.files import printable
 from util.processes.collectives import log, warn
-from util.rng import fixed_noise
+from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe, weights_depth
+from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
 from util.weights.flags import add_decoder_args, add_weights_args
 
@@ -121,7 +121,7 @@ def read_images(
     paths: list[str], names: PathList, weights: WeightsFile, skip: bool
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
-    depth, images, labels = weights_depth(weights), [], []
+    depth, images, labels = depth_of(weights), [], []
     for path, name in zip(paths, names, strict=True):
         try:
             images.append(view(path, weights.input_size, weights.sizes["in_chans"], depth))
@@ -171,27 +171,33 @@ def write(picture: Image.Image, path: str) -> None:
         save_png(picture, path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
-    log(f"wrote {path} ({picture.width} x {picture.height} pixels)")
+    log(f"wrote {printable(path)} ({picture.width} x {picture.height} pixels)")
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     parts = ["full", "encoder"] if args.attention else ["full"]
-    weights = describe(read_file(args.resume, "--resume"), args.resume, args, *parts)
+    content = read_file(args.resume, "--resume", not args.no_verify)
+    weights = describe(content, args.resume, args, *parts)
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:
-        log(f"note: {note}")
+        log(f"note: {printable(note)}")
     paths, names = choose_images(args)
     masks = choose_masks(args, len(paths), model.patch_embed.grid_size)
     heads = weights.sizes["num_heads"] if args.attention else 0
     check_size(len(paths), max(1 + 3 * len(masks), 2 + heads), weights.input_size)
     images, labels = read_images(paths, names, weights, args.bad_images == "skip")
-    model, name = model.to(device), os.path.basename(weights.path)
+    model, name = model.to(device), printable(os.path.basename(weights.path))
 
+    if args.mask_file and not attention_only and not takes_noise(model):
+        raise UserError(f"--mask_file: the model of {weights.path} draws its own masks; leave the flag out")
     if attention_only:
-        log(f"{weights.path} holds no decoder ({weights.kind}): no reconstructions, attention only")
+        log(
+            f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, "
+            "attention only"
+        )
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""

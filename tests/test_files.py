@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from golden_utils import REPO
 
 from util.errors import UserError
-from util.files import check_writable, printable, replacing, replacing_folder, some
+from util.files import check_writable, printable, replacing, replacing_folder, shown, some
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -99,3 +100,25 @@ def test_data_code_starts_without_the_painter():
     code = "import sys, util.datasets; print([n for n in sys.modules if n.endswith(('scene', 'textures'))])"
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_c7_any_value_on_one_short_printable_line():
+    nested = []
+    nested.append(nested)
+    for value in (
+        "x" * 10**6,
+        "\x1b[31m\n\u202e\ud800\udcff",
+        10**5000,
+        nested,
+        ["y" * 10**6],
+        torch.zeros(3, 4),
+        1.5,
+    ):
+        text = shown(value)
+        assert text.isprintable() and len(text) <= 80
+    assert shown("\x1b[31m\n\udcff") == "\\x1b[31m\\n\\xff" and shown(torch.zeros(3, 4)).endswith("(3, 4)")
+    assert shown("abc") == "abc" and shown("a" * 90) == "a" * 77 + "..." and shown([1]) == "[1]"
+    assert some(["a\n", "b" * 10**6, "c", "d"], 3)[:4] == "a\\n,"
+    error = UserError("a\n" + "b" * 10**6 + "\x07end")
+    assert len(str(error)) <= 900 and str(error).isprintable() and str(error).endswith("\\x07end")
+    assert str(UserError("caf\udce9: gone")) == "caf\\xe9: gone"

@@ -79,6 +79,7 @@ def test_attributes_of_a_gradient_scaler():
     plain = run([2.0, 3.0])
     for attributes, value in [({"found_inf": zero}, 3.0), ({"grad_scale": torch.tensor(4.0)}, 12.0)]:
         for got, expected in zip(run([2.0, value], **attributes), plain, strict=True):
+            # Torch's bounds for float32; 6 entries, two steps: a rounding of 6e-8 for each operation
             torch.testing.assert_close(got, expected)
 
 

@@ -8,10 +8,11 @@ import pytest
 from golden_utils import REPO
 
 LAYERS = [
-    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.lars util.pos_embed util.crop",
+    "util.console",
+    "util.errors util.sizes util.rng util.lr_sched util.lr_decay util.pos_embed util.crop",
     "util.files util.processes",
     "util.cli util.compute",
-    "models_mae models_vit util.demo_set",
+    "models_mae models_vit util.demo_set util.lars",
     "util.data",
     "util.datasets util.weights util.figures tools",
     "util.run util.evaluate util.slurm",
@@ -26,7 +27,13 @@ FILES = [
     for path in sorted(REPO.glob(place))
     if path.name != "__init__.py"
 ]
-STANDARD_LIBRARY_ONLY = ["util/errors.py", "util/sizes.py", "util/files.py", "util/processes/signals.py"]
+STANDARD_LIBRARY_ONLY = [
+    "util/errors.py",
+    "util/sizes.py",
+    "util/files.py",
+    "util/console.py",
+    "util/processes/signals.py",
+]
 DOORS = ["util/misc.py", "util/datasets.py"]
 
 
@@ -77,7 +84,9 @@ def test_no_import_climbs(path):
 @pytest.mark.parametrize("path", STANDARD_LIBRARY_ONLY)
 def test_a_launcher_starts_without_torch(path):
     for module, _ in imports(Path(path)):
-        assert module.split(".")[0] in sys.stdlib_module_names or module in ("util.errors",), module
+        assert module.split(".")[0] in sys.stdlib_module_names or module in ("util.errors", "util.console"), (
+            module
+        )
 
 
 def test_only_the_doors_hand_names_on():

@@ -60,7 +60,9 @@ def run(script, *flags, **paths):
 
 
 def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    """The lines of log.txt, without the run's id."""
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "run"} for record in records]
 
 
 def state_of(path: Path) -> dict:

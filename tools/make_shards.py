@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.copy_image import CannotWrite, copy_image, output_name
 from tools.resize_dataset import check_flags, copy_all, report_unreadable, take_target
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say
 from util.data.find import ImageFiles, find_images
 from util.data.members import SPLIT
 from util.data.read import BadImage, Place, open_file, sniff_header
@@ -130,10 +131,10 @@ def main(args: argparse.Namespace) -> None:
     settings["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()
     take_target(args, Path(args.own), settings)
     parts = plan(files, args.images)
-    print(f"{files.describe()}: {len(parts):,} archives of at most {args.images:,} images", flush=True)
+    say(f"{files.describe()}: {len(parts):,} archives of at most {args.images:,} images")
     counts, unreadable = copy_all(args, parts, pack)
     unreadable += [(os.fspath(path), reason) for path, reason in files.skipped]
-    print(
+    say(
         f"{counts['packed']:,} images in {counts['archives']:,} archives, {counts['bytes'] / 1e6:,.0f} MB; "
         f"{counts['done']:,} there already; {len(unreadable):,} not readable"
     )

@@ -21,8 +21,8 @@ import json
 import math
 import os
 import random
+import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, process
@@ -31,12 +31,13 @@ from pathlib import Path
 import filelock
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.copy_image import CannotWrite, copy_image, output_name
 from util.cli.parser import ArgumentParser, run_script
+from util.cli.progress import progress_bar
+from util.console import say
 from util.data.folders import list_folders
 from util.data.read import BadImage, open_pil
 from util.errors import UserError
@@ -126,44 +127,32 @@ def take_target(args: argparse.Namespace, own: Path, settings: dict) -> None:
             raise UserError(f"DST {printable(args.dst)}: holds other files; name a new or an empty folder")
         os.makedirs(args.spare, exist_ok=True)
         args.lock = _lock(own / "lock")
-        path = own / "settings.json"
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise UserError(f"DST {printable(args.dst)}: was made with other settings ({path.read_text()})")
-        path.write_text(json.dumps(settings))
-        for name in os.listdir(args.spare):
+        path, text = own / "settings.json", json.dumps(settings).encode()
+        if path.exists() and (stored := path.read_bytes()) not in (text, b""):  # empty: the disk was full
+            raise UserError(
+                f"DST {printable(args.dst)}: was made with other settings ({printable(stored)[:300]})"
+            )
+        path.write_bytes(text)
+        for name in os.listdir(args.spare) if args.lock.is_locked else ():  # else another run's, perhaps
             os.unlink(os.path.join(args.spare, name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"DST {printable(args.dst)}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"DST {printable(args.dst)}: {error.strerror or error}") from None
 
 
 def _lock(path: Path) -> filelock.FileLock:
     """A lock that no other run of this command has; it is held until this one ends, however it ends."""
     path.touch()
     lock = filelock.FileLock(path)
+    owner = path.with_name("owner")
     try:
         lock.acquire(timeout=1, poll_interval=0.1)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except filelock.Timeout:
-        raise UserError(f"{printable(path.parents[1])}: another run is writing there") from None
+        who = printable(owner.read_text()) if owner.exists() else "another run"
+        raise UserError(f"{printable(path.parents[1])}: {who} is writing there") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     return lock
-
-
-def progress(total: int):
-    """A function that is told how many more images are done: a bar on a terminal, else a line every 10 s."""
-    if sys.stderr.isatty():
-        return tqdm(total=total, unit=" images", dynamic_ncols=True).update
-    start = last = time.monotonic()
-    count = 0
-
-    def update(more: int) -> None:
-        nonlocal last, count
-        count += more
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{count:,} of {total:,} images, {count / (last - start):.0f} images/s", flush=True)
-
-    return update
 
 
 def copy_all(
@@ -171,13 +160,13 @@ def copy_all(
 ) -> tuple[Counter, list[tuple[str, str]]]:
     """Copies images, part by part, in processes; counts, and (name, reason) of what could not be read."""
     task = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "lock"})
-    counts, unreadable, update = Counter(), [], progress(sum(map(len, parts)))
+    counts, unreadable, progress = Counter(), [], progress_bar(sum(map(len, parts)))
     pool = ProcessPoolExecutor(args.workers, initializer=signals.follow_main_process)
     try:
         for part, (done, failed) in zip(parts, pool.map(work, ((task, p) for p in parts)), strict=True):
             counts += done
             unreadable += failed
-            update(len(part))
+            progress.update(len(part))
     except CannotWrite as error:
         raise UserError(f"{error}; the same command goes on from here") from None
     except process.BrokenProcessPool:
@@ -185,6 +174,7 @@ def copy_all(
         raise UserError(f"a worker process was killed ({advice})") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        progress.close()
     return counts, unreadable
 
 
@@ -234,10 +224,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     names = prepare(args)
-    print(f"{len(names):,} images in {printable(args.src)}\n{WHAT_IT_CHANGES}", flush=True)
+    say(f"{len(names):,} images in {printable(args.src)}\n{WHAT_IT_CHANGES}")
     parts = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     counts, unreadable = copy_all(args, parts)
-    print(
+    say(
         f"{counts['scaled']:,} scaled to {args.short} px, {counts['copied']:,} copied as they are, "
         f"{counts['done']:,} there already, {len(unreadable):,} not readable; "
         f"{counts['bytes before'] / 1e6:,.0f} MB became {counts['bytes after'] / 1e6:,.0f} MB"
@@ -246,18 +236,22 @@ def main(args: argparse.Namespace) -> None:
         print(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
     if args.measure:
         decibels, images = measure(args, names)
-        print(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")
+        say(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")
     report_unreadable(Path(args.target, ".resize_dataset"), unreadable)
 
 
 def report_unreadable(own: Path, unreadable: list[tuple[str, str]]) -> None:
     """Lists files that were left out in the folder `own`; exits with 1 if there are any."""
     report = own / "unreadable.txt"
-    report.write_text("".join(f"{printable(name)}: {reason}\n" for name, reason in unreadable))
+    lines = "".join(f"{printable(name)}: {reason}\n" for name, reason in unreadable)
+    try:
+        report.write_text(lines, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{printable(report)}: cannot be written ({error.strerror or error})") from None
     if unreadable:
         for name, reason in unreadable[:10]:
-            print(f"not readable: {printable(name)}: {reason}", file=sys.stderr)
-        print(f"{len(unreadable):,} files are not in DST; all of them: {report}", file=sys.stderr)
+            say(f"not readable: {printable(name)}: {reason}", sys.stderr)
+        say(f"{len(unreadable):,} files are not in DST; all of them: {printable(report)}", sys.stderr)
         sys.exit(1)
 
 

@@ -2,7 +2,7 @@
 
 from util.data.dataset import ImageDataset, build_pretrain_dataset, build_val_dataset
 from util.data.find import ImageFiles, PathList, find_images
-from util.data.labelled import build_dataset
+from util.data.labelled import build_dataset, build_transform
 
 __all__ = [
     "ImageDataset",
@@ -10,6 +10,7 @@ __all__ = [
     "PathList",
     "build_dataset",
     "build_pretrain_dataset",
+    "build_transform",
     "build_val_dataset",
     "find_images",
 ]

@@ -2,11 +2,13 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from util.console import one_line
 from util.errors import UserError
 
 
@@ -83,9 +85,24 @@ def _as_umask_says(file: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written, and no folder at all
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def nameable(path: str | os.PathLike) -> Iterator[Path]:
+    """A file or folder that is there, by a name that is UTF-8, as some libraries take no other."""
+    text = os.fspath(path)
+    if text == text.encode("utf-8", "replace").decode():
+        yield Path(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
 
@@ -116,12 +133,40 @@ def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = Non
 
 
 def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
-    """The first `count` of some names: "a, b, c, d, e, ..."."""
-    first = list(itertools.islice(names, count + 1))
+    """The first `count` of some names: "a, b, c, d, e, ...", each as `shown` shows it."""
+    first = [shown(name, 160) for name in itertools.islice(names, count + 1)]
     return separator.join(first[:count]) + (f"{separator}..." if len(first) > count else "")
 
 
 def printable(path: str | os.PathLike) -> str:
     """`path` on one line that any terminal or log takes: odd bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return one_line(os.fsdecode(path))
+
+
+def shown(value, length: int = 80) -> str:
+    """Any value, of a file for example, on one printable line of at most `length` characters.
+
+    Text stands there without quotes; of arrays and tensors only kind and shape are said.
+    """
+    if isinstance(value, str):
+        text = value
+    elif hasattr(value, "shape"):
+        text = f"{type(value).__name__} of shape {tuple(value.shape)}"
+    else:
+        try:
+            text = repr(value)
+        except Exception:  # integers of more than 4,300 digits, lists nested too deeply, their own __repr__
+            text = f"a {type(value).__name__} that cannot be shown"
+    text = one_line(text[: 2 * length], 2 * length)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; raises UserError where the file holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({shown(str(error), 200)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content

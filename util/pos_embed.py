@@ -1,5 +1,7 @@
 """Position tables: the fixed 2-D sine-cosine one, and resizing of a trained one to another grid."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,14 +30,26 @@ def get_2d_sincos_pos_embed(
         raise ValueError(f"the sine-cosine position table needs a width divisible by 4, got {embed_dim}")
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     y, x = np.meshgrid(np.arange(rows, dtype=np.float64), np.arange(columns, dtype=np.float64), indexing="ij")
-    table = np.concatenate([_sincos_1d(embed_dim // 2, x), _sincos_1d(embed_dim // 2, y)], axis=1)  # (L, D)
+    table = get_2d_sincos_pos_embed_from_grid(embed_dim, (x, y))  # (L, D)
     return np.concatenate([np.zeros((1, embed_dim)), table]) if cls_token else table
 
 
-def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
-    """(L, dim): sines, then cosines, of position times frequency 10000^(-i / (dim / 2))."""
-    frequencies = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
-    angles = np.outer(positions.reshape(-1), frequencies)  # (L, dim / 2)
+def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: Sequence[np.ndarray]) -> np.ndarray:
+    """(L, D) float64: half of the channels code the first array of `grid`, of any shape with L positions, the
+    other half the second. D is a multiple of 4, else ValueError.
+    """
+    halves = [get_1d_sincos_pos_embed_from_grid(embed_dim // 2, positions) for positions in grid]
+    return np.concatenate(halves, axis=1)
+
+
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
+    """(L, D) float64: sines, then cosines, of L positions times frequency 10000^(-i / (D / 2)). ValueError
+    unless D is even.
+    """
+    if embed_dim % 2:
+        raise ValueError(f"sines and cosines need an even width, got {embed_dim}")
+    frequencies = 1.0 / 10000 ** (np.arange(embed_dim // 2, dtype=np.float64) / (embed_dim / 2.0))
+    angles = np.outer(np.asarray(pos).reshape(-1), frequencies)  # (L, D / 2)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
@@ -57,30 +71,34 @@ def interpolate_pos_embed(
     """Fits `checkpoint_model["pos_embed"]` to the model's patch grid, in place; returns whether it changed.
 
     Args:
-        model: has `pos_embed` (1, T, D) and `patch_embed` with `num_patches` and `grid_size` (rows, columns).
+        model: has `pos_embed` (1, T, D) and `patch_embed` with `num_patches` and, unless its patches form a
+            square, `grid_size` (rows, columns).
         checkpoint_model: a state dict; edited.
         old_grid: (rows, columns) that the table was made for. Left out, a square is assumed, unless the table
             has the model's own length.
 
     Raises:
-        ValueError: the table is not square and `old_grid` was not given.
+        ValueError: a table is not square and its grid was not given.
     """
     if "pos_embed" not in checkpoint_model:
         return False
     table = checkpoint_model["pos_embed"]
-    new_grid = tuple(model.patch_embed.grid_size)
-    extra_tokens = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    new_length = model.patch_embed.num_patches
+    extra_tokens = model.pos_embed.shape[1] - new_length
     old_length = table.shape[1] - extra_tokens
     if old_grid is None:
-        if old_length == model.patch_embed.num_patches:
+        if old_length == new_length:
             return False
-        side = round(old_length**0.5)
-        if side * side != old_length:
-            raise ValueError(
-                f"a position table of {old_length} patches is not square: its grid must be given"
-            )
-        old_grid = (side, side)
+        old_grid = _square(old_length)
+    new_grid = tuple(getattr(model.patch_embed, "grid_size", None) or _square(new_length))
     if tuple(old_grid) == new_grid:
         return False
     checkpoint_model["pos_embed"] = resize_pos_embed(table, tuple(old_grid), new_grid, extra_tokens)
     return True
+
+
+def _square(length: int) -> tuple[int, int]:
+    side = round(length**0.5)
+    if side * side != length:
+        raise ValueError(f"a position table of {length} patches is not square: its grid must be given")
+    return side, side

@@ -6,7 +6,9 @@ loader workers cannot change a result.
 """
 
 import contextlib
+import inspect
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,14 +36,24 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_step(seed: int, rank: int, epoch: int, step: int) -> None:
+def seed_step(seed: int, rank: int, epoch: int, step: int, device: torch.device | None = None) -> None:
     """Seeds the global generators for one micro-step: masking, drop path, mixup.
 
     Called before each micro-step, it makes the step independent of everything drawn before, so that a resumed
-    run draws what an undisturbed one would have drawn. Costs some ten microseconds and no device
-    synchronisation.
+    run draws what an undisturbed one would have drawn. No device synchronisation.
+
+    Args:
+        device: the one whose generator is drawn from, besides the CPU's: some ten microseconds. None: all
+            there may be, which takes torch ten times as long. The draws are the same.
     """
-    seed_all(derive_seed(seed, rank, epoch, step))
+    mixed = derive_seed(seed, rank, epoch, step)
+    if device is None:
+        return seed_all(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(mixed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(mixed)  # of the current device, which the run computes on
 
 
 @contextlib.contextmanager
@@ -77,3 +89,27 @@ def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> torch.Tens
         generator.seed([*words, row])  # ten times faster than a new generator
         shuffled[:] = generator.permutation(length)
     return torch.from_numpy(noise / np.float32(length))
+
+
+def takes_noise(model: torch.nn.Module) -> bool:
+    """Whether a masked autoencoder can be told its masks: not if a subclass's `forward`, `forward_encoder` or
+    `random_masking` has the reference's arguments only.
+    """
+    for method in (model.forward, model.forward_encoder, model.random_masking):
+        parameters = inspect.signature(method).parameters.values()
+        if not any(p.name == "noise" or p.kind is p.VAR_KEYWORD for p in parameters):
+            return False
+    return True
+
+
+def masked_by(noise: torch.Tensor, model: torch.nn.Module, imgs: torch.Tensor, mask_ratio: float) -> tuple:
+    """What a masked autoencoder returns for `imgs` (N, C, H, W) with masks of `noise` (N, L): the same every
+    time. One that cannot take it (`takes_noise`) draws its own masks, from generators that it seeds.
+    """
+    if takes_noise(model):
+        return model(imgs, mask_ratio=mask_ratio, noise=noise)
+    seed = zlib.crc32(noise.cpu().contiguous().numpy().tobytes())
+    with sample_seed(seed, 0, 0), torch.random.fork_rng([imgs.device] if imgs.is_cuda else []):
+        if imgs.is_cuda:
+            torch.cuda.manual_seed(seed)
+        return model(imgs, mask_ratio=mask_ratio)

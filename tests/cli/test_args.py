@@ -4,13 +4,17 @@ import argparse
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from golden_utils import GOLDEN
 
+import export
 import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import predict
 from util.cli import flags
 from util.cli.flags import above, at_least, fraction
 from util.cli.parser import ArgumentParser, run_script
@@ -71,6 +75,60 @@ def test_run_script_prints_one_line(error, code, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_script(main, ArgumentParser(prog="script.py"))
     assert stop.value.code == code and capsys.readouterr().err == f"script.py: error: {error}\n"
+
+
+OUT_OF_MEMORY = [
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nSee ..."),
+        "the GPU is out of memory (Tried to allocate 2.00 GiB); take a smaller --batch_size with a larger "
+        "--accum_iter or --grad_checkpointing or --fsdp with several GPUs",
+    ),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4000000000000 bytes. Error code 12"
+        ),
+        "this machine is out of memory (tried to allocate 4000000000000 bytes); take a smaller --batch_size "
+        "with a larger --accum_iter or --grad_checkpointing or fewer --num_workers",
+    ),
+    (
+        OSError(12, "Cannot allocate memory"),
+        "this machine is out of memory; take a smaller --batch_size with a larger --accum_iter or "
+        "--grad_checkpointing or fewer --num_workers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), OUT_OF_MEMORY)
+def test_d12_out_of_memory_is_one_line_that_says_what_helps(error, said, capsys, monkeypatch):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, ArgumentParser(prog="script.py", parents=[main_pretrain.get_args_parser()]))
+    assert stop.value.code == 1 and capsys.readouterr().err == f"script.py: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "helpful"),
+    [
+        (main_knn, "; take a smaller --batch_size or fewer --num_workers"),
+        (predict, "; take a smaller --batch_size or fewer --num_workers"),
+        (export, ""),
+    ],
+)
+def test_d12_scripts_name_only_flags_that_they_have(script, helpful, capsys, monkeypatch):
+    words = ["--resume", "x", *(["--output", "y"] if script is export else ["z"])]
+
+    def main(args):
+        return np.empty(2**57)  # numpy's own MemoryError
+
+    monkeypatch.setattr("sys.argv", ["script.py", *([] if script is main_knn else words)])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, ArgumentParser(prog="script.py", parents=[script.get_args_parser()]))
+    said = "this machine is out of memory (Unable to allocate 1.00 EiB)"
+    assert stop.value.code == 1 and capsys.readouterr().err == f"script.py: error: {said}{helpful}\n"
 
 
 def test_help_keeps_the_lines_of_the_description():

@@ -20,10 +20,13 @@ import engine_pretrain
 import models_mae
 import models_vit
 from main_linprobe import put_on_probe
+from util.compute import prefetch
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.compute.prefetch import side_stream
 from util.data.transforms import _device_stats
+from util.evaluate import features
+from util.evaluate.exact import predict_samples
 from util.lars import LARS
 from util.run.guard import DELAY, RunGuard
 from util.run.meters import SmoothedValue
@@ -262,3 +265,65 @@ def test_flags_are_read_late(no_values, monkeypatch):
     monkeypatch.setattr("util.run.guard.DELAY", 0)
     with pytest.raises(AssertionError):
         train("pretrain", no_values("pretrain"), Loader(), "none")
+
+
+class EvalLoader:
+    """Batches of two groups and a half, float or uint8; between the first and the last nothing may wait."""
+
+    def __init__(self, arm):
+        self.arm = arm
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        for i in range(6):
+            self.arm(1 <= i < 5)
+            images = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8)
+            batch = [images, torch.arange(80) % 7, torch.arange(80 * i, 80 * i + 80)]
+            yield [t.pin_memory() for t in batch] if torch.cuda.is_available() else batch
+
+
+def test_d8_no_group_of_an_evaluation_waits(no_values, monkeypatch):
+    """Labels and pixels come with the prefetcher, features are read when later groups are at work."""
+    args, started, read = argparse.Namespace(amp_dtype="bf16"), [], []
+
+    def start_copy(tensors):
+        assert all(t.is_cuda for t in tensors)
+        started.append(len(tensors[0]))
+        return [torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in tensors], NoStream()
+
+    def finish_copy(host, copied):
+        read.append(len(started) - len(read))  # results that are under way
+        return host
+
+    model = no_values("finetune")
+    monkeypatch.setattr(prefetch, "_start_copy", start_copy)
+    monkeypatch.setattr(prefetch, "_finish_copy", finish_copy)
+    monkeypatch.setattr(features, "_gather", lambda blocks, labels, indices, everywhere: (blocks, labels))
+    monkeypatch.setattr("util.evaluate.exact._gather", lambda columns: columns)
+    loader = EvalLoader(lambda on: setattr(NoWaiting, "armed", on))
+    columns = predict_samples(loader, model, "cuda", args)
+    assert [len(column) for column in columns] == [480] * 5 and model.training
+    blocks, labels = features.extract_features(model.eval().forward_features, loader, "cuda", args)
+    assert started == [32] * 15 and read == [3] * 13 + [2, 1]
+    assert len(blocks) == 15 and len(labels) == 480
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp_dtype", ["bf16", "none"])
+def test_d8_no_group_of_an_evaluation_waits_on_a_gpu(amp_dtype):
+    def arm(on):
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    model, args = make_model("finetune").cuda(), argparse.Namespace(amp_dtype=amp_dtype)
+    try:
+        for _ in range(2):  # the first pass makes streams, events and page-locked blocks
+            stats = predict_samples(EvalLoader(arm if _ else bool), model, "cuda", args)
+            found, labels = features.extract_features(
+                model.eval().forward_features, EvalLoader(arm if _ else bool), "cuda", args
+            )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(stats.labels) == len(found) == 480 and labels.tolist() == [i % 80 % 7 for i in range(480)]
+    assert found.isfinite().all() and not found.is_pinned()

@@ -491,7 +491,7 @@ def test_thirteen_channels_from_arrays(tmp_path):
 
 
 def test_without_a_path_the_demo_set_is_used_and_said(image_folder, monkeypatch, capsys):
-    monkeypatch.setattr("util.data.dataset.ensure_demo_data", lambda log: image_folder)
+    monkeypatch.setattr("util.demo_set.files.ensure_demo_data", lambda log: image_folder)
     assert len(build_pretrain_dataset(namespace(None))) == 15
     assert len(build_val_dataset(namespace(None))) == 6
     lines = capsys.readouterr().out.splitlines()

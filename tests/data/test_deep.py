@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from util.data.depth import Depth, depth_of, parse_range, read_deep, same_range, unit
-from util.data.labelled import build_dataset
+from util.data.labelled import build_dataset, labelled_images
 from util.data.read import BadImage, Place, read_image
 from util.data.transforms import EvalTransform
 from util.datasets import build_pretrain_dataset, build_val_dataset
@@ -280,6 +280,14 @@ def test_a_constant_set_is_warned_of_once(tmp_path, dtype, capsys):
     assert "nothing to learn" not in capsys.readouterr().err
 
 
+def test_a_range_that_makes_all_images_black_is_warned_of(tmp_path, capsys):
+    for i in range(3):
+        write_npy(tmp_path / f"{i}.npy", RNG.random((20, 20)).astype(np.float32))
+    for given, count in (((100.0, 4095.0), 1), ([100.0, 4095.0], 1), ((0.0, 4095.0), 0), ("auto", 0)):
+        build_pretrain_dataset(namespace(tmp_path, pixel_range=given))
+        assert capsys.readouterr().err.count("have one value only") == count
+
+
 def test_a_dropped_alpha_is_told_and_a_missing_one_refused(tmp_path, capsys):
     pixels = RNG.integers(0, 256, (20, 20, 4)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -364,7 +372,10 @@ def test_fine_tuning_takes_deep_images(tmp_path, channels):
             array = RNG.integers(0, 4096, (40, 50, channels)).astype(np.uint16)
             write_png(tmp_path / split / f"c{i % 2}" / f"{i}.png", array)
     args = namespace(tmp_path, in_chans=channels, input_size=32, reprob=0.5, aa="rand-m9-mstd0.5-inc1")
-    train, val = build_dataset(True, args), build_dataset(False, args)
+    train, val = labelled_images("train", args), labelled_images("val", args)
+    image, label = build_dataset(True, args)[3]  # as a client asks
+    assert image.shape == (channels, 32, 32) and image.dtype == torch.float32 and label == 1
+    assert "crop, flip and erasing only" in train.describe() and "erasing" not in val.describe()
     assert args.pixel_range[1] > 4000 and "--pixel_range" in train.describe()
     for dataset in (train, val):
         for i in range(4):

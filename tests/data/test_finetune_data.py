@@ -10,13 +10,13 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from util.data.labelled import build_dataset, check_classes, count_classes, labelled_images
+from util.data.labelled import check_classes, count_classes, labelled_images
 from util.data.loader import build_loader
 from util.data.presets import eval_transform, probe_transform, train_transform
 from util.data.read import read_picture
 from util.data.sampler import EpochSampler
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from util.datasets import build_dataset as build_dataset_by_its_old_name
+from util.datasets import build_dataset
 from util.errors import UserError
 from util.rng import sample_seed
 
@@ -43,14 +43,13 @@ def make_args(root, **changes):
 
 def test_items_and_classes(tmp_path):
     make_folder(tmp_path)
-    train, val = build_dataset(True, make_args(tmp_path)), build_dataset(False, make_args(tmp_path))
+    train, val = labelled_images("train", make_args(tmp_path)), labelled_images("val", make_args(tmp_path))
     assert train.classes == val.classes == ["cat", "dog"] and len(train) == 6
     image, label, index = train[(2, 4)]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and (label, index) == (1, 4)
     check_classes(train, val)
     assert count_classes(make_args(tmp_path), train) == 2
     assert count_classes(make_args(tmp_path, nb_classes=1000), train) == 1000
-    assert type(build_dataset_by_its_old_name(True, make_args(tmp_path))) is type(train)
 
 
 def test_only_the_references_attributes_are_needed(tmp_path):
@@ -59,8 +58,8 @@ def test_only_the_references_attributes_are_needed(tmp_path):
         data_path=str(tmp_path), input_size=32, color_jitter=None, aa="rand-m9-mstd0.5-inc1", reprob=0.25,
         remode="pixel", recount=1,
     )  # fmt: skip
-    assert build_dataset(True, args)[0][0].shape == (3, 32, 32)
-    assert build_dataset(False, args)[0][0].shape == (3, 32, 32)
+    for make, splits in ((build_dataset, (True, False)), (labelled_images, ("train", "val"))):
+        assert all(make(split, args)[0][0].shape == (3, 32, 32) for split in splits)
 
 
 def test_train_transform_is_timms(tmp_path):
@@ -70,7 +69,7 @@ def test_train_transform_is_timms(tmp_path):
         input_size=32, is_training=True, color_jitter=None, auto_augment=args.aa, interpolation="bicubic",
         re_prob=0.25, re_mode="pixel", re_count=1, mean=IMAGENET_MEAN, std=IMAGENET_STD,
     )  # fmt: skip
-    dataset = build_dataset(True, args)
+    dataset = labelled_images("train", args)
     for epoch in range(4):
         with sample_seed(0, epoch, 1):
             expected = chain(Image.open(dataset.files.paths[1]))
@@ -137,7 +136,7 @@ def test_other_channels(tmp_path, channels):
             np.save(tmp_path / split / name / "x.npy", array)
     args = make_args(tmp_path, in_chans=channels)
     for is_train in (True, False):
-        dataset = build_dataset(is_train, args)
+        dataset = labelled_images("train" if is_train else "val", args)
         for epoch in range(20):
             assert dataset[(epoch, 1)][0].shape == (channels, 32, 32)
     probe = labelled_images("train", args, probe_transform)
@@ -163,7 +162,7 @@ def test_randaugment_on_thousands_of_draws(tmp_path):
 
 def test_same_batches_for_any_number_of_workers(tmp_path):
     make_folder(tmp_path)
-    dataset = build_dataset(True, make_args(tmp_path))
+    dataset = labelled_images("train", make_args(tmp_path))
 
     def batches(workers):
         sampler = EpochSampler(len(dataset), seed=3, batch_size=2)
@@ -176,7 +175,7 @@ def test_same_batches_for_any_number_of_workers(tmp_path):
 
 def test_global_generators_are_left_alone(tmp_path):
     make_folder(tmp_path)
-    dataset = build_dataset(True, make_args(tmp_path))
+    dataset = labelled_images("train", make_args(tmp_path))
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -193,20 +192,20 @@ def test_classes_that_differ(tmp_path):
     make_folder(tmp_path, classes=("cat", "eel"), splits=("val",))
     args = make_args(tmp_path)
     with pytest.raises(UserError, match=r"differ \(only in .*train: dog; only in .*val: eel\)"):
-        check_classes(build_dataset(True, args), build_dataset(False, args))
+        check_classes(labelled_images("train", args), labelled_images("val", args))
 
 
 def test_missing_val(tmp_path):
     make_folder(tmp_path, splits=("train",))
     with pytest.raises(UserError, match="has no val/ folder"):
-        build_dataset(False, make_args(tmp_path))
+        labelled_images("val", make_args(tmp_path))
 
 
 def test_no_labels(tmp_path):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.png")
     with pytest.raises(UserError, match="has no class folders, so no labels"):
-        build_dataset(True, make_args(tmp_path))
+        labelled_images("train", make_args(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -216,7 +215,7 @@ def test_empty_class_folder(tmp_path, content):
     if content:
         (tmp_path / "train" / "bird" / content).write_text("nothing")
     with pytest.raises(UserError, match=r"train: no images in 1 class folders \(bird\)"):
-        build_dataset(True, make_args(tmp_path))
+        labelled_images("train", make_args(tmp_path))
 
 
 def test_labels_out_of_range(tmp_path):
@@ -225,12 +224,12 @@ def test_labels_out_of_range(tmp_path):
     with pytest.raises(
         UserError, match=r"--nb_classes 2: .* has 3 classes, so labels up to 2 would be out of range"
     ):
-        count_classes(args, build_dataset(True, args))
+        count_classes(args, labelled_images("train", args))
 
 
 def test_unreadable_image_is_named(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "val" / "dog" / "0.png").write_bytes((tmp_path / "val" / "dog" / "1.png").read_bytes()[:200])
-    dataset = build_dataset(False, make_args(tmp_path))
+    dataset = labelled_images("val", make_args(tmp_path))
     with pytest.raises(UserError, match=r"dog/0.png"):
         list(build_loader(dataset, range(len(dataset)), 2))

@@ -166,7 +166,11 @@ def test_pages(tmp_path, name, options):
     means = [float(read_image(dataset.files.paths[i]).mean()) for i in range(3)]
     assert means == pytest.approx([40, 100, 160], abs=3)
     assert dataset.files.paths.name(2) == f"c0/{name}#3"
-    assert build_dataset(True, argparse.Namespace(**vars(args), in_chans=3))[0, 2][0].shape == (3, 16, 16)
+    assert labelled_images("train", argparse.Namespace(**vars(args), in_chans=3))[0, 2][0].shape == (
+        3,
+        16,
+        16,
+    )
     one, two = (next(iter(build_loader(dataset, range(4), 4, workers)))[0] for workers in (0, 2))
     assert torch.equal(one, two)
 

@@ -118,6 +118,7 @@ def test_csv(tmp_path, folder, capsys):
         assert sorted(row[1::2]) == sorted(NAMES)
         assert [float(v) for v in row[2::2]] == sorted((float(v) for v in row[2::2]), reverse=True)
         for name, value in zip(row[1::2], row[2::2], strict=True):
+            # Six decimals are written (5e-7), and float32 rounds products of 24 terms by 3e-7
             assert abs(float(value) - values[NAMES.index(name)]) < 2e-6
     assert not list(tmp_path.glob(".*"))
 
@@ -170,6 +171,8 @@ def test_features_of_pre_training_equal_the_unmasked_encoder(tmp_path, folder):
         assert arrays["files"].tolist() == [str(path) for path in sorted(folder.iterdir())]
         with torch.no_grad():
             expected = encoder_features(model, images, global_pool=kind == "mean").numpy()
+        # Float32: groups of another size add up 24 to 192 terms in another order, up to 8e-7 of a value of
+        # 1, in each of the blocks; the final norm divides by the spread
         np.testing.assert_allclose(arrays["features"], expected, rtol=2e-5, atol=1e-6)
     run(
         "--resume",
@@ -186,6 +189,7 @@ def test_features_of_pre_training_equal_the_unmasked_encoder(tmp_path, folder):
     run(
         "--resume", tmp_path / "c.pth", *HEADS, folder, "--features", tmp_path / "f.npz"
     )  # the mean by default
+    # As above
     np.testing.assert_allclose(
         patches.mean(axis=1), load(tmp_path / "f.npz")["features"], rtol=2e-5, atol=1e-6
     )
@@ -214,6 +218,7 @@ def test_features_of_encoder_only_and_fine_tuned(tmp_path, folder, capsys):
         for kind, values in expected.items():
             out = tmp_path / "f.npz"
             run("--resume", tmp_path / "c.pth", *HEADS, folder, "--features", out, "--feature_kind", kind)
+            # As above; without the norm values are up to 10
             np.testing.assert_allclose(load(out)["features"], values.numpy(), rtol=2e-5, atol=1e-5)
         assert ("come without a norm" in capsys.readouterr().err) == pooled
 
@@ -259,6 +264,7 @@ def test_grey_channels_and_rectangles(tmp_path):
         images = images_of([tmp_path / file], True, input_size=size, in_chans=channels, **stats)
         with torch.no_grad():
             expected = encoder_features(model, images).numpy()
+        # As above
         np.testing.assert_allclose(load(tmp_path / "f.npz")["features"], expected, rtol=2e-5, atol=1e-6)
 
 
@@ -302,6 +308,7 @@ def test_files_folders_lists_and_bad_images(tmp_path, folder, capsys):
         "003.jpg",
         "004.jpg",
     ]
+    # As above: another group
     np.testing.assert_allclose(arrays["features"], whole[[2, 4, 5, 6]], rtol=1e-5, atol=1e-5)
     assert "could not decode 1" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ test_export_extra.py.
 
 import inspect
 import re
+import shutil
 import sys
 from argparse import Namespace
 
@@ -173,7 +174,7 @@ def test_torch_export(tmp_path):
 
 
 def load_config(folder):
-    from util.weights.files import read_json
+    from util.files import read_json
 
     return read_json(folder / "config.json")
 
@@ -220,6 +221,23 @@ def test_from_timm(tmp_path, capsys, pool):
         content["model_info"]["global_pool"] == (pool == "avg") and content["model_info"]["nb_classes"] == 5
     )
     assert load_into(make_vit(), str(tmp_path / "out" / "model.pth")).dropped
+
+
+def test_from_a_folder_without_config_and_from_the_web(tmp_path, monkeypatch):
+    """Neither says more than the tensors; what was written is compared with the file all the same."""
+    (tmp_path / "timm").mkdir()
+    file = tmp_path / "timm" / "model.safetensors"
+    state = make_vit().state_dict()
+    export_timm.write_safetensors(file, state)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, path, *_, **__: shutil.copy(file, path)
+    )
+    for name in (tmp_path / "timm", "https://somewhere/model.safetensors"):
+        words = ("--from", "timm", "--resume", name, "--num_heads", 3, "--output", tmp_path / "out")
+        run_export(*words, "--overwrite")
+        content = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+        assert all(torch.equal(content["model"][key], value) for key, value in state.items())
 
 
 def test_imported_classifier_is_evaluated_by_main_finetune(tmp_path):

@@ -99,6 +99,7 @@ def test_an_edit_of_the_file_reaches_the_script(tmp_path, processes):
         flags += ["--log_dir", "", "--output_dir", tmp_path / name]
         run(processes, tmp_path / "main_pretrain.py", "--data_path", tmp_path / "images", *flags)
         losses.append(json.loads((tmp_path / name / "log.txt").read_text())["train_loss"])
+    # Float32 means of some steps' losses; compiled and by two processes, they round each to 1e-6 otherwise
     assert losses == pytest.approx([losses[0], 3 * losses[0], 3 * losses[0]], rel=1e-5)
 
 
@@ -193,4 +194,5 @@ def test_tokens_reach_the_decoder_in_image_order_on_timm_s_block():
     _, _, mask = model(images())
     tokens = (seen[0] - model.decoder_pos_embed)[:, 1:]
     assert torch.isclose(tokens, model.mask_token, rtol=0, atol=1e-12).all(dim=-1).equal(mask.bool())
-    assert type(model.blocks[0]).forward is vision_transformer.Block.forward
+    block, tokens = model.decoder_blocks[0], seen[0].detach()
+    assert torch.equal(vision_transformer.Block.forward(block, tokens), block(tokens))

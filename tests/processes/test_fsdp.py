@@ -117,7 +117,8 @@ def pretrain(processes, images, output, *flags):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "run"} for record in records]
 
 
 def test_pictures_held_out_loss_and_neighbours_wait_for_nobody(images, tmp_path):
@@ -151,6 +152,8 @@ def test_stopped_inside_an_epoch_and_resumed_is_undisturbed_and_others_go_on_too
     assert code == 0 and "going on at epoch 1, step 2" in out, out
     states = {name: state_of(tmp_path / name / "checkpoint-1.pth") for name in ("ddp", "whole", "parts")}
     assert_close(states["whole"], states["parts"], 0)
+    # Of the norm, float32: gradients are averaged in another order, 6e-8 each, in steps of 1e-4 of the
+    # weights
     assert_close(states["ddp"]["model"], states["whole"]["model"], 1e-6)
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
     flags = ("--accum_iter", "4", "--epochs", "2", "--resume", "auto")  # the same effective batch
@@ -169,6 +172,7 @@ def test_fine_tuning(tmp_path):
         assert code == 0, out
         logs.append(read_log(tmp_path / name))
         assert (tmp_path / name / "confusion.png").exists()
+    # Weights agree to 1e-6 of their norm (below); losses, of some 20 layers on them, to a hundred times that
     assert logs[0] == [pytest.approx(line, rel=1e-4) for line in logs[1]]
     states = [state_of(tmp_path / name / "checkpoint-1.pth") for name in ("ddp", "fsdp")]
     assert_close(states[0]["model"], states[1]["model"], 1e-6)

@@ -34,7 +34,7 @@ def save(folder, epoch, step=0, model=None, **args):
 
 
 def names(folder):
-    return sorted(os.listdir(folder))
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".run."))
 
 
 def test_round_trip_and_reference_keys(tmp_path):

@@ -101,3 +101,20 @@ def test_text_keeps_its_table_together(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py"])
     text = run_text({"a": "two\nlines", "b": "back\\slash"}, [])
     assert text.splitlines()[-2:] == ["| a | two lines |", r"| b | back\\slash |"]
+
+
+def test_a3_c7_any_setting_and_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--data_path", "caf\udce9\n\x1b[2J|"])
+    folder = tmp_path / "caf\udce9"
+    writer = make_log_writer(folder)
+    log_run(writer, Namespace(data_path="caf\udce9\n\x1b[2J|"), "data: 猫\r\ud800", metrics=METRICS)
+    writer.close()
+    (file,) = folder.iterdir()
+    file.rename(tmp_path / file.name)
+    events = EventAccumulator(str(tmp_path / file.name), size_guidance={"tensors": 0}).Reload()
+    ((_, text),) = texts(events)
+    assert text.splitlines() == [
+        r"    main.py --data_path 'caf\xe9\n\x1b[2J|'", "", r"- data: 猫\r\ud800", "",
+        "| setting | value |", "| --- | --- |", r"| data_path | caf\xe9 \x1b[2J\| |",
+    ]  # fmt: skip
+    assert hparams(events)[0] == {"data_path": r"caf\xe9\n\x1b[2J|"}

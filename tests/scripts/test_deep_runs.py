@@ -17,7 +17,7 @@ import main_pretrain
 import predict
 from util.data.depth import adopt_pixel_range, depth_of, view
 from util.errors import UserError
-from util.weights.describe import describe, weights_depth
+from util.weights.describe import describe
 from util.weights.files import read_file
 
 SMALL = "--input_size 32 --patch_size 8 --in_chans 1 --num_workers 0 --device cpu --log_dir ''"
@@ -118,7 +118,7 @@ def test_predict_and_pictures_take_it(images, pretrained, tuned, tmp_path, capsy
     run("--resume", str(pretrained), path, "--features", str(tmp_path / "f.npz"))
     assert np.isfinite(np.load(tmp_path / "f.npz")["features"]).all()
     weights = describe(read_file(pretrained), pretrained, predict.argparse.Namespace(), "full")
-    sample = view(path, weights.input_size, 1, weights_depth(weights))
+    sample = view(path, weights.input_size, 1, depth_of(weights))
     low, high = weights.pixel_range
     mean = (np.asarray(Image.open(path))[:, 2:42].clip(low, high).mean() - low) / (high - low)
     assert (sample * weights.std[0] + weights.mean[0]).mean() == pytest.approx(mean, abs=0.02)
@@ -177,6 +177,8 @@ def test_what_a_checkpoint_says_of_8_bits_and_what_is_damaged():
     assert adopt([0.0, 9.0], args={"seed": 0}) == [0.0, 9.0]
     assert adopt("auto", model_info={"pixel_range": [1, 2]}) == (1.0, 2.0)
     assert adopt([1.0, 2.0], model_info={"pixel_range": [1, 2]}) == (1.0, 2.0)
+    bands = {"pixel_range": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "in_chans": 5}  # --in_chans comes later
+    assert adopt("auto", model_info=bands) == tuple(map(float, bands["pixel_range"]))
     for damaged in ("x", [3, 1], [1, 2, 3], {"a": 1}, 5):
         with pytest.raises(UserError, match="file: is damaged"):
             adopt("auto", args={"pixel_range": damaged})

@@ -296,9 +296,23 @@ def test_places_that_are_refused(source, tmp_path, monkeypatch):
             run(source, tmp_path / "d", *more)
     assert json.loads((tmp_path / "d" / ".resize_dataset" / "settings.json").read_text())["short"] == 60
     lock = filelock.FileLock(tmp_path / "d" / ".resize_dataset" / "lock")
-    with lock, pytest.raises(UserError, match="another run is writing there"):
+    with lock, pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing there"):
         run(source, tmp_path / "d", "--short", 60)
     assert run(source, tmp_path / "d", "--short", 60) == 0
+
+
+def test_a5_without_locks_no_file_of_another_run_is_removed(source, tmp_path, monkeypatch):
+    unfinished = tmp_path / "dst" / ".resize_dataset" / "unfinished" / "of-another-run"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock.FileLock, "acquire", unsupported)
+        assert run(source, tmp_path / "dst") == 0 and unfinished.exists()
+    assert run(source, tmp_path / "dst") == 0 and not unfinished.exists()
+
+
+def unsupported(*_, **__):
+    raise NotImplementedError
 
 
 def test_a_full_disk_ends_the_run_with_one_line(source, tmp_path, monkeypatch):

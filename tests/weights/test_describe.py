@@ -1,5 +1,7 @@
 """What a weights file says about its model, and what is built from it."""
 
+import json
+import math
 from argparse import Namespace
 
 import pytest
@@ -9,10 +11,13 @@ from safetensors.torch import save_file
 
 from util.errors import UserError
 from util.export.files import write_json
+from util.export.source import read_source
+from util.files import read_json
 from util.weights.build import build
 from util.weights.describe import describe, read_model_info
 from util.weights.encoder import load_into
 from util.weights.files import read_file
+from util.weights.flags import FLAGS
 from util.weights.hugging_face import mae_config, to_hugging_face
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
@@ -62,6 +67,8 @@ def test_classifiers(tmp_path, global_pool, probe):
     assert torch.equal(build(weights)(IMAGES), vit(IMAGES))
     folded = build(weights, fold_probe=True)
     assert isinstance(folded.head, torch.nn.Linear)
+    # Float32: folding rounds each weight and the 24 terms of a logit anew, 6e-8 each, and BatchNorm's
+    # statistics enlarge them up to a hundred times
     torch.testing.assert_close(folded(IMAGES), vit(IMAGES), rtol=1e-4, atol=1e-5)
     assert torch.equal(build(weights, "encoder")(IMAGES), vit.forward_features(IMAGES))
 
@@ -120,3 +127,54 @@ def test_tensors_of_another_model_are_refused(tmp_path):
         torch.save({**content, "model": state}, path)
         with pytest.raises(UserError, match=f"is not a plain ViT of this code: .*{text}"):
             build(described(path, "full"))
+
+
+STRANGE = [
+    "x",
+    "",
+    [],
+    {},
+    ["x"],
+    {"a": 1},
+    True,
+    0,
+    -3,
+    10**30,
+    1.5,
+    math.nan,
+    "y" * 10**6,
+    "\x1b[2J",
+    [[[]]],
+]
+OF_TIMM = {"architecture": "vit", "model_args": {"num_heads": 3, "img_size": [32, 32]}, "pretrained_cfg": {}}
+
+
+@pytest.mark.parametrize("name", [
+    "model_type", "hidden_act", "image_size", "num_attention_heads", "decoder_num_attention_heads",
+    "mask_ratio", "norm_pix_loss", "id2label", "layer_norm_eps", "architecture", "model_args",
+    "pretrained_cfg", "label_names", "image_mean",
+])  # fmt: skip
+def test_c6_a_strange_config_is_one_line_or_means_nothing(tmp_path, name):
+    """config.json of a folder: refused in one line, or the same model as with the entry left out."""
+    mae = make_mae(norm_pix_loss=True)
+    folder = hf_folder(tmp_path / "hf", mae)
+    timm = name in ("architecture", "model_args", "pretrained_cfg", "label_names")
+    good = OF_TIMM if timm else read_json(folder / "config.json") | {"layer_norm_eps": 1e-6}
+    file = folder / ("preprocessor_config.json" if name == "image_mean" else "config.json")
+    refused = 0
+    for value in STRANGE:
+        file.write_text(json.dumps({**good, name: value}))
+        args = Namespace(encoder_only=False, **dict.fromkeys((*FLAGS, "decoder_num_heads", "mask_ratio")))
+        args.num_heads, args.norm_pix_loss = None, None
+        try:
+            source = read_source(str(folder), args)
+            assert source.sizes["num_heads"] == 3 or name in (
+                "num_attention_heads",
+                "architecture",
+                "model_args",
+            )
+            assert source.input_size == (32, 32) and 0 <= source.mask_ratio < 1
+        except UserError as error:
+            assert len(str(error)) < 1000 and str(error).isprintable()
+            refused += 1
+    assert refused > 5 or name in ("architecture", "pretrained_cfg")

@@ -87,6 +87,7 @@ def same_features(path, mae, **changes):
     report = load_into(vit, str(path))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
+        # Float32, values up to 4: the same operations in the same order, so at most 2 roundings of 2.4e-7
         torch.testing.assert_close(
             vit.forward_features(images),
             encoder_features(mae.eval(), images, global_pool=False),
@@ -198,6 +199,8 @@ def test_timm_models_state_dict_itself(tmp_path):
     assert load_into(vit, str(tmp_path / "timm.pth")).missing == HEAD
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
+        # Float32, values of about 1: timm adds up 24 to 96 terms in another order, up to 6e-7 a layer, in
+        # two blocks
         torch.testing.assert_close(vit.forward_features(images), timm_model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -262,6 +265,14 @@ def test_no_usable_encoder(tmp_path):
         load_into(make_vit(), str(tmp_path / "optimizer.pth"))
     with pytest.raises(UserError, match="no such file"):
         load_into(make_vit(), str(tmp_path / "nothing.pth"))
+
+
+def test_c6_weights_that_are_not_finite(tmp_path):
+    state = make_mae().state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = math.nan
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"--finetune .*a\.pth: its weights are not finite \(blocks\.1\.mlp"):
+        load_into(make_vit(), str(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,60 @@
 """The flags that the main scripts share, and argparse types of numbers that have bounds."""
 
 import argparse
+import contextlib
+import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 
 from util.errors import UserError
 from util.sizes import default_workers
+
+
+class Constructors(MutableMapping):
+    """{name: constructor} of the models in a module's namespace as it is now: what `--model` may be.
+
+    A constructor is a function of public name that can be called with keywords alone.
+    """
+
+    def __init__(self, namespace: dict):
+        self.namespace = namespace
+
+    def __getitem__(self, name: str) -> Callable:
+        value = self.namespace.get(name) if isinstance(name, str) and not name.startswith("_") else None
+        if isinstance(value, type) or not callable(value):
+            raise KeyError(name)
+        with contextlib.suppress(TypeError, ValueError):  # functions in C have no signature
+            signature = inspect.signature(value)
+            parameters = signature.parameters.values()
+            signature.bind()  # TypeError where something must be given
+            if any(p.kind is p.VAR_KEYWORD or p.name == "img_size" for p in parameters):
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self.namespace if name in self])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __setitem__(self, name: str, constructor: Callable) -> None:
+        self.namespace[name] = constructor
+
+    def __delitem__(self, name: str) -> None:
+        del self.namespace[name]
+
+
+def construct(constructor: Callable, **sizes):
+    """constructor(**sizes), without those of them that it gives its model itself, as the reference's do."""
+    while True:
+        try:
+            return constructor(**sizes)
+        except TypeError as error:
+            found = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+            if found is None or sizes.pop(found[1], None) is None:
+                raise
 
 
 @dataclass(frozen=True)
@@ -40,6 +88,7 @@ def above(limit: float, advice: str = "") -> Bounded:
 
 fraction = Bounded(float, lambda value: 0 <= value <= 1, "lie between 0 and 1")
 inner_fraction = Bounded(float, lambda value: 0 < value < 1, "lie between 0 and 1, both excluded")
+seed_number = Bounded(int, lambda value: -(2**63) <= value < 2**64, "lie between -2^63 and 2^64 - 1")
 
 
 class OneOrMore(argparse.Action):
@@ -59,20 +108,32 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     for action in parser._actions:
         value = getattr(args, action.dest, None)
         if isinstance(action.type, Bounded) and value is not None and not action.type.allows(value):
-            finite = "" if math.isfinite(value) or "lie" in action.type.rule else " and finite"
+            finite = "" if abs(value) < math.inf or "lie" in action.type.rule else " and finite"
             raise UserError(f"--{action.dest} {value}: must {action.type.rule}{finite}{action.type.advice}")
+    if any(action.dest == "warmup_epochs" for action in parser._actions) and not getattr(args, "eval", False):
+        _warn_of_warmup(getattr(args, "warmup_epochs", 0), getattr(args, "epochs", math.inf))
     start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
     if epochs is not None and start_epoch >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
 
 
-def add_training_args(parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False) -> None:
-    """The flags of a training beside those of its recipe; `backward`, `fsdp`: see the groups below."""
+def _warn_of_warmup(warmup: int, epochs: int) -> None:
+    from util.processes.collectives import is_main_process, warn  # with torch
+
+    if warmup >= epochs and is_main_process():
+        text = f"--warmup_epochs {warmup}: not below --epochs {epochs}"
+        warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
+
+
+def add_training_args(
+    parser: argparse.ArgumentParser, backward: bool = True, fsdp: bool = False, folder: str = "./output_dir"
+) -> None:
+    """The flags of a training beside those of its recipe; the rest: see the groups below."""
     flag = add_data_args(parser)
     flag("--shuffle", default="full", choices=["full", "near"],
          help="order of an epoch; near: of images in archives, so that most reads are of neighbours, for "
               "stores that are slow to answer")  # fmt: skip
-    add_run_args(parser)
+    add_run_args(parser, folder)
     add_speed_args(parser, backward)
     add_distributed_args(parser, fsdp)
 
@@ -106,29 +167,36 @@ def add_data_args(parser: argparse.ArgumentParser) -> Callable:
     return flag
 
 
-def add_run_args(parser: argparse.ArgumentParser) -> None:
-    """Where results go, what they start from, which device and precision computes them."""
+def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Where results go, what they start from, what computes them; `folder`: the default of where."""
     flag = parser.add_argument_group("run").add_argument
     # fmt: off
-    flag("--output_dir", default="./output_dir", help="folder of checkpoints and log.txt")
-    flag("--log_dir", default="./output_dir", help="folder of TensorBoard curves")
+    flag("--output_dir", default=folder, help=f"folder of checkpoints and log.txt (default: {folder})")
+    flag("--log_dir", default=folder, help=f"folder of TensorBoard curves (default: {folder})")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision; auto: bf16 where the GPU has it, else fp16; none on CPU")
-    flag("--seed", default=0, type=int)
+    flag("--seed", default=0, type=seed_number)
     flag("--resume", default="", metavar="auto|FILE|URL",
-         help="go on from a checkpoint; auto: the newest good one in --output_dir, if any")
+         help="go on from a checkpoint; auto: the furthest good one of the run in --output_dir, if any")
+    add_verify_arg(flag)
     flag("--start_epoch", default=0, type=at_least(0), metavar="N")
     flag("--max_steps", default=0, type=at_least(0), metavar="N",
          help="save and stop after N optimizer steps in all (0: no limit)")
     flag("--keep_checkpoints", default=0, type=at_least(0), metavar="N",
-         help="keep the newest N only (0: all)")
+         help="keep the newest N of this run only (0: all)")
     flag("--save_minutes", default=0, type=at_least(0, float), metavar="N",
          help="also save inside epochs, when N minutes have passed since the last save (0: no)")
     flag("--skip_nonfinite", default=0, type=at_least(0), metavar="N",
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
     # fmt: on
+
+
+def add_verify_arg(flag: Callable) -> None:
+    """The flag of scripts that read weights; `flag`: a group's or parser's `add_argument`."""
+    flag("--no_verify", action="store_true",
+         help="read weights without comparing them with the checksums in the file")  # fmt: skip
 
 
 def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Callable:

@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from util.errors import TrainingError, UserError
+from util import console
+from util.errors import TrainingError, UserError, out_of_memory
 from util.processes.signals import Interrupted
 
 
@@ -19,7 +22,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {console.one_line(message)} (--help lists all flags)\n")
+
+    def _print_message(self, message: str, file=None):
+        if message:  # of --help and of errors
+            console.write(message, file or sys.stderr)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,11 +42,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 def take_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> set[str]:
     """Names of the flags on the command line: `args.given`, which is gone then, so that all is settings.
 
-    In a Namespace that a fork made: of those that are not the default of `parser`.
+    In a Namespace that a fork made: of those that are not the default of `parser`. Flags that it has not get
+    that default, and paths become text.
     """
-    given = vars(args).pop("given", None)
+    given, own = vars(args).pop("given", None), vars(args)
+    own.update({name: os.fspath(value) for name, value in own.items() if isinstance(value, os.PathLike)})
     if given is None:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        given = [name for name, value in own.items() if value != parser.get_default(name)]
+    own.update({**vars(parser.parse_args([])), **own})
     return set(given)
 
 
@@ -49,26 +59,46 @@ def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
     2: a mistake of the user's; 1: training cannot go on; 75: a signal, after saving; 130: Ctrl-C twice. With
     several processes, the one that failed first has the last word, and takes the others down.
     """
+    console.guard()
     args = parse_args(parser)
-    with errors_in_one_line(parser.prog):
+    with errors_in_one_line(parser.prog, vars(args)):
         try:
             main(args)
         except Interrupted as stop:
-            print(f"{parser.prog}: {stop}", file=sys.stderr, flush=True)
+            console.say(f"{parser.prog}: {stop}", sys.stderr)
             sys.exit(stop.status)
 
 
 @contextlib.contextmanager
-def errors_in_one_line(name: str) -> Iterator[None]:
-    """Turns errors that end script `name` into its last line and an exit status, on all processes."""
+def errors_in_one_line(name: str, flags: Iterable[str] = ()) -> Iterator[None]:
+    """Turns errors that end script `name` into its last line and an exit status, on all processes.
+
+    flags: names of those it has; some of them help where there is no memory left.
+    """
     try:
         yield
     except (UserError, TrainingError) as error:
         _fail(f"{name}: error: {error}", 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _fail(f"{name}: interrupted", 130)
-    except Exception:
-        _fail(None, 1)
+    except Exception as error:
+        _fail(f"{name}: error: {_memory_advice(error, flags)}" if out_of_memory(error) else None, 1)
+
+
+def _memory_advice(error: Exception, flags: Iterable[str]) -> str:
+    """One line on an error that `out_of_memory` knows: where, how much was asked for, what to do."""
+    text = " ".join(str(error).split())
+    asked = re.search(r"(tr(?:ied|y) to allocate|unable to allocate) [\d.]+ \w+", text, re.I)
+    on_gpu = re.search("CUDA|CUBLAS|MPS|HIP", text)
+    larger = " with a larger --accum_iter" if "accum_iter" in flags else ""
+    helpful = {"batch_size": f"a smaller --batch_size{larger}", "grad_checkpointing": "--grad_checkpointing"}
+    if on_gpu:
+        helpful["fsdp"] = "--fsdp with several GPUs"
+    else:
+        helpful["num_workers"] = "fewer --num_workers"
+    advice = " or ".join(words for flag, words in helpful.items() if flag in flags)
+    where = "the GPU" if on_gpu else "this machine"
+    return f"{where} is out of memory{f' ({asked[0]})' if asked else ''}{advice and f'; take {advice}'}"
 
 
 def _fail(message: str | None, status: int) -> None:
@@ -82,5 +112,5 @@ def _fail(message: str | None, status: int) -> None:
             group.fail(text, status, own_fault=not lost)
     if message is None:
         raise
-    print(message, file=sys.stderr, flush=True)
+    console.say(message, sys.stderr)
     sys.exit(status)

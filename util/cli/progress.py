@@ -6,6 +6,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from util.console import Guarded, say
+
 
 def progress_bar(
     total: int, unit: str = "images", file: TextIO | None = None, **looks
@@ -18,7 +20,7 @@ def progress_bar(
     """
     file = file or sys.stderr
     if file.isatty():
-        return tqdm(total=total, unit=f" {unit}", file=file, dynamic_ncols=True, **looks)
+        return tqdm(total=total, unit=f" {unit}", file=Guarded(file), dynamic_ncols=True, **looks)
     return ProgressLines(total, unit, file)
 
 
@@ -41,4 +43,4 @@ class ProgressLines:
         self.last = time.perf_counter()
         rate = self.count / max(self.last - self.start, 1e-9)
         text = f"{self.count} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s"
-        print(text, file=self.file, flush=True)
+        say(text, self.file)

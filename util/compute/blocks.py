@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
+from timm import layers
 from timm.models import vision_transformer
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,9 @@ FEW_TOKENS = 260  # 224 pixels in patches of 14, and some
 
 
 class Block(vision_transformer.Block):
-    """timm's block, whose attention is `Attention`; another `attn_layer` or assigned module runs as it is."""
+    """timm's block, whose attention is `Attention` and whose drop paths are `DropPath`; another `attn_layer`
+    or assigned module runs as it is.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -23,6 +26,18 @@ class Block(vision_transformer.Block):
         # of timm can be told to make it of another class
         if type(self.attn) is vision_transformer.Attention and not kwargs.get("scale_attn_norm"):
             self.attn.__class__ = Attention
+        for path in (self.drop_path1, self.drop_path2):
+            if type(path) is layers.DropPath:
+                path.__class__ = DropPath
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+        """Tokens (N, L, D) -> (N, L, D) as timm's, which tells attention of masks even where there are none:
+        a client's, written for an older timm, takes tokens alone.
+        """
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class Attention(vision_transformer.Attention):
@@ -41,6 +56,33 @@ class Attention(vision_transformer.Attention):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, L, D / heads)
         x = attention(self.q_norm(q), self.k_norm(k), v, self.attn_drop.p if self.training else 0.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class DropPath(layers.DropPath):
+    """timm's drop path, same numbers. Where `factors` were drawn before, a graph of it holds no rate."""
+
+    factors: torch.Tensor | None = None  # (N, 1, 1): 0, or 1 over the share of paths that is kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A branch (N, L, D) -> (N, L, D), 0 for some of the images."""
+        return super().forward(x) if self.factors is None else x * self.factors.to(x.dtype)
+
+
+def draw_paths(block: torch.nn.Module, x: torch.Tensor, *_, **named) -> list[DropPath]:
+    """Draws which paths of a timm block drop for tokens (N, L, D), in the order of its forward pass; returns
+    the modules that hold it. Draws nothing where the order could be another one: in a block of another kind,
+    with another drop path, or with dropout between.
+    """
+    if type(block).forward not in (Block.forward, vision_transformer.Block.forward):
+        return []
+    paths = [path for path in (block.drop_path1, block.drop_path2) if type(path) is not torch.nn.Identity]
+    if not all(type(path) is DropPath for path in paths):
+        return []
+    if paths and any(isinstance(module, torch.nn.Dropout) and module.p for module in block.modules()):
+        return []
+    for path in paths:
+        path.factors = layers.DropPath.forward(path, x.new_ones(len(x), 1, 1))
+    return paths
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:

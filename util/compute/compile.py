@@ -2,11 +2,12 @@
 
 import functools
 import types
+from collections.abc import Callable
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from util.compute.blocks import recomputing
+from util.compute.blocks import draw_paths, recomputing
 from util.errors import UserError
 from util.processes.collectives import warn
 
@@ -45,7 +46,8 @@ def compile_model(model: torch.nn.Module, method: str, args, device: torch.devic
                 continue
             if type(block) not in compiled:
                 forward = type(block).forward
-                compiled[type(block)] = Compiled(recomputing(forward) if recompute else forward)
+                forward = recomputing(forward) if recompute else forward
+                compiled[type(block)] = Compiled(forward, prepare=draw_paths)
             block.forward = types.MethodType(compiled[type(block)], block)
     elif method in vars(model):
         return False
@@ -62,18 +64,23 @@ def tensors_in(tree) -> list[torch.Tensor]:
 class Compiled:
     """A method of modules in compiled form; called like the plain function, with the module first.
 
+    `prepare`, which takes what the method takes, draws outside the graph what it may hold no constants of,
+    and returns the modules that have it in `factors`: blocks that drop paths at many rates are one graph.
+
     It is the plain function in evaluation mode, without gradients, and from the moment on that compiling
     fails, which is warned about once. Random numbers are those of the plain function (others in torch 2.6 on
     CPU).
     """
 
-    def __init__(self, method, cuda_graphs: bool = False):
+    def __init__(self, method, cuda_graphs: bool = False, prepare: Callable | None = None):
         functools.update_wrapper(self, method)  # the name lets pickle find the plain method
-        self.method, self.cuda_graphs = method, cuda_graphs
+        self.method, self.cuda_graphs, self.prepare = method, cuda_graphs, prepare
         self.checked, self.failed = set(), False
-        # Blocks that differ in a number only (drop path) are versions of one function
+        # Blocks that differ in a number (dropout) or in what learns are versions of one function
         name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
+        # Else a graph would serve blocks with and without hooks alike, and hooks of later on not at all
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
         self.compiled = torch.compile(
             method,
@@ -89,7 +96,7 @@ class Compiled:
         try:
             if id(module) not in self.checked:
                 self._check(module, *inputs, **named)
-            result = self.compiled(module, *inputs, **named)
+            result = self._run(module, *inputs, **named)
             # The next run of a CUDA graph overwrites what it returned; the loss is read later
             return tree_map_only(torch.Tensor, torch.clone, result) if self.cuda_graphs else result
         except torch.OutOfMemoryError:
@@ -102,6 +109,14 @@ class Compiled:
         warn(f"torch.compile failed, training goes on without it (--no_compile): {reason}")
         return result
 
+    def _run(self, module: torch.nn.Module, *inputs, **named):
+        drawn = self.prepare(module, *inputs, **named) if self.prepare else ()
+        try:
+            return self.compiled(module, *inputs, **named)
+        finally:
+            for holder in drawn:
+                holder.factors = None
+
     def _check(self, module: torch.nn.Module, *inputs, **named) -> None:
         """Forward and backward pass once, as torch compiles the latter only when it runs, where nothing could
         be done any more; for each module, as blocks that share this function may differ in what learns.
@@ -110,7 +125,7 @@ class Compiled:
         tensors = [*module.parameters(), *tensors_in(inputs), *tensors_in(named)]
         device = tensors[0].device if tensors else torch.device("cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            result = self.compiled(module, *inputs, **named)
+            result = self._run(module, *inputs, **named)
             outputs = [t.sum() for t in tensors_in(result) if t.requires_grad]
             if outputs:
                 with torch.autocast(device.type, enabled=False):

@@ -1,9 +1,13 @@
-"""Keeps the memory that a training step on a CPU frees for the next step."""
+"""Keeps the memory that a training step on a CPU frees for the next step; how much of it there is."""
 
+import contextlib
 import ctypes
 import functools
+import math
 import os
+import re
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _LARGE = 32 * 2**20  # bytes; the largest that glibc's own adjustment comes to
@@ -40,3 +44,31 @@ def _mallopt(*options: tuple[int, int]) -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return all([mallopt(name, value) for name, value in options])
+
+
+def free_memory(root: str = "/") -> float:
+    """Bytes that this process can still take: of the machine, and of each control group around it (a
+    container's, a SLURM job's); infinity where the system does not say.
+    """
+    proc, groups = Path(root, "proc"), Path(root, "sys/fs/cgroup")
+    free = [math.inf]
+    with contextlib.suppress(OSError, TypeError):
+        free.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", (proc / "meminfo").read_text())[1]))
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        if not kinds:
+            top, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top = groups / "memory"
+        else:
+            continue
+        own = top / path.strip("/")
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # another container's view; "max"
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                idle = re.search(rf"^{names[2]} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                free.append(max(0, limit - used + int(idle[1])))  # of files read before, given back at need
+    return min(free)

@@ -1,6 +1,7 @@
-"""Batches on the device, the next one on its way there while a step computes."""
+"""Batches on the device, the next one on its way while a step computes; results back, some steps late."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -56,3 +57,33 @@ class DevicePrefetcher:
         for tensor in tensors:
             tensor.record_stream(stream)  # its memory returns to the side stream, but not before it was used
         return batch, tensors
+
+
+def on_host(results: Iterable[Sequence[torch.Tensor]], delay: int = 2) -> Iterator[list[torch.Tensor]]:
+    """Yields the tensors of `results` on the CPU: those of a GPU `delay` items late, so that it is not waited
+    for before the next ones are at work. They lie in page-locked memory then: copy what is kept.
+    """
+    pending = deque()
+    for tensors in results:
+        pending.append(_start_copy(tensors))
+        if len(pending) > delay or pending[-1][1] is None:
+            yield _finish_copy(*pending.popleft())
+    while pending:
+        yield _finish_copy(*pending.popleft())
+
+
+def _start_copy(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is None:
+        return [t.cpu() for t in tensors], None
+    host = [
+        torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
+        for t in tensors
+    ]
+    return host, torch.cuda.current_stream(device).record_event()
+
+
+def _finish_copy(host: list[torch.Tensor], copied: torch.cuda.Event | None) -> list[torch.Tensor]:
+    if copied is not None:
+        copied.synchronize()
+    return host

@@ -10,7 +10,6 @@ import torch
 from util.data.find import ImageFiles, bad_limit, find_images
 from util.data.read import MODES, BadImage, read_image, read_picture
 from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
-from util.demo_set.files import announce_demo_data, ensure_demo_data
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import log, warn
@@ -152,11 +151,17 @@ class ImageDataset(torch.utils.data.Dataset):
         """What was found, in one line."""
         return self.files.describe()
 
+    def listing(self) -> dict[str, int | str]:
+        """What tells whether a set is still the same: number of 'images', digest of the 'files' by name."""
+        return {"images": len(self), "files": self.files.paths.digest()}
+
 
 def find_split(args, split: str) -> ImageFiles | None:
     """The split's images of `args.data_path`, or of the demo set where that is None."""
     data_path = getattr(args, "data_path", None)
     if data_path is None:
+        from util.demo_set.files import announce_demo_data, ensure_demo_data
+
         data_path = ensure_demo_data(log=log)
         if split == "train":
             announce_demo_data(data_path, log)

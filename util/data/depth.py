@@ -6,7 +6,6 @@ the flags, and taken from there by all that reads a checkpoint.
 """
 
 import functools
-import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from util.data.peek import is_deep
 from util.data.read import BadImage, _explain, _open, read_image
 from util.data.transforms import EvalTransform, channel_stats
 from util.errors import UserError
+from util.files import shown
 
 
 class Depth:
@@ -45,14 +45,16 @@ class Depth:
         return pixels.clamp(0, 1).sub_(self.mean).div_(self.std).contiguous()
 
 
-def depth_of(args: Namespace) -> Depth | None:
-    """For images with the settled `args.pixel_range` (and in_chans, mean, std); None for 8-bit ones."""
-    pixel_range = getattr(args, "pixel_range", None)
+def depth_of(args) -> Depth | None:
+    """For images with the settled `args.pixel_range` (and in_chans, mean, std); None for 8-bit ones.
+
+    `args`: of a script, or a `WeightsFile`.
+    """
+    pixel_range, mean = getattr(args, "pixel_range", None), getattr(args, "mean", None)
     if not isinstance(pixel_range, tuple):
         return None
-    return Depth(
-        pixel_range, getattr(args, "in_chans", 3), getattr(args, "mean", None), getattr(args, "std", None)
-    )
+    channels = getattr(args, "in_chans", len(mean) if isinstance(mean, tuple | list) else 3)
+    return Depth(pixel_range, channels, mean, getattr(args, "std", None))
 
 
 def make_reader(channels: int, depth: Depth | None) -> Callable[[str], np.ndarray]:
@@ -104,10 +106,10 @@ def read_deep(path: str, channels: int, with_8bit: bool = False) -> np.ndarray:
 
 def parse_range(values: Sequence, channels: int) -> tuple[float, ...] | None:
     """`--pixel_range` as a tuple; None for auto. Raises UserError for numbers that are no range."""
-    if values is None or list(values) == ["auto"] or values == "auto":
+    if values is None or values in ("auto", ["auto"]):
         return None
     text = f"--pixel_range {_numbers(values)}"
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+    if not all(isinstance(v, int | float) and abs(v) < 1e300 for v in values):
         raise UserError(f"{text}: must be auto, or numbers LOW HIGH")
     if len(values) not in (2, 2 * channels):
         raise UserError(f"{text}: {len(values)} numbers for --in_chans {channels}; give LOW HIGH once, or "
@@ -135,22 +137,30 @@ def settle_pixel_range(own, stored: dict, source, channels: int) -> tuple[float,
     Raises:
         UserError: another range was given than the file's images had.
     """
-    theirs = stored.get("pixel_range")
+    if isinstance(stored.get("in_chans"), int):  # which the script may take from the file later
+        channels = stored["in_chans"]
+    theirs, given = stored.get("pixel_range"), parse_range(own, channels)
     try:
-        theirs = None if theirs is None else parse_range(theirs, channels)
-    except (UserError, TypeError):
-        text = str(stored["pixel_range"])[:40]
-        raise UserError(f"{source}: is damaged, or of another --in_chans: pixel_range is {text!r}") from None
-    given = parse_range(own, channels)
+        theirs = None if theirs is None else parse_range(list(theirs), channels)
+    except (UserError, TypeError, OverflowError):
+        text = shown(stored["pixel_range"])
+        raise UserError(f"{source}: is damaged, or of another --in_chans: pixel_range is {text}") from None
     if given and theirs and not same_range(given, theirs):
         raise UserError(f"--pixel_range {_numbers(given)}: {source} was trained with {_numbers(theirs)}; "
                         "leave the flag out")  # fmt: skip
     return theirs if theirs or (stored and not given) else own
 
 
+def known_range(flags: Namespace, stored: dict, channels: int, source) -> tuple[float, ...] | None:
+    """`settle_pixel_range` of `flags.pixel_range`, settled."""
+    own = getattr(flags, "pixel_range", None)
+    return parse_range(settle_pixel_range(own, stored, source, channels), channels)
+
+
 def adopt_pixel_range(args: Namespace, content: dict, source: str) -> None:
     """Sets `args.pixel_range` to that of a loaded checkpoint of ours; UserError as `settle_pixel_range`."""
-    stored = content.get("model_info") or content.get("args")
+    info = content.get("model_info")
+    stored = info if isinstance(info, dict) and info else content.get("args")
     if isinstance(stored, dict) and stored and (hasattr(args, "pixel_range") or "pixel_range" in stored):
         own = getattr(args, "pixel_range", None)
         args.pixel_range = settle_pixel_range(own, stored, source, getattr(args, "in_chans", 3))

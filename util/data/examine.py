@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.data.depth import Depth, depth_of, parse_range, read_deep
+from util.data.depth import Depth, depth_of, make_reader, parse_range, read_deep
 from util.data.find import ImageFiles
 from util.data.folders import ask_all
 from util.data.headers import HEAD, why_no_image
 from util.data.peek import Header, read_header
-from util.data.read import BadImage, _open, read_image
+from util.data.read import BadImage, _open
 from util.data.several import Selection
 from util.errors import UserError
 from util.files import printable, some
@@ -38,7 +38,11 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     """
     given = getattr(args, "pixel_range", "auto")
     if given is None or isinstance(given, tuple):
-        return depth_of(args)
+        depth, paths = depth_of(args), [files.paths[i] for i in range(min(FLAT, len(files.paths)))]
+        if depth and is_main_process() and _all_constant(paths, getattr(args, "in_chans", 3), depth):
+            text = f"within --pixel_range {_text(given)}, the checkpoint's"
+            warn(f"{_names(paths)}: all images looked at have one value only {text}")
+        return depth
     channels = getattr(args, "in_chans", 3)
     given, found = parse_range(given, channels), None
     if is_main_process():
@@ -110,11 +114,14 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
         given, constant = None, _all_constant(flat[:FLAT], channels)
     elif given is None:
         given, how, constant = _measure(deep[:: max(1, len(deep) // PICTURES)][:PICTURES], channels)
-        notes.append(f"deeper than 8 bits, --pixel_range {' '.join(f'{v:g}' for v in given)} ({how})")
+        notes.append(f"deeper than 8 bits, --pixel_range {_text(given)} ({how})")
     else:
-        constant = False
+        constant = _all_constant(paths[:FLAT], channels, Depth(given, channels))
     if constant:
-        warnings.append(f"all images looked at have one value only ({_names(paths)}): nothing to learn")
+        within = f", within --pixel_range {_text(given)}" if given else ""
+        warnings.append(
+            f"all images looked at have one value only{within} ({_names(paths)}): nothing to learn"
+        )
     return Found(given, notes, warnings)
 
 
@@ -134,16 +141,21 @@ def _look_inside(path: str) -> Header | None:
         return None
 
 
-def _all_constant(paths: list[str], channels: int) -> bool:
+def _text(pixel_range: tuple[float, ...]) -> str:
+    return " ".join(f"{v:g}" for v in pixel_range)
+
+
+def _all_constant(paths: list[str], channels: int, depth: Depth | None = None) -> bool:
     """Whether those that can be read have one value each; at the first that has not, no more are decoded."""
-    found = False
+    read, found = make_reader(channels, depth), False
     for path in paths:
         try:
-            if np.ptp(read_image(path, channels)):
-                return False
-            found = True
+            values = read(path)
         except BadImage:
             continue
+        if np.ptp(values if depth is None else depth.scale(values).clip(0, 1)):
+            return False
+        found = True
     return found
 
 

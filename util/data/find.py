@@ -1,5 +1,6 @@
 """Finds the images of a data set, whatever its layout, and looks at each file before training starts."""
 
+import hashlib
 import os
 from array import array
 from collections import Counter
@@ -65,6 +66,19 @@ class PathList(Sequence):
         """A new list of some of the files."""
         return PathList((self.name(i) for i in indices), self.root)
 
+    def digest(self) -> str:
+        """SHA-256 over the names in their order; the same wherever the whole set lies.
+
+        Class folders are parts of the names, so labels need no digest of their own.
+        """
+        names = self._buffer if os.sep == "/" else self._buffer.replace(os.fsencode(os.sep), b"/")
+        parts = names[:-1].split(b"\0") if names.startswith(b"/") else [b""]
+        ends = min(parts), max(parts)
+        if all(path.startswith(b"/") for path in ends):  # full paths: without the folder that all lie in
+            common = os.path.commonpath(map(os.path.dirname, ends)) + b"/"
+            names = (b"\0" + names).replace(b"\0" + common, b"\0")[1:]
+        return hashlib.sha256(names).hexdigest()
+
     @property
     def nbytes(self) -> int:
         return len(self._buffer) + self._ends.nbytes
@@ -113,9 +127,8 @@ def bad_limit(count: int) -> int:
 def find_images(
     data_path: str | Path | Sequence[str], split: str = "train", bad_images: str = "error"
 ) -> ImageFiles | None:
-    """Finds the images of a split and looks at the first bytes of each.
-
-    Of several `data_path` those of all, in their order; labels are those of all classes together.
+    """Finds the images of a split and looks at the first bytes of each. Of several `data_path` those of all,
+    in their order; labels are those of all classes together.
 
     `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
     folder of images, nested in any way; a text file that lists one image a line, relative to its own folder

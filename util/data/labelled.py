@@ -1,18 +1,23 @@
 """Labelled images for fine-tuning, probing and evaluation: a folder of class folders for each split."""
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 
+from torchvision.datasets import ImageFolder
+
 from util.data.dataset import ImageDataset, find_split
-from util.data.depth import Depth
+from util.data.depth import Depth, depth_of, make_reader
 from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
+from util.data.read import read_picture
 from util.errors import UserError
 from util.files import printable, some
+from util.processes.collectives import is_main_process, warn
 
 
 class LabelledImages(ImageDataset):
-    """Images with labels; item (epoch, index) or index -> (float32 (C, H, W), label, index).
+    """Images with labels; item (epoch, index) or index -> (float32 or uint8 (C, H, W), label, index).
 
     Every random draw of an item depends only on (seed, epoch, index). Unreadable files: see `ImageDataset`.
 
@@ -40,30 +45,73 @@ class LabelledImages(ImageDataset):
         return self.files.classes
 
 
-def build_dataset(is_train: bool, args: Namespace) -> LabelledImages:
-    """The fine-tuning data set: `train/` with augmentation, or `val/` with the evaluation's transform.
+class LabelledFolder(ImageFolder):
+    """torchvision's ImageFolder over the files that we find; items are (float32 (C, H, W), label).
+
+    Augmentation draws from the global generators, as the reference's does, so that each epoch of any loader
+    differs; `LabelledImages` is what our scripts train on. A file that cannot be decoded raises BadImage.
 
     Args:
-        args: data_path, input_size; if present also in_chans, mean, std, seed, bad_images, and of timm's
+        files: with labels and classes.
+        transform: as of `LabelledImages`.
+    """
+
+    def __init__(self, files: ImageFiles, transform: Callable, channels: int = 3, depth: Depth | None = None):
+        self.files = files
+        pil = channels in (1, 3) and depth is None
+        decode = functools.partial(read_picture, channels=channels) if pil else make_reader(channels, depth)
+        super().__init__(files.root, transform, loader=decode)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return self.files.classes, {name: label for label, name in enumerate(self.files.classes)}
+
+    def make_dataset(self, *_, **__) -> list[tuple[str, int]]:
+        return list(zip(self.files.paths, self.files.labels.tolist(), strict=True))
+
+
+def build_dataset(is_train: bool, args: Namespace) -> LabelledFolder:
+    """The fine-tuning data as the reference gives it: (image, label) of `train/` with augmentation, or of
+    `val/` with the evaluation's transform.
+
+    Args:
+        args: data_path, input_size; if present also in_chans, mean, std, bad_images, and of timm's
             augmentation color_jitter, aa, reprob, remode, recount.
 
     Raises:
         UserError: no such folder, no labels, an empty class.
     """
-    return labelled_images(
-        "train" if is_train else getattr(args, "split", "val"),
-        args,
-        train_transform if is_train else eval_transform,
+    files = labelled_files("train" if is_train else getattr(args, "split", "val"), args)
+    return LabelledFolder(
+        files, build_transform(is_train, args), getattr(args, "in_chans", 3), depth_of(args)
     )
 
 
-def labelled_images(split: str, args: Namespace, make_transform: Callable = eval_transform) -> LabelledImages:
-    """The images of `train` or `val` under `args.data_path`.
+def build_transform(is_train: bool, args: Namespace) -> Callable:
+    """Fine-tuning's augmentation, or the evaluation's transform; `args`: as of `build_dataset`."""
+    return train_transform(args) if is_train else eval_transform(args)
+
+
+def labelled_images(split: str, args: Namespace, make_transform: Callable | None = None) -> LabelledImages:
+    """The images of `train` or `val` as our scripts take them.
 
     Args:
-        make_transform: `args`, in which `pixel_range` is settled then, -> transform.
+        args: as of `build_dataset`; if present also seed.
+        make_transform: `args`, with the pixel range settled, -> transform; default: `build_transform`'s.
 
     Raises UserError as `build_dataset`.
+    """
+    files = labelled_files(split, args)
+    if split == "train" and make_transform is None and depth_of(args):
+        files.notes.append("augmented by crop, flip and erasing only, as --aa is for 8 bits")
+    transform = make_transform(args) if make_transform else build_transform(split == "train", args)
+    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
+    return LabelledImages(files, transform, *options, depth_of(args))
+
+
+def labelled_files(split: str, args: Namespace) -> ImageFiles:
+    """The files of `train` or `val` under `args.data_path`; UserError as of `build_dataset`.
+
+    Settles `args.pixel_range`.
     """
     from util.data.examine import settle_range
 
@@ -77,19 +125,21 @@ def labelled_images(split: str, args: Namespace, make_transform: Callable = eval
     if files.labels is None:
         place = f"--data_path {args.data_path}: {files.source}"
         raise UserError(f"{place} has no class folders, so no labels; {layout}")
-    depth = settle_range(args, files)
-    options = (getattr(args, *pair) for pair in (("in_chans", 3), ("seed", 0), ("bad_images", "error")))
-    return LabelledImages(files, make_transform(args), *options, depth)
+    settle_range(args, files)
+    return files
 
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:
-    """Raises UserError unless `train` and `val` have the same classes."""
+    """Raises UserError unless `train` and `val` have the same classes; warns of a single one."""
     if train.classes != val.classes:
         texts = []
         for one, two in ((train, val), (val, train)):
             alone = sorted(set(one.classes) - set(two.classes))
             texts.append(f"only in {one.files.root}: {some(map(printable, alone)) or 'none'}")
         raise UserError(f"the classes of train and val differ ({'; '.join(texts)})")
+    if len(train.classes) == 1 and is_main_process():
+        name = f"{printable(train.files.root)}: one class ({printable(train.classes[0])})"
+        warn(f"{name}: nothing to tell apart, so every accuracy will be 100 %")
 
 
 def count_classes(args: Namespace, dataset: LabelledImages) -> int:

@@ -1,5 +1,8 @@
 """The recipes' transforms: image, as `LabelledImages` decodes it -> normalised float32 (C, H, W).
 
+With `uint8` the pixels stay as they are, a quarter of the size in workers, memory and copies, and
+`normalize_batch` does the rest on the device: to the same bits on a CPU, to float32's rounding on a GPU.
+
 Fine-tuning augments with timm's `create_transform` (RandAugment, erasing), probing with one TensorFlow-style
 crop and a flip; evaluation resizes and takes the centre. Grey and RGB pictures go through Pillow as in the
 reference; images with another number of channels are cut and resized as arrays, with crop, flip and erasing
@@ -7,6 +10,7 @@ only, because RandAugment knows no such pictures (and Pillow would take a fourth
 So are images of more than 8 bits, which have an `args.pixel_range` (`util.data.depth`).
 """
 
+import functools
 import random
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -39,7 +43,7 @@ def train_transform(args: Namespace) -> Transform:
     )  # fmt: skip
     if depth or channels not in (1, 3):
         erase = RandomErasing(**erasing, device="cpu") if erasing["probability"] > 0 else None
-        return _ArrayChain(mean, std, _crop_and_flip(args.input_size), erase, depth)
+        return _array_chain(_crop_and_flip(args.input_size), mean, std, depth, erase=erase)
     policy = getattr(args, "aa", None) or None
     try:
         chain = create_transform(
@@ -61,22 +65,20 @@ def train_transform(args: Namespace) -> Transform:
     return chain
 
 
-def probe_transform(args: Namespace) -> Transform:
+def probe_transform(args: Namespace, uint8: bool = False) -> Transform:
     """Probing's augmentation: one TensorFlow-style crop, and a flip."""
     channels, mean, std, depth = _channels(args)
     size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
     if depth or channels not in (1, 3):
-        return _ArrayChain(mean, std, _crop_and_flip(size, tf_style=True), None, depth)
+        return _array_chain(_crop_and_flip(size, tf_style=True), mean, std, depth, uint8)
     steps = [
         RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(mean, std),
     ]
-    return transforms.Compose(steps)
+    return transforms.Compose([*steps, *_to_tensor(mean, std, uint8)])
 
 
-def eval_transform(args: Namespace, always_crop: bool = False) -> Transform:
+def eval_transform(args: Namespace, always_crop: bool = False, uint8: bool = False) -> Transform:
     """The evaluation's transform: resize, centre crop.
 
     Up to 224 pixels the picture is resized to size / 0.875 before the crop, above to the size itself;
@@ -86,11 +88,22 @@ def eval_transform(args: Namespace, always_crop: bool = False) -> Transform:
     size = size_pair(args.input_size)
     share = EVAL_SHARE if always_crop or max(size) <= 224 else 1.0
     if depth or channels not in (1, 3):
-        return _ArrayChain(
-            mean, std, lambda image: (_centre_box(*image.shape[:2], size, share), size), None, depth
-        )
-    steps = [_CentreResize(size, share), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose(steps)
+        centre = functools.partial(_draw_centre, size=size, share=share)
+        return _array_chain(centre, mean, std, depth, uint8)
+    return transforms.Compose([_CentreResize(size, share), *_to_tensor(mean, std, uint8)])
+
+
+def _to_tensor(mean: Sequence[float], std: Sequence[float], uint8: bool) -> list[Callable]:
+    if uint8:
+        return [transforms.PILToTensor()]
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def _array_chain(
+    draw: Callable, mean, std, depth: Depth | None, uint8: bool = False, erase=None
+) -> Transform:
+    """Deep images are always normalised."""
+    return _ArrayChain(draw, None if uint8 or depth else _Normalise(mean, std), erase, depth=depth)
 
 
 def _channels(args: Namespace) -> tuple[int, Sequence[float], Sequence[float], Depth | None]:
@@ -126,37 +139,53 @@ def _centre_box(height: int, width: int, size: tuple[int, int], share: float) ->
 
 
 class _ArrayChain:
-    """uint8 or, with `depth`, any (H, W, C) -> box, resize[, flip] -> normalised tensor[, erased]."""
+    """uint8 or, with `depth`, any (H, W, C) -> box, resize[, flip] -> tensor[, normalised[, erased]].
 
-    def __init__(self, mean, std, draw: Callable, erase: Callable | None, depth: Depth | None):
-        self.draw, self.erase, self.depth = draw, erase, depth
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    Made of what can be pickled: workers that are not forked get it so.
+    """
+
+    def __init__(self, draw: Callable, *steps: Callable | None, depth: Depth | None = None):
+        self.draw, self.steps, self.depth = draw, [step for step in steps if step is not None], depth
 
     def __call__(self, image: np.ndarray) -> torch.Tensor:
         box, size, *flip = self.draw(image)
         pixels = resize_crop(image, box, size, self.depth)
         if flip and flip[0]:
             pixels = pixels.flip(-1)
-        if self.depth is None:
-            pixels = pixels.contiguous().float().div(255).sub(self.mean).div(self.std)
-        return self.erase(pixels) if self.erase else pixels
+        for step in self.steps:
+            pixels = step(pixels)
+        return pixels
+
+
+class _Normalise:
+    """uint8 (C, H, W) -> normalised float32, contiguous."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.contiguous().float().div(255).sub(self.mean).div(self.std)
+
+
+def _draw_centre(image: np.ndarray, size: tuple[int, int], share: float) -> tuple:
+    """(box, size) of `_centre_box`."""
+    return _centre_box(*image.shape[:2], size, share), size
 
 
 def _crop_and_flip(input_size, tf_style: bool = False) -> Callable:
     """Draws (box, size, flip) for an array: torchvision's random crop, or the probe's."""
     size, ratio = size_pair(input_size), crop_ratio(input_size)
+    return functools.partial(_draw_crop, size=size, ratio=ratio, tf_style=tf_style)
 
-    def draw(image: np.ndarray):
-        height, width = image.shape[:2]
-        if tf_style:
-            box = RandomResizedCrop.get_params(
-                torch.empty(1, height, width, device="meta"), CROP_SCALE, ratio
-            )
-        else:
-            box = random_resized_crop_box(height, width, random, CROP_SCALE, ratio)
-        return box, size, random.random() < 0.5
 
-    return draw
+def _draw_crop(image: np.ndarray, size: tuple, ratio: tuple[float, float], tf_style: bool) -> tuple:
+    height, width = image.shape[:2]
+    if tf_style:
+        empty = torch.empty(1, height, width, device="meta")
+        box = RandomResizedCrop.get_params(empty, CROP_SCALE, ratio)
+    else:
+        box = random_resized_crop_box(height, width, random, CROP_SCALE, ratio)
+    return box, size, random.random() < 0.5
 
 
 def _let_posterize_take_zero_bits(chain: transforms.Compose) -> None:

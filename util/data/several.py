@@ -1,5 +1,6 @@
 """Images of several places as one set, some of them, and pages of them, without copies of names."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -47,6 +48,11 @@ class Selection(Sequence):
         """A new list of some of the images."""
         indices = np.fromiter(indices, np.int64)
         return Selection(self.lists, self.rows[indices], self.pages[indices])
+
+    def digest(self) -> str:
+        """SHA-256 that tells whether these are the same images of lists with the same names."""
+        names = "".join(names.digest() for names in self.lists).encode()
+        return hashlib.sha256(names + self.rows.tobytes() + self.pages.tobytes()).hexdigest()
 
     @property
     def nbytes(self) -> int:

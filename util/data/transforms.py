@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from util.errors import UserError
+from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,6 +34,8 @@ def channel_stats(
     Args:
         mean, std: one value for all channels, or one per channel.
 
+    Values that pixels in [0, 1] cannot have get a warning.
+
     Raises:
         UserError: another number of values, or a deviation that is not positive.
     """
@@ -47,7 +50,23 @@ def channel_stats(
             wanted = "above 0" if flag == "--std" else "finite"
             raise UserError(f"{flag} {' '.join(map(str, values))}: must be {wanted}")
         stats.append(tuple(values * in_chans if len(values) == 1 else values))
+    if max(*stats[0], *stats[1]) > 1 or min(stats[0]) < 0:
+        _warn_of_scale(*stats)
     return stats[0], stats[1]
+
+
+@functools.cache  # once
+def _warn_of_scale(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def flags(large: float) -> str:  # what is above 1 is divided by it
+        texts = (
+            " ".join(f"{value / (large if max(values) > 1 else 1):.4g}" for value in values)
+            for values in (mean, std)
+        )
+        return "--mean {} --std {}".format(*texts)
+
+    if is_main_process():
+        advice = f"; if they are of 0..255, pass {flags(255)}" if max(*mean, *std) > 1 else ""
+        warn(f"{flags(1)}: pixels lie between 0 and 1 here, and cannot have such statistics{advice}")
 
 
 def crop_ratio(size: int | tuple[int, int]) -> tuple[float, float]:

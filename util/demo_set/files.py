@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say
 from util.errors import UserError
 from util.sizes import default_workers
 
@@ -213,8 +214,8 @@ def main(args: argparse.Namespace) -> None:
     if args.shard:
         return draw(Path(args.root), *args.counts, *args.shard, parent=os.getppid())
     start = time.monotonic()
-    root = ensure_demo_data(args.root, print, *args.counts)
-    print(f"the demo set is in {root} ({time.monotonic() - start:.1f} s)")
+    root = ensure_demo_data(args.root, say, *args.counts)
+    say(f"the demo set is in {root} ({time.monotonic() - start:.1f} s)")
 
 
 if __name__ == "__main__":

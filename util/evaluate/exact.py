@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from util.compute.precision import autocast, resolve_amp_dtype
+from util.compute.precision import autocast, casting_once, resolve_amp_dtype
+from util.compute.prefetch import DevicePrefetcher
 from util.data.labelled import LabelledImages
-from util.data.loader import build_loader
+from util.data.loader import Batch, build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
 from util.files import printable, some
@@ -42,16 +43,21 @@ class Predictions:
 
 
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cuts a stream of batches (images, labels[, indices]) into groups of `GROUP`; the last may be shorter.
+    """Cuts a stream of batches into groups of `GROUP`, (images, labels, indices); the last may be shorter.
 
-    Without indices the samples are numbered in the order in which they come.
+    Batches are our loaders' or what `util.data.loader.open_batch` makes of others: labels are -1 where there
+    are none, and samples are numbered in the order in which they come. A group is on the device of its
+    batches.
     """
     held, count, seen = [], 0, 0
     for batch in batches:
-        indices = batch[2] if len(batch) > 2 else torch.arange(seen, seen + len(batch[1]))
-        seen += len(batch[1])
-        held.append((batch[0], batch[1], indices))
-        count += len(batch[1])
+        images, labels, indices = open_batch(batch)
+        number = len(images)
+        labels = torch.full((number,), -1) if labels is None else labels
+        indices = torch.arange(seen, seen + number) if indices is None else indices
+        seen += number
+        held.append((images, labels, indices))
+        count += number
         while count >= GROUP:
             joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*held, strict=True)]
             # A clone of a slice: its memory is laid out as if the group had come alone
@@ -59,6 +65,24 @@ def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, t
             held, count = [tuple(part[GROUP:] for part in joined)], count - GROUP
     if count:
         yield tuple(torch.cat(parts).clone() for parts in zip(*held, strict=True))
+
+
+def on_device(batches: Iterable, device: torch.device, args=None) -> Iterator[list]:
+    """The batches of a loader with all their tensors on `device`, where uint8 images are normalised; on a GPU
+    the next one is on its way meanwhile.
+
+    Args:
+        args: if given: mean, std.
+    """
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+
+    def move(batch) -> list[torch.Tensor]:
+        images, *others = open_batch(batch)
+        others = [part.to(device, non_blocking=True) for part in others if part is not None]
+        return [normalize_batch(images, device, mean, std), *others]
+
+    for batch, moved in DevicePrefetcher(batches, device, move):
+        yield Batch(*moved) if isinstance(batch, Batch) else moved
 
 
 def eval_loader(
@@ -78,33 +102,32 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
     """Runs the model over a loader and collects the predictions of all processes, the same on each.
 
     Args:
-        data_loader: batches (images, labels[, indices]); with several processes each gives its own share, as
+        data_loader: batches as `in_groups` takes them; with several processes each gives its own share, as
             `EvalSampler` deals it, with indices.
         model: images -> logits (N, K); its training mode is restored.
         args: if given: amp_dtype, mean, std (to normalise uint8 images).
     """
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
     # The bare model: DistributedDataParallel would wait in forward for processes that have no more groups
     model = model.module if hasattr(model, "module") else model
     was_training = model.training
     model.eval()
     rows = []
-    for images, labels, indices in in_groups(data_loader):
-        images, labels = normalize_batch(images, device, mean, std), labels.to(device, non_blocking=True)
-        with autocast(device, amp_dtype):
-            logits = model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows.append(
-            (
-                indices,
-                labels,
-                F.cross_entropy(logits, labels, reduction="none"),
-                logits.topk(min(5, logits.shape[1]), dim=1).indices,
-                logits.softmax(dim=1).amax(dim=1),
+    with casting_once(device, amp_dtype, model):
+        for images, labels, indices in in_groups(on_device(data_loader, device, args)):
+            with autocast(device, amp_dtype):
+                logits = model(images)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            rows.append(
+                (
+                    indices,
+                    labels,
+                    F.cross_entropy(logits, labels, reduction="none"),
+                    logits.topk(min(5, logits.shape[1]), dim=1).indices,
+                    logits.softmax(dim=1).amax(dim=1),
+                )
             )
-        )
     model.train(was_training)
     columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
     return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)

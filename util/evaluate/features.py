@@ -3,13 +3,19 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.compute.precision import autocast, resolve_amp_dtype
-from util.data.transforms import normalize_batch
-from util.evaluate.exact import drop_unreadable, in_groups
-from util.processes.collectives import get_world_size
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.compute.precision import autocast, casting_once, resolve_amp_dtype
+from util.compute.prefetch import on_host
+from util.data.loader import Batch
+from util.evaluate.exact import drop_unreadable, in_groups, on_device
+from util.processes.collectives import gather, get_world_size, is_main_process
+
+ROWS = 4096  # features that each process sends in one go
 
 
 def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: bool = True) -> torch.Tensor:
@@ -21,8 +27,14 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
             `global_pool` says.
         global_pool: mean over the patch tokens, else the class token.
     """
-    if hasattr(model, "fc_norm"):
+    if hasattr(model, "fc_norm") or (isinstance(model, VisionTransformer) and not global_pool):
         return model.forward_features(images)
+    if isinstance(model, VisionTransformer):
+        return model.norm(model.forward_tokens(images))[:, 1:].mean(dim=1)
+    own = type(model).forward_encoder if isinstance(model, MaskedAutoencoderViT) else None
+    if own not in (None, MaskedAutoencoderViT.forward_encoder):  # a client's
+        x = model.forward_encoder(images, 0.0)[0]  # shuffled, which pooling does not see
+        return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = torch.cat([cls_token, x], dim=1)
@@ -39,62 +51,106 @@ def extract_features(
     device,
     args=None,
     keep_all: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    everywhere: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Features of every sample of a loader, of all processes, in the order of the data set.
 
     Args:
         feature_fn: normalised images on `device` -> (N, D).
-        data_loader: batches (images, labels[, indices]), dealt over processes by
+        data_loader: batches as `in_groups` takes them, dealt over processes by
             `util.data.sampler.EvalSampler`.
         args: if given: amp_dtype, mean, std.
         keep_all: an unreadable file has the features of the picture in its place, so that row i belongs to
             index i; else it has none.
+        everywhere: every process gets all; else the first alone, the others None.
 
     Returns:
         features float32 (n, D) and labels int64 (n,), on the CPU.
     """
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
-    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
-    rows = []
-    for images, labels, indices in in_groups(data_loader):
-        with autocast(device, amp_dtype):
-            features = feature_fn(normalize_batch(images, device, mean, std))
-        rows.append((features.float().cpu(), labels, indices))
-    columns = [torch.cat(parts) for parts in zip(*rows, strict=True)] if rows else None
-    if columns and not keep_all:
-        columns = drop_unreadable(data_loader, columns, columns[2])
-    columns = _gather(columns)
-    order = torch.argsort(columns[2], stable=True)
-    return columns[0][order], columns[1][order]
+
+    def results() -> Iterator[tuple[torch.Tensor, ...]]:
+        for images, labels, indices in in_groups(on_device(data_loader, device, args)):
+            with autocast(device, amp_dtype):
+                features = feature_fn(images)
+            yield features.float(), labels, indices
+
+    model = getattr(feature_fn, "__self__", None)  # of a method
+    with casting_once(device, amp_dtype, model if isinstance(model, torch.nn.Module) else None):
+        # Cloned, as it comes in page-locked memory
+        groups = [[part.clone() for part in group] for group in on_host(results())]
+    blocks, *columns = map(list, zip(*groups, strict=True)) if groups else ([], [], [])
+    del groups
+    columns = [torch.cat(column) if column else torch.empty(0, dtype=torch.int64) for column in columns]
+    if not keep_all:
+        rows = torch.arange(len(columns[0]))
+        kept, *columns = drop_unreadable(data_loader, [rows, *columns], columns[1])
+        if len(kept) < len(rows):
+            blocks = [torch.cat(blocks)[kept]]
+    return _gather(blocks, *columns, everywhere)
 
 
-def _gather(columns: list[torch.Tensor] | None) -> list[torch.Tensor]:
-    """Joins the CPU tensors of all processes along the first dimension; None: this process has none."""
+def _gather(
+    blocks: list[torch.Tensor], labels: torch.Tensor, indices: torch.Tensor, everywhere: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Joins the features, of which each process has some `blocks`, and labels in the order of the indices.
+
+    Empties `blocks`: beside the result a process holds what it has not sent yet, and `ROWS` rows of each.
+    """
+    shapes = gather(tuple(blocks[0].shape[1:]) if blocks else None)
+    all_labels, all_indices = (gather(column.numpy()) for column in (labels, indices))
+    counts = [len(column) for column in all_labels]
+    if not any(counts):
+        raise ValueError("the loader gave no samples")
+    wanted = everywhere or is_main_process()
+    order = np.argsort(np.concatenate(all_indices), kind="stable")
+    places = torch.empty(len(order), dtype=torch.int64)
+    places[torch.from_numpy(order)] = torch.arange(len(order))
+    shape = next(shape for shape in shapes if shape is not None)
+    whole = torch.empty(len(order) if wanted else 0, *shape)
+    own = _in_rows(blocks, shape)
+    for start in range(0, max(counts), ROWS):
+        parts = _exchange(next(own), everywhere)
+        for part, place, count in zip(parts, places.split(counts), counts, strict=wanted):
+            place = place[start : min(start + ROWS, count)]
+            whole[place] = part[: len(place)].cpu()
+    return (whole, torch.from_numpy(np.concatenate(all_labels)[order])) if wanted else None
+
+
+def _in_rows(blocks: list[torch.Tensor], shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """Cuts `blocks`, which are emptied, into `ROWS` rows each, the last filled up, and goes on with empty
+    ones.
+    """
+    blocks.reverse()  # the first is the last to be taken from a list
+    while True:
+        block, filled = torch.zeros(ROWS, *shape), 0
+        while blocks and filled < ROWS:
+            rows = blocks.pop()
+            taken = rows[: ROWS - filled]
+            block[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if len(taken) < len(rows):
+                blocks.append(rows[len(taken) :])
+        yield block
+
+
+def _exchange(block: torch.Tensor, everywhere: bool) -> list[torch.Tensor]:
+    """The `block` of each process, on every process or, [] elsewhere, on the first alone."""
     if get_world_size() == 1:
-        if columns is None:
-            raise ValueError("the loader gave no samples")
-        return columns
-    shapes = [None] * get_world_size()
-    own = [(tuple(c.shape), str(c.dtype)) for c in columns] if columns else None
-    dist.all_gather_object(shapes, own)
-    template = next(shape for shape in shapes if shape)
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    joined = []
-    for i, (shape, dtype) in enumerate(template):
-        counts = [s[i][0][0] if s else 0 for s in shapes]
-        padded = torch.zeros(max(counts), *shape[1:], dtype=getattr(torch, dtype.removeprefix("torch.")))
-        if columns:
-            padded[: len(columns[i])] = columns[i]
-        padded = padded.to(device)
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        joined.append(torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)]))
-    return joined
+        return [block]
+    block = block.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    receives = everywhere or is_main_process()
+    parts = [torch.empty_like(block) for _ in range(get_world_size() if receives else 0)]
+    if everywhere:
+        dist.all_gather(parts, block)
+    else:
+        dist.gather(block, parts or None)
+    return parts
 
 
 class FeatureLoader:
-    """A loader of features in memory: batches [features (N, D), labels int64 (N,), indices int64 (N,)].
+    """A loader of features in memory: batches of features (N, D), labels int64 (N,), indices int64 (N,).
 
     Sample i of epoch e is view e % V of image i, where the ordinary path would augment the image anew.
 
@@ -115,11 +171,11 @@ class FeatureLoader:
         count = len(self.sampler)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         keys = iter(self.sampler)
         while batch := list(itertools.islice(keys, self.batch_size)):
             if self.drop_last and len(batch) < self.batch_size:
                 return
             epoch = batch[0][0] if isinstance(batch[0], tuple) else 0
             indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in batch])
-            yield [self.features[epoch % len(self.features)][indices], self.labels[indices], indices]
+            yield Batch(self.features[epoch % len(self.features)][indices], self.labels[indices], indices)

@@ -11,8 +11,8 @@ from util.data.labelled import LabelledImages, check_classes, labelled_images
 from util.data.presets import eval_transform
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
-from util.evaluate.features import encoder_features, extract_features
-from util.processes.collectives import log
+from util.evaluate.features import ROWS, encoder_features, extract_features
+from util.processes.collectives import gather, is_main_process, log
 
 
 def knn_accuracy(
@@ -26,6 +26,9 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """Accuracy of k-NN on the validation images, with the training images' features as the memory.
 
+    The first process votes, and alone holds all features, n x D x 4 bytes (on a CPU twice); every process
+    holds its share of them until it has sent it.
+
     Args:
         model_or_feature_fn: a model of this code (its mode is restored; of a MAE model the mean over the
             patch tokens is taken), or a function from normalised images to features (N, D).
@@ -33,7 +36,7 @@ def knn_accuracy(
             several processes dealt by `util.data.sampler.EvalSampler`.
         k: neighbours, at most the number of training images is used.
         temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
-        args: if given: amp_dtype, mean, std.
+        args: if given: amp_dtype; mean, std, to normalise uint8 images with.
 
     Returns:
         acc1, acc5 in percent, the same on all processes.
@@ -43,11 +46,15 @@ def knn_accuracy(
     was_training = model is not None and model.training
     if model is not None:
         model.eval()
-    train_features, train_labels = extract_features(feature_fn, train_loader, device, args)
-    val_features, val_labels = extract_features(feature_fn, val_loader, device, args)
+    train, val = (
+        extract_features(feature_fn, loader, device, args, everywhere=False)
+        for loader in (train_loader, val_loader)
+    )
     if model is not None:
         model.train(was_training)
-    return knn_from_features(train_features, train_labels, val_features, val_labels, k, temperature, device)
+    # On one process alone: the others would hold as many features, to find the same
+    first = is_main_process()
+    return gather(knn_from_features(*train, *val, k, temperature, device) if first else None)[0]
 
 
 @torch.no_grad()
@@ -55,7 +62,9 @@ def knn_from_features(
     train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
 ) -> dict[str, float]:
     """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
-    memory = F.normalize(train_features.to(device), dim=1)
+    memory = torch.empty_like(train_features, device=device)
+    for unit, features in zip(memory.split(ROWS), train_features.split(ROWS), strict=True):
+        unit.copy_(F.normalize(features.to(device), dim=1))
     memory_labels = train_labels.to(device)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     k = min(k, len(memory))
@@ -75,21 +84,21 @@ def knn_from_features(
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:
-    """The images of `train` and `val` without augmentation; UserError without labels, or with others."""
-    centre = functools.partial(eval_transform, always_crop=True)
+    """The images of `train` and `val`, uint8, not augmented; UserError without labels, or with others."""
+    centre = functools.partial(eval_transform, always_crop=True, uint8=True)
     datasets = [labelled_images(split, args, centre) for split in ("train", "val")]
     check_classes(*datasets)
     return datasets
 
 
-def knn_loaders(args: Namespace) -> tuple | None:
+def knn_loaders(args: Namespace, pin_memory: bool = False) -> tuple | None:
     """Loaders of `knn_sets`; None, with a line that says why, where there are none.
 
     Args:
         args: data_path, input_size, batch_size, num_workers; if present also in_chans, mean, std, bad_images.
     """
     try:
-        return tuple(eval_loader(dataset, args) for dataset in knn_sets(args))
+        return tuple(eval_loader(dataset, args, pin_memory) for dataset in knn_sets(args))
     except UserError as error:
         log(f"no k-NN accuracy: {error}")
         return None

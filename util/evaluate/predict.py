@@ -5,21 +5,23 @@ fixed groups (`util.evaluate.exact.in_groups`), in order, never masked, shuffled
 """
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from util.compute.precision import autocast, resolve_amp_dtype
+from models_vit import VisionTransformer
+from util.compute.precision import autocast, casting_once, resolve_amp_dtype
+from util.compute.prefetch import on_host
+from util.data.depth import depth_of
 from util.data.find import ImageFiles
 from util.data.labelled import LabelledImages
 from util.data.loader import build_loader
 from util.data.presets import eval_transform
-from util.data.transforms import normalize_batch
 from util.errors import UserError
-from util.evaluate.exact import in_groups
-from util.weights.describe import WeightsFile, weights_depth
+from util.evaluate.exact import in_groups, on_device
+from util.weights.describe import WeightsFile
 
 KINDS = ("mean", "cls", "patches")
 
@@ -39,9 +41,9 @@ class Predictions:
 
 
 def prediction_loader(
-    files: ImageFiles, weights: WeightsFile, args: Namespace
+    files: ImageFiles, weights: WeightsFile, args: Namespace, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
-    """Batches of `files` under the evaluation's transform of the recipe that made the weights.
+    """Batches of `files`, uint8, under the evaluation's transform of the recipe that made the weights.
 
     A probe's and a bare encoder's is that of probing and k-NN: resize to size / 0.875, centre crop; a
     fine-tuned classifier's the same up to 224 pixels, above it without the margin.
@@ -51,12 +53,12 @@ def prediction_loader(
     """
     tuned, channels = weights.recipe == "finetune", weights.sizes["in_chans"]
     names = ("input_size", "mean", "std", "pixel_range")
-    stats = Namespace(in_chans=channels, **{name: getattr(weights, name) for name in names})
-    transform = eval_transform(stats, always_crop=not tuned)
-    dataset = LabelledImages(files, transform, channels, 0, args.bad_images, weights_depth(weights))
+    stats = Namespace(in_chans=channels, **{name: getattr(weights, name, None) for name in names})
+    transform = eval_transform(stats, always_crop=not tuned, uint8=True)
+    dataset = LabelledImages(files, transform, channels, 0, args.bad_images, depth_of(weights))
     batches = -(-len(dataset) // args.batch_size)
     workers = args.num_workers if batches > 1 else 0  # starting processes takes longer than one batch
-    return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches))
+    return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches), pin_memory)
 
 
 def pool_tokens(model: torch.nn.Module, tokens: torch.Tensor, kind: str) -> torch.Tensor:
@@ -86,6 +88,7 @@ def predict(
     top_k: int = 0,
     feature_kind: str | None = None,
     progress=None,
+    stats: Namespace | None = None,
 ) -> Predictions:
     """Runs `model`, a `VisionTransformer` in eval mode on `device`, over the images of a loader.
 
@@ -93,27 +96,40 @@ def predict(
         top_k: so many of the best classes of each image; 0: none.
         feature_kind: one of `KINDS`; None: no features.
         progress: of `util.cli.progress.progress_bar`, or None.
+        stats: mean and std, to normalise uint8 images with; None: ImageNet's.
     """
     dtype = resolve_amp_dtype(amp_dtype, device)
     dataset, done = loader.dataset, 0
     parts, features = [], None
-    for images, _, indices in in_groups(loader):
-        images = normalize_batch(images, device)
-        with autocast(device, dtype):
-            tokens = model.forward_tokens(images)
-            pooled = pool_tokens(model, tokens, "mean" if model.global_pool else "cls") if top_k else None
-            logits = model.head(model.head_drop(pooled)) if top_k else None
-            values = pool_tokens(model, tokens, feature_kind) if feature_kind else None
-        best = logits.float().softmax(dim=1).topk(top_k, dim=1) if top_k else None
-        if values is not None:
-            if features is None:  # one block for all: they may take most of the memory
-                features = allocate((len(dataset), *values.shape[1:]))
-            features[done : done + len(images)] = values.float().cpu().numpy()
-        columns = [best.indices.cpu(), best.values.cpu()] if top_k else []
-        parts.append([indices, *columns])
-        done += len(images)
-        if progress:
-            progress.update(len(images))
+    plain = type(model) is VisionTransformer  # a client's class says itself what its features and logits are
+    way = "mean" if model.global_pool else "cls"
+
+    def results() -> Iterator[list[torch.Tensor]]:
+        for images, _, indices in in_groups(on_device(loader, device, stats)):
+            with autocast(device, dtype):
+                tokens = model.forward_tokens(images) if feature_kind else None
+                values = pool_tokens(model, tokens, feature_kind) if feature_kind else None
+                if plain and feature_kind and top_k:  # the encoder runs once
+                    logits = model.forward_head(pool_tokens(model, tokens, way))
+                else:
+                    logits = model(images) if top_k else None
+                if not plain and feature_kind == way:
+                    values = model.forward_features(images)
+            best = logits.float().softmax(dim=1).topk(top_k, dim=1) if top_k else None
+            columns = [best.indices, best.values] if top_k else []
+            yield [indices, *columns, *([values.float()] if feature_kind else [])]
+
+    with casting_once(device, dtype, model):
+        for columns in on_host(results()):
+            if feature_kind:
+                *columns, values = columns
+                if features is None:  # one block for all: they may take most of the memory
+                    features = allocate((len(dataset), *values.shape[1:]))
+                features[done : done + len(values)] = values.numpy()
+            parts.append([column.clone() for column in columns])
+            done += len(columns[0])
+            if progress:
+                progress.update(len(columns[0]))
     rows, *best = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     readable = dataset.bad.numpy()[rows] == 0
     if not readable.all():  # other pictures took their places in the batches

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from util.data.labelled import LabelledImages
 from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
+from util.files import printable, replacing
 from util.processes.collectives import is_main_process, log, warn
 
 MAX_CLASSES = 100  # of the per-class table and of the confusion picture
@@ -26,12 +27,13 @@ def evaluate_and_report(
     if report and is_main_process():
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
-    log(closing_line(stats))
+    log(f"Accuracy of the network on the {len(predictions.labels)} test images: {stats['acc1']:.1f}%")
+    log(closing_line(stats))  # which stays the last
     return stats
 
 
 def _write_reports(predictions, folder, args, dataset) -> None:
-    names = list(dataset.classes)
+    names = [printable(name) for name in dataset.classes]
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,16 +44,16 @@ def _write_reports(predictions, folder, args, dataset) -> None:
             table = per_class_table(matrix, names)
             log(table)
             if folder is not None:
-                (folder / "per_class.txt").write_text(
-                    table + "\n", encoding="utf-8", errors="backslashreplace"
-                )
-                draw_confusion(matrix, names).save(folder / "confusion.png")
+                with replacing(folder / "per_class.txt") as temporary:
+                    temporary.write_text(table + "\n", encoding="utf-8")
+                with replacing(folder / "confusion.png") as temporary:
+                    draw_confusion(matrix, names).save(temporary, format="PNG")
         if args.save_predictions:
             names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
             write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
-            log(f"predictions: {folder / 'predictions.csv'}")
+            log(f"predictions: {printable(folder / 'predictions.csv')}")
     except OSError as error:
-        warn(f"{folder}: reports were not written: {error.strerror or error}")
+        warn(f"{printable(folder)}: reports were not written: {error.strerror or error}")
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
@@ -83,7 +85,8 @@ def write_predictions(path: str | Path, predictions: Predictions, paths, class_n
     Columns: path, label, prediction (class names), correct (0 or 1), confidence (probability of the
     prediction), loss.
     """
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with replacing(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss"])
         for i, index in enumerate(predictions.indices.tolist()):

@@ -8,14 +8,15 @@ import torch
 
 from util.export.files import last_part, render
 from util.export.source import Source
+from util.files import shown
 from util.sizes import size_pair
 
 # Settings of the machine, not of the training
 _MACHINE = {
     "device", "dist_backend", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url", "distributed", "given",
-    "gpu", "job_dir", "keep_checkpoints", "knn_freq", "local_rank", "log_dir", "num_workers", "output_dir",
-    "pin_mem", "print_freq", "rank", "resume", "save_freq", "save_minutes", "save_predictions", "start_epoch",
-    "start_step", "vis_freq",
+    "gpu", "job_dir", "keep_checkpoints", "knn_freq", "local_rank", "log_dir", "no_verify", "num_workers",
+    "output_dir", "pin_mem", "print_freq", "rank", "resume", "save_freq", "save_minutes", "save_predictions",
+    "start_epoch", "start_step", "vis_freq",
 }  # fmt: skip
 _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
@@ -38,8 +39,8 @@ def read_metrics(path: str, epoch: int | None) -> dict:
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # a line cut short by a full disk
+        except (ValueError, RecursionError):
+            continue  # a line cut short by a full disk, or rubbish
         number = record.get("epoch") if isinstance(record, dict) else None
         if isinstance(number, int) and (epoch is None or number <= epoch):
             found = record
@@ -57,7 +58,9 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     """
     args, epoch = source.content.get("args"), source.content.get("epoch")
     args = args if isinstance(args, dict) else {}
+    data = "" if args.get("data_path") is None else args["data_path"]
     metrics = read_metrics(source.path, epoch if isinstance(epoch, int) else None)
+    metrics.pop("run", None)  # its id
     card = render(
         "card.md",
         source,
@@ -66,7 +69,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
         usage=usage,
         part=_PARTS[source.part],
         parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
-        data=_places(args["data_path"] or "") if "data_path" in args else None,
+        data=_places(data) if "data_path" in args else None,
         arguments=_arguments(args),
         epoch=metrics.pop("epoch", None),
         metrics={name: f"{v:.6g}" if isinstance(v, float) else v for name, v in metrics.items()},
@@ -77,20 +80,20 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
     return card + "\n"
 
 
-def _places(value: str | list) -> str:
+def _places(value) -> str:
     """The last part of a path, or of several."""
-    return " and ".join(map(last_part, [value] if isinstance(value, str) else value))
+    return " and ".join(map(last_part, value if isinstance(value, list | tuple) else [value]))
 
 
 def _arguments(args: dict) -> dict:
     """What was set, a path by its last part only."""
     rows = {}
-    for name, value in sorted(args.items()):
+    for name, value in sorted(args.items(), key=lambda item: str(item[0])):
         if name in _MACHINE or value is None or value == "":
             continue
         if name == "data_path" or (isinstance(value, str) and ("/" in value or "\\" in value)):
             value = _places(value)
-        if name == "input_size":
-            value = "x".join(map(str, size_pair(value)))
-        rows[name] = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        if name == "input_size" and isinstance(value, int | list | tuple):
+            value = "x".join(map(shown, size_pair(value)))
+        rows[name] = " ".join(map(shown, value)) if isinstance(value, list | tuple) else value
     return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 import models_mae
 from util.export.source import Source, read_source
 from util.run.writer import save_checkpoint
+from util.weights.schema import plain
 
 FULL = ("norm_pix_loss", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 _SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "pixel_range", "num_heads")
@@ -26,13 +27,13 @@ def settings(source: Source) -> dict[str, dict]:
     """The entry of a checkpoint that says how to build its model: `args`; of classifiers `model_info`."""
     info = {name: source.info.get(name) for name in _SETTINGS}
     if source.part == "full":
-        name = f"mae_{info['model']}"
-        info |= {"model": name if name in models_mae.MODELS else None}
+        names = source.constructor, f"mae_{info['model']}"
+        info |= {"model": next((name for name in names if name in models_mae.MODELS), None)}
         info |= {name: source.info[name] for name in FULL}
     if source.part == "classifier":
         info |= {name: source.info.get(name) for name in _CLASSIFIER}
         info["class_names"] = list(info["class_names"] or [])
-    info = {name: list(v) if isinstance(v, tuple) else v for name, v in info.items() if v is not None}
+    info = {name: list(v) if isinstance(v, tuple) else plain(v) for name, v in info.items() if v is not None}
     return {"model_info" if source.part == "classifier" else "args": info}
 
 

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
 from util.export.source import Source
-from util.files import replacing_folder, some
+from util.files import nameable, printable, replacing_folder, shown, some
+from util.weights.files import digest
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
 _WRITTEN = {
@@ -73,8 +74,8 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
             raise UserError(
                 f"--output {path}: {free / 2**20:.0f} MB are free, {1.1 * size / 2**20:.0f} MB are needed"
             )
-        with replacing_folder(path) as folder:
-            yield folder
+        with replacing_folder(path) as folder, nameable(folder) as named:
+            yield named
     except OSError as error:
         if error.errno is None:  # a library's own, which has nothing to do with the disk
             raise
@@ -82,15 +83,17 @@ def output_folder(path: Path, size: int) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character as JSON writes it
 
 
 def write_safetensors(path: Path, state: dict[str, torch.Tensor], **entries) -> None:
-    """Writes tensors, and `entries` (what JSON can hold) that `read_entries` returns."""
+    """Writes tensors, `entries` (what JSON can hold), and a digest of both, which `read_file` compares."""
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, path, {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}})
+    stored = {"format": "pt", **{name: json.dumps(v) for name, v in entries.items()}}
+    save_file(tensors, path, stored | {"digest": digest(tensors, stored)})
 
 
 def render(template: str, source: Source, /, **values) -> str:
@@ -102,16 +105,26 @@ def render(template: str, source: Source, /, **values) -> str:
 
 def last_part(path) -> str:
     """A path without its folders, of Windows too: where things lay concerns nobody."""
-    return PurePath(str(path).replace("\\", "/")).name
+    return shown(PurePath(str(path).replace("\\", "/")).name, 300)
 
 
 def _cell(value) -> str:
     """Text that stays in its cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    value = value.replace("\n", " ") if isinstance(value, str) else value
+    return shown(value, 300).replace("|", "\\|")
+
+
+def _quoted(text: str) -> str:
+    """A string as Python and JSON write it, on one line."""
+    line = json.dumps(str(text), ensure_ascii=False)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-_TEMPLATES.filters |= {"cell": _cell, "last_part": last_part, "number": "{:g}".format}
+_TEMPLATES.filters |= {
+    "cell": _cell, "last_part": last_part, "number": "{:g}".format, "printable": printable, "quoted": _quoted,
+    "shown": shown,
+}  # fmt: skip

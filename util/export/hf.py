@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
+from util.data.depth import depth_of
 from util.errors import UserError
 from util.export import timm
 from util.export.files import render, write_json, write_safetensors
 from util.export.source import Source, read_source
-from util.weights.describe import weights_depth
-from util.weights.files import read_json
+from util.files import read_json, shown
+from util.weights.folder import weights_files
 from util.weights.hugging_face import classifier_config, mae_config, to_hugging_face
 
 _BICUBIC = 3
@@ -85,7 +86,7 @@ def _preprocessor_config(source: Source) -> dict:
         "image_mean": list(source.info["mean"]),
         "image_std": list(source.info["std"]),
     }
-    if depth := weights_depth(source):  # of the files' own values, which are not clipped here
+    if depth := depth_of(source):  # of the files' own values, which are not clipped here
         mean, std = depth.low + depth.span * source.mean, depth.span * source.std
         config |= {"do_rescale": False, "image_mean": mean.tolist(), "image_std": std.tolist()}
     if source.vit.num_classes and height == width:
@@ -108,9 +109,12 @@ def _load(name: str, folder: Path, **changes) -> torch.nn.Module:
 
     transformers.logging.set_verbosity_error()  # no load reports
     transformers.logging.disable_progress_bar()
-    model, report = getattr(transformers, name).from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, **changes
-    )
+    try:
+        model, report = getattr(transformers, name).from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, **changes
+        )
+    except Exception as error:  # of many kinds, for a config.json that it cannot take
+        raise UserError(f"{folder}: transformers cannot load it: {shown(str(error), 300)}") from None
     if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(f"{folder}: transformers {transformers.__version__} does not find all tensors of its "
                         f"{name} there ({', '.join(map(str, sorted(lost)[:3]))})")  # fmt: skip
@@ -119,11 +123,14 @@ def _load(name: str, folder: Path, **changes) -> torch.nn.Module:
 
 def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Loads what lies at `path` with transformers; of a full model also loss, mask and reconstruction."""
-    if not (path / "config.json").exists():  # a file alone: beside the config that its tensors tell
+    if not (path / "config.json").exists():  # without one: beside the config that its tensors tell
+        files = weights_files(path, f"--resume {path}") if path.is_dir() else [path]
+        name = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
+        names = {name: files[0]} if len(files) == 1 else {file.name: file for file in path.iterdir()}
         with tempfile.TemporaryDirectory() as folder:
             write_json(Path(folder) / "config.json", _config(source))
-            file = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
-            (Path(folder) / file).symlink_to(path.absolute())
+            for name, file in names.items():
+                (Path(folder) / name).symlink_to(file.absolute())
             return check(source, Path(folder))
     images, in_order = source.images(2), torch.arange(source.vit.patch_embed.num_patches).float()
     name, config = _class(source), read_json(path / "config.json")

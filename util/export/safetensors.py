@@ -40,7 +40,7 @@ def usage(source: Source, folder: str) -> str:
         args |= {key: info[key] for key in FULL if key != "mask_ratio"}
     else:
         args |= {"global_pool": info["global_pool"], "num_classes": source.vit.num_classes}
-    name = f"mae_{info.get('model')}" if full else info.get("model")
+    name = settings(source)["args"].get("model") if full else info.get("model")
     if not (named := name in module.MODELS):
         name = "MaskedAutoencoderViT" if full else "VisionTransformer"
         args |= {key: info[key] for key in ("embed_dim", "depth", "num_heads")}

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
+from util.errors import UserError
+from util.rng import takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
-from util.weights.state import stored_settings
+from util.weights.schema import check_settings, stored_settings
 
 
 @dataclass
@@ -87,17 +89,21 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
         UserError: unreadable, no ViT encoder in it, one that computes something else than this code's, or
             one whose settings neither the file nor the flags tell.
     """
-    content = read_file(path, "--resume")
+    content = read_file(path, "--resume", not getattr(args, "no_verify", False))
     parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
     weights = describe(content, path, args, *parts, override=True)
     source = Source(**vars(weights))
     source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
     source.mae = build(weights) if weights.part == "full" else None
+    if source.mae is not None and not takes_noise(source.mae):
+        raise UserError(f"--resume {path}: its model draws its own masks, so that no copy can be compared "
+                        "with it; pass --encoder_only")  # fmt: skip
     if args.mask_ratio is not None:
         source.mask_ratio = args.mask_ratio
-    stored = stored_settings(content)
-    eps = content.get("config", {}).get("layer_norm_eps", 1e-6)
-    if eps != 1e-6:
+    stored, config = stored_settings(content, f"--resume {path}", "mean", "std"), content.get("config", {})
+    check_settings(config, f"--resume {path}: its config.json", "layer_norm_eps")
+    eps = config.get("layer_norm_eps")
+    if eps not in (None, 1e-6):
         source.notes.append(f"its norms have eps {eps:g}, this code's 1e-06; the comparison decides")
     if any(getattr(args, name) is None and stored.get(name) is None for name in ("mean", "std")):
         source.notes.append("the file does not say which mean and std its images had: taken as this code's "

@@ -8,7 +8,8 @@ import torch
 from util.errors import UserError
 from util.export.files import render, write_json, write_safetensors
 from util.export.source import Source, read_source
-from util.weights.files import read_json
+from util.files import read_json
+from util.weights.folder import weights_files
 
 # timm's model of the same architecture, and its settings of those that have weights of an MAE; and what the
 # name alone says: patch, width, blocks, heads, classes
@@ -78,8 +79,8 @@ def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Ten
         UserError: timm cannot load it as the model that its tensors tell.
     """
     name, args = _model(source)
-    files = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
-    file, config = next((file for file in files if file.exists()), path), path / "config.json"
+    file = weights_files(path, f"--resume {path}")[0] if path.is_dir() else path
+    config = path / "config.json"
     try:
         models = {"checkpoint_path": timm.create_model(name, checkpoint_path=str(file), **args)}
         if _READS_FOLDERS and config.exists() and "architecture" in read_json(config):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from util.errors import UserError
 from util.figures.canvas import draw_grid
 from util.figures.reconstruction import evaluation_mode
 
@@ -19,16 +20,22 @@ COLOURS = np.stack(
 
 
 def block_attention(block: nn.Module, x: Tensor) -> Tensor:
-    """Weights (N, heads, T, T) with which a timm `Block` mixes tokens x (N, T, D); rows sum to 1."""
+    """Weights (N, heads, T, T) with which a timm `Block` mixes tokens x (N, T, D); rows sum to 1.
+
+    Raises UserError for an attention module of a client's that makes none.
+    """
     attn, seen = block.attn, []
     # Not fused, timm's attention makes them a tensor and hands it to its dropout
-    fused, attn.fused_attn = attn.fused_attn, False
-    hook = attn.attn_drop.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    fused, attn.fused_attn = getattr(attn, "fused_attn", None), False
+    drop = getattr(attn, "attn_drop", torch.nn.Identity())
+    hook = drop.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         block(x)
     finally:
         attn.fused_attn = fused
         hook.remove()
+    if not seen:
+        raise UserError(f"--attention: the model's {type(attn).__name__} does not show where it looks")
     return seen[0]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from util.data.read import open_pil
 from util.errors import UserError
 from util.figures.canvas import draw_grid
+from util.rng import masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
 BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix_loss model must say
@@ -117,7 +118,7 @@ def reconstruct(
     device = next(model.parameters()).device
     images = images.to(device)
     with evaluation_mode(model):
-        _, pred, mask = model(images, mask_ratio=mask_ratio, noise=noise.to(device))
+        _, pred, mask = masked_by(noise.to(device), model, images, mask_ratio)
     pred = pred.to(images.dtype)  # autocast may have made it half
     if model.norm_pix_loss:
         pred = undo_patch_normalization(pred, model.patchify(images))

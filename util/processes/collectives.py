@@ -1,4 +1,4 @@
-"""Start-up of one or many processes, the little they exchange, and logging by rank."""
+"""The little that processes exchange, and logging by rank."""
 
 import sys
 from argparse import Namespace
@@ -6,32 +6,37 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
+from util.console import one_line, say
 from util.errors import UserError
 
 
 def log(message: str) -> None:
-    """Prints on the first process only."""
+    """Prints on the first process only. Whatever stdout takes or not, the run goes on; see `util.console`."""
     if is_main_process():
-        print(message, flush=True)
+        say(message)
 
 
 def note(message: str) -> None:
     """Prints on standard error on any process, with its rank when there are several."""
     rank = f"[rank {get_rank()}] " if get_world_size() > 1 else ""
-    print(f"{rank}{message}\n", end="", file=sys.stderr, flush=True)  # one write: of threads too
+    say(f"{rank}{message}", sys.stderr)
 
 
 def warn(message: str) -> None:
-    """As `note`, of what may be wrong."""
-    note(f"warning: {message}")
+    """As `note`, on one line, of what may be wrong."""
+    note(f"warning: {one_line(str(message))}")
+
+
+def is_dist_avail_and_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def get_world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
 
 
 def get_rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
 def is_main_process() -> bool:
@@ -40,7 +45,8 @@ def is_main_process() -> bool:
 
 def barrier() -> None:
     if get_world_size() > 1:
-        dist.barrier()
+        # NCCL warns where it has to guess the GPU
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,9 @@ fit otherwise (FSDP2, `torch.distributed.fsdp.fully_shard`; ZeRO stage 3, arXiv 
 A block's weights are gathered when it computes and dropped after it; gradients are averaged, and each process
 keeps its share of them. Blocks compute in the precision that autocast gives them, as with
 DistributedDataParallel: weights travel in float32, and both give the same numbers. (FSDP2's own mixed
-precision would also round norms and position tables to 16 bits.)
+precision would also round norms and position tables to 16 bits.) So autograd keeps autocast's 16-bit copies
+of all weights, 2 bytes a parameter, up to the backward pass, unless blocks are computed again
+(--grad_checkpointing).
 
 All that is not training takes a `full_copy`, a plain model that any process may call as often as it likes.
 Checkpoints hold whole tensors: `util.run.writer.snapshot` gathers them, one at a time, and `load_state` and
@@ -15,6 +17,7 @@ have a fresh optimizer make a step.)
 
 import contextlib
 import copy
+import functools
 import warnings
 from argparse import Namespace
 
@@ -133,9 +136,36 @@ def wrap_model(model: torch.nn.Module, device: torch.device, fsdp: bool = False)
     """
     if fsdp:
         return shard_model(model, device)
-    return torch.nn.parallel.DistributedDataParallel(
+    wrapped = torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+    _settle_buckets(wrapped)
+    return wrapped
+
+
+class _FirstEntries(torch.nn.Module):
+    """Adds up an entry of each parameter, so that their gradients come last one first, as in training."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        super().__init__()
+        self.sum = lambda: functools.reduce(torch.add, [p.flatten()[0] for p in parameters])
+
+    def forward(self) -> torch.Tensor:
+        return self.sum()
+
+
+def _settle_buckets(wrapped: torch.nn.parallel.DistributedDataParallel) -> None:
+    """Has the gradients' buckets laid out before the first step.
+
+    They are laid out anew after the first backward pass, in the order in which gradients came. How the shares
+    of three or more processes are added up depends on the place in a bucket: the first step of a resumed run
+    would round otherwise than the same step of an undisturbed one.
+    """
+    model = wrapped.module
+    wrapped.module = _FirstEntries([p for p in model.parameters() if p.requires_grad])
+    wrapped().backward()
+    wrapped.module = model
+    model.zero_grad()
 
 
 def without_gradient_traffic(model: torch.nn.Module, active: bool = True):

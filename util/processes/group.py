@@ -5,17 +5,17 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import uuid
+import warnings
 from argparse import Namespace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from util import console
 from util.errors import UserError
-from util.processes import watch
 from util.processes.collectives import all_reduce_sum, barrier, gather, note
 
 
@@ -61,6 +61,7 @@ def init_distributed_mode(args: Namespace) -> None:
         return
     args.rank, args.world_size, args.gpu = found
     args.distributed = True
+    _share_cores()
     device = str(getattr(args, "device", "auto"))
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
@@ -70,6 +71,7 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError("MASTER_ADDR is not set: start with torchrun, or pass --dist_url tcp://HOST:PORT")
     try:
         if on_gpu:
+            check_kernels(torch.device("cuda", args.gpu))
             torch.cuda.set_device(args.gpu)
         store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
         store.set_timeout(patience)
@@ -87,7 +89,40 @@ def init_distributed_mode(args: Namespace) -> None:
         raise UserError(
             f"rank {args.rank}: an all-reduce over {args.world_size} processes counted {total:.0f}"
         )
+    from util.processes import watch  # here and below: a single process does without it
+
     watch.start(args.rank, args.world_size, store, part)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises UserError where this torch has no kernels for the GPU `device`, which it finds usable until the
+    first one fails; RuntimeError where there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*(CUDA capability|not compatible|compute capability)")
+        try:
+            torch.ones(1, device=device).add_(1).item()  # a launch fails at once, or when it is waited for
+        except RuntimeError as error:
+            if "no kernel image" not in str(error):
+                raise
+            name = "{} (sm_{}{})".format(
+                torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
+            )
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} has no kernels for {name}, only for "
+                f"{' '.join(torch.cuda.get_arch_list())}; install a torch that is built for it "
+                "(https://pytorch.org/get-started), or take --device cpu"
+            ) from None
+
+
+def _share_cores() -> None:
+    """Divides the cores among the processes of this machine where nobody has said how many threads each shall
+    have, as torchrun does. With as many as there are cores, each process would wait for the others' threads.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
 
 
 def _own_part(store: dist.Store) -> dist.Store:
@@ -116,6 +151,8 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
     With `own_fault=False` (a collective broke, perhaps because another process ended) only if no other
     process has given a reason.
     """
+    from util.processes import watch
+
     first = watch.claim(message, wait_seconds=0 if own_fault else watch.PATIENCE)
     if first:
         note(message)
@@ -125,13 +162,15 @@ def fail(message: str, status: int, own_fault: bool = True) -> None:
         content = {"message": {"message": message, "extraInfo": extra}}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
-    sys.stdout.flush()
+    console.write("")  # what others have printed
     watch.leave(status)  # without clean-up, which would wait for the others
 
 
 def shut_down() -> None:
     """Leaves the process group, if there is one, when all processes have come here."""
     if dist.is_available() and dist.is_initialized():
+        from util.processes import watch
+
         barrier()
         watch.stop()
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Imports neither torch nor numpy, so that a launcher can install the handlers before the slow imports.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -58,7 +59,9 @@ def _handle(number: int, frame) -> None:
     if _requested is None:
         _requested = number
         text = f"{signal.Signals(number).name}: finishing the step, then saving and leaving"
-        os.write(2, f"{text}{', again to leave at once' if number == signal.SIGINT else ''}\n".encode())
+        advice = ", again to leave at once" if number == signal.SIGINT else ""
+        with contextlib.suppress(OSError):  # a full disk under the log, which must not end the step
+            os.write(2, f"{text}{advice}\n".encode())
 
 
 def follow_main_process() -> None:

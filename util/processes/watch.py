@@ -13,6 +13,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from util.console import say
+
 INTERVAL = 1.0  # seconds between beats
 SILENCE = 20.0  # seconds without a beat after which a process counts as ended
 PATIENCE = 4.0  # seconds to wait for another process's reason when a collective breaks
@@ -69,11 +71,11 @@ def _watch(rank: int, world_size: int) -> None:
             elif time.monotonic() - since > SILENCE and not _stop.is_set():
                 if claim(f"rank {neighbour} does not answer"):
                     text = f"rank {neighbour} has given no sign of life for {SILENCE:.0f} s (killed, out of"
-                    print(f"[rank {rank}] error: {text} memory, or its machine is gone)", flush=True)
+                    say(f"[rank {rank}] error: {text} memory, or its machine is gone)")
                 leave(1)
     except (RuntimeError, OSError):  # the store's server, rank 0 or the launcher, is gone
         if not _stop.wait(PATIENCE):
-            print(f"[rank {rank}] error: rank 0 or the launcher is gone; stopping", flush=True)
+            say(f"[rank {rank}] error: rank 0 or the launcher is gone; stopping")
             leave(1)
 
 

@@ -9,11 +9,11 @@ import argparse
 import torch
 
 import models_vit
-from util.cli.flags import at_least, check_flags
+from util.cli.flags import at_least, check_flags, construct
 from util.data.depth import adopt_pixel_range
 from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
-from util.files import check_writable
+from util.files import check_writable, printable
 from util.processes.collectives import is_main_process, log, warn
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
@@ -32,8 +32,8 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
          help=f"one of {', '.join(models_vit.MODELS)}")
     flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
     flag("--patch_size", type=at_least(1), help="default: the model's")
-    flag("--finetune", default="", metavar="FILE|URL",
-         help="weights to start from: a pre-training checkpoint, a released, timm or Hugging Face file")
+    flag("--finetune", default="", metavar="FILE|URL|FOLDER",
+         help="weights to start from: a pre-training checkpoint, a released file, timm's or Hugging Face's")
     flag("--global_pool", action="store_true", help="classify the mean of the patch tokens")
     flag("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
     flag("--nb_classes", type=at_least(1), help="default: as many as the data has")
@@ -53,7 +53,7 @@ def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentPar
     check_flags(args, parser)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
-    if args.split != "val" and not args.eval:
+    if getattr(args, "split", "val") != "val" and not args.eval:
         raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.save_predictions and not args.output_dir:
         raise UserError("--save_predictions: needs an --output_dir to write to")
@@ -82,20 +82,15 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     source, content = checkpoint
     args.resume = source  # what "auto" has found stands in the log and in later checkpoints
     model_state(content, f"--resume {source}")
-    info = read_model_info(content)
+    info = read_model_info(content, f"--resume {source}")
     if "recipe" not in info:
-        state, kind = encoder_state(content)
+        state, kind = encoder_state(content, f"--resume {source}")
         advice = "; to start from its encoder, pass it with --finetune" if has_encoder(state) else ""
         raise UserError(f"--resume {source}: holds no classifier ({kind}){advice}")
     written_by = info["recipe"]
     if written_by != recipe:
         raise UserError(f"--resume {source}: was written by main_{written_by}.py; use that script")
     adopt_model_info(args, info, source, given)
-    stored = content.get("args") or {}
-    if "optimizer" in content and not args.eval and "trainable_blocks" in stored:
-        stored, own = stored["trainable_blocks"], getattr(args, "trainable_blocks", None)
-        if stored != own:
-            raise UserError(f"--trainable_blocks {own}: {source} was trained with {stored}")
     return checkpoint
 
 
@@ -110,7 +105,7 @@ def prepare_classes(
     if train is not None:
         check_classes(train, val)
     if checkpoint is not None:
-        info = read_model_info(checkpoint.content)
+        info = read_model_info(checkpoint.content, f"--resume {checkpoint.source}")
         check_class_names(info, val.classes, checkpoint.source, val.files.source, "nb_classes" in given)
     args.nb_classes = count_classes(args, val)
 
@@ -120,24 +115,28 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
     if args.patch_size is not None:
         extra["patch_size"] = args.patch_size
     try:
-        model = models_vit.MODELS[args.model](
+        model = construct(
+            models_vit.MODELS[args.model],
             img_size=args.input_size,
             in_chans=args.in_chans,
             num_classes=args.nb_classes,
             global_pool=args.global_pool,
             **extra,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    args.patch_size = model.patch_embed.patch_size[0]
+    own = model.patch_embed.patch_size[0]
+    if args.patch_size not in (None, own):
+        raise UserError(f"--patch_size {args.patch_size}: {args.model} always has {own}; leave the flag out")
+    args.patch_size = own
     return model
 
 
 def read_start(args: argparse.Namespace) -> dict | None:
     """The content of `--finetune FILE` for `start_from`, if any; `args` get the pixel range that it says."""
-    if not args.finetune or args.eval:
+    if not getattr(args, "finetune", "") or getattr(args, "eval", False):
         return None
-    content = read_file(args.finetune, "--finetune")
+    content = read_file(args.finetune, "--finetune", not getattr(args, "no_verify", False))
     if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
         adopt_pixel_range(args, content, f"--finetune {args.finetune}")
     return content
@@ -145,7 +144,8 @@ def read_start(args: argparse.Namespace) -> dict | None:
 
 def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
     """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
-    content = read_file(args.finetune, "--finetune") if content is None else content
+    if content is None:
+        content = read_file(args.finetune, "--finetune", not getattr(args, "no_verify", False))
     report = load_into(model, args.finetune, content=content)
     log(str(report))
     warn_of_other_stats(args, content, args.finetune)
@@ -160,7 +160,7 @@ def load_for_eval(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state)
     if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
         warn(f"--resume {source}: has weights that are not finite")
-    log(f"evaluating {source}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
+    log(f"evaluating {printable(source)}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
 
 
 def set_trainable_blocks(model: torch.nn.Module, number: float | None) -> None:

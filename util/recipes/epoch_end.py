@@ -54,7 +54,7 @@ class ClassifierEpochEnd:
         test = evaluate_and_report(self.val_loader, whole, self.device, args, self.val_set, report)
         is_best, state.best_acc1 = test["acc1"] > state.best_acc1, max(state.best_acc1, test["acc1"])
         state.save(epoch, best=is_best, stats=stats, evaluated=True)
-        log(f"best accuracy so far: {state.best_acc1:.3f} %")
+        log(f"best accuracy so far: {state.best_acc1:.3f} %\nMax accuracy: {state.best_acc1:.2f}%")
         record = {f"train_{name}": value for name, value in stats.items()}
         record |= {f"test_{name}": value for name, value in test.items()}
         n_parameters = count_trained(state.model)

@@ -1,7 +1,8 @@
 """Checkpoints, written so that a kill loses nothing; the way back to one is `util.run.resume`.
 
 `checkpoint-{epoch}.pth` is written when an epoch is complete: a dict of 'model', 'optimizer', 'epoch',
-'scaler' and 'args' (a plain dict), as the reference's. A run that stops inside an epoch writes
+'scaler' and 'args' (a plain dict), as the reference's, and 'run': which run it is of ('id') and on what data
+(see `util.run.start.describe_data`). A run that stops inside an epoch writes
 `checkpoint-{epoch}-step{n}.pth`: the same, where 'epoch' is the last complete epoch (-1: none) and 'step' the
 number of micro-steps done of the next.
 """
@@ -18,17 +19,23 @@ from util.errors import TrainingError, UserError
 from util.files import check_writable
 from util.processes.collectives import get_world_size, is_main_process, warn
 from util.processes.fsdp import is_sharded
+from util.run import owner
 from util.run.writer import BackgroundWriter, save_checkpoint, snapshot
-from util.weights.files import is_inside_epoch, list_checkpoints
+from util.weights.files import is_inside_epoch, list_checkpoints, position_in_name
 
 _writer = BackgroundWriter()
 
 
 def prepare_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
-    """Makes the folder, tidies it; UserError unless a checkpoint of `model` and AdamW's state fits in."""
+    """Makes the folder this run's, and tidies it.
+
+    Raises:
+        UserError: another run works there, or a checkpoint of `model` and AdamW's state does not fit in.
+    """
     _writer.failed = False  # of an earlier run in this process
     if not output_dir or not is_main_process():
         return
+    owner.claim(output_dir)
     check_writable("--output_dir", output_dir)
     for left in Path(output_dir).glob(".checkpoint-*.tmp-*"):
         with contextlib.suppress(OSError):
@@ -41,7 +48,37 @@ def prepare_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
 
 
 def save_model(
-    args, epoch, model, model_without_ddp, optimizer, loss_scaler, step: int = 0, best: bool = False, **extra
+    args,
+    epoch,
+    model,
+    model_without_ddp,
+    optimizer,
+    loss_scaler,
+    step: int = 0,
+    best: bool = False,
+    **entries,
+) -> Path | None:
+    """As `save_in_background`, but returns when the file is there; None too where it could not be written."""
+    path = save_in_background(args, epoch, model_without_ddp, optimizer, loss_scaler, step, best, **entries)
+    _writer.wait()
+    return None if path is None or _writer.failed else path
+
+
+def save_in_background(
+    args,
+    epoch: int,
+    model,
+    optimizer,
+    loss_scaler,
+    step: int = 0,
+    best: bool = False,
+    *,
+    run: dict | None = None,
+    stats: dict | None = None,
+    evaluated: bool | None = None,
+    meters: list | None = None,
+    model_info: dict | None = None,
+    best_acc1: float | None = None,
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
 
@@ -51,21 +88,24 @@ def save_model(
 
     Args:
         epoch: the epoch just completed or, with `step`, the one that is under way.
+        model: bare, not its wrapper.
         step: micro-steps done of that epoch when it is not complete.
         best: also make it `checkpoint-best.pth`.
-        extra: further entries, those that are not None.
+        run, stats, evaluated, meters, model_info, best_acc1: entries, see `util.run.start.RunState`.
 
     Returns the path, or None on other processes.
     """
-    if not args.output_dir or not (is_main_process() or is_sharded(model_without_ddp)):
+    entries = {"run": run, "stats": stats, "evaluated": evaluated, "meters": meters, "model_info": model_info}
+    entries["best_acc1"] = best_acc1
+    if not getattr(args, "output_dir", "") or not (is_main_process() or is_sharded(model)):
         return None
     content = {
-        "model": model_without_ddp.state_dict(),
+        "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "epoch": epoch - 1 if step else epoch,
         "scaler": loss_scaler.state_dict() if loss_scaler is not None else {},
         "args": dict(vars(args)),
-        **{name: value for name, value in extra.items() if value is not None},
+        **{name: value for name, value in entries.items() if value is not None},
     }
     if not is_main_process():
         snapshot(content, keep=False)  # hands over this process's part
@@ -84,7 +124,7 @@ def save_model(
                 _same_file(path.with_name("checkpoint-best.pth"), path)
             else:
                 save_checkpoint(path, copy)
-            _remove_old(path, getattr(args, "keep_checkpoints", 0))
+            _remove_old(path, owner.id_of(copy), getattr(args, "keep_checkpoints", 0))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
             advice = ", make room" if full else ""
@@ -93,6 +133,11 @@ def save_model(
 
     _writer.start(write, content)
     return path
+
+
+def wait_for_saving() -> None:
+    """Returns when nothing is being written."""
+    _writer.wait()
 
 
 def finish_saving() -> None:
@@ -116,12 +161,16 @@ def _same_file(path: Path, other: Path) -> None:
     os.replace(temporary, other)
 
 
-def _remove_old(newest: Path, keep: int) -> None:
-    """Removes mid-epoch checkpoints other than `newest`, and all but the newest `keep` others."""
-    complete = 0
+def _remove_old(newest: Path, run: str | None, keep: int) -> None:
+    """Of a run's checkpoints before `newest`, removes those inside an epoch and all but `keep` - 1 others."""
+    kept = not is_inside_epoch(newest)
     for path in list_checkpoints(newest.parent):
         inside_epoch = is_inside_epoch(path)
-        complete += not inside_epoch
-        if path != newest and (inside_epoch or (keep and complete > keep)):
+        if position_in_name(path) >= position_in_name(newest) or not (keep or inside_epoch):
+            continue
+        if owner.id_at(path) != run:
+            continue
+        kept += not inside_epoch
+        if inside_epoch or kept > keep:
             with contextlib.suppress(OSError):
                 path.unlink()

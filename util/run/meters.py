@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import resource
 import statistics
 import sys
 import time
@@ -23,21 +22,22 @@ class SmoothedValue:
         fmt: how it prints, from median, avg, global_avg, max, value.
     """
 
-    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
         self.recent: deque = deque(maxlen=window_size)
         self.pending: list = []  # tensors not read yet, with their counts
-        self.total, self.count, self.fmt = 0.0, 0, fmt
+        self.total, self.count, self.fmt = 0.0, 0, fmt or "{median:.4f} ({global_avg:.4f})"
 
     def update(self, value: float | torch.Tensor, n: int = 1) -> None:
-        """Adds `value` (a number or a scalar tensor on any device, not read now) with weight `n`."""
-        self.pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
+        """Adds `value` (a number or a scalar tensor on any device) as it is, unread, with weight `n`."""
+        # A copy on the device, which nobody waits for: the caller may go on computing in place
+        self.pending.append((value.detach().clone() if isinstance(value, torch.Tensor) else float(value), n))
 
     def flush(self) -> None:
         """Reads the pending values, one copy from the device for all; drops what is not finite."""
         tensors = [value for value, _ in self.pending if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         for value, n in self.pending:
-            value = next(numbers) if isinstance(value, torch.Tensor) else float(value)
+            value = next(numbers) if isinstance(value, torch.Tensor) else value
             if not math.isfinite(value):  # handled, and counted, elsewhere; here it would hide all others
                 continue
             self.recent.append(value)
@@ -55,9 +55,14 @@ class SmoothedValue:
         self.total, self.count = all_reduce_sum(sums).tolist()
         self.count = int(self.count)
 
-    def _recent(self) -> list[float]:
+    @property
+    def deque(self) -> "deque[float]":
+        """The last values, up to date."""
         self.flush()
-        return list(self.recent) or [math.nan]
+        return self.recent
+
+    def _recent(self) -> list[float]:
+        return list(self.deque) or [math.nan]
 
     @property
     def median(self) -> float:
@@ -132,18 +137,21 @@ class MetricLogger:
             self.meters[name].synchronize_between_processes()
 
     def averages(self) -> dict[str, float]:
-        """{name: average over the epoch}, of all processes, which must all call this."""
+        """{name: average over the epoch}, of all processes, which must all call this; prints them."""
         self.synchronize_between_processes()
+        log(f"Averaged stats: {self}")
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
+    def log_every(
+        self, iterable: Iterable, print_freq: int, header: str | None = None, start: int = 0
+    ) -> Iterator:
         """Yields from `iterable`; prints a line every `print_freq` items and a total at the end.
 
         A line has the time to go, the meters, images/s, seconds per step, the share of time spent waiting for
         data and the peak memory. On a terminal a progress bar stands in for the lines. `start`: number of the
         first item of `iterable` when it goes on inside an epoch; its length stays that of the epoch.
         """
-        length = len(iterable)
+        length, header = len(iterable), header or ""
         bar = None
         if is_main_process() and sys.stdout.isatty():
             bar = progress_bar(length, "it", sys.stdout, initial=start, desc=header, mininterval=0.5)
@@ -215,12 +223,17 @@ class _Clock:
         texts = [f"time: {self.seconds_per_step:.4f}", f"data wait: {self.wait_percent:.1f} %"]
         if images_per_step:
             texts.insert(0, f"images/s: {images_per_step / max(self.seconds_per_step, 1e-9):.1f}")
-        return [*texts, f"max mem: {peak_memory_mb():.0f} MB"]
+        peak = peak_memory_mb()
+        return [*texts, *([] if peak is None else [f"max mem: {peak:.0f} MB"])]
 
 
-def peak_memory_mb() -> float:
-    """Peak memory in MB (2^20 bytes): the GPU's allocations or this process's resident memory."""
+def peak_memory_mb() -> float | None:
+    """Peak memory in MB (2^20 bytes): the GPU's allocations or the resident memory; None: unknown."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

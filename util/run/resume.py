@@ -1,14 +1,17 @@
 """A run's way back to a checkpoint, which is read once per start."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from util.errors import UserError
-from util.processes.collectives import check_agreement, get_world_size, is_main_process, log, warn
+from util.files import some
+from util.processes.collectives import check_agreement, gather, get_world_size, is_main_process, log, warn
 from util.processes.fsdp import load_state, split_optimizer_state
-from util.weights.files import find_newest, list_checkpoints, read_file
+from util.run import owner
+from util.weights.files import list_checkpoints, position_in_name, read_file
 from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
 
@@ -25,18 +28,23 @@ class Checkpoint(NamedTuple):
 def read_resume(args) -> Checkpoint | None:
     """What `args.resume` (auto, file or URL) names; None without one, or where there is none for "auto".
 
-    The range of deep images comes with it: `args.pixel_range`.
+    "auto" is the furthest checkpoint, by epoch and step, of the run that `args.output_dir` belongs to or,
+    before it has saved one, the file that it started from. The range of deep images comes with it.
 
     Raises:
-        UserError: unreadable, with entries that no run has written, or with another range than was given.
+        UserError: unreadable, with entries that no run has written, or of another --pixel_range; of "auto":
+            there are checkpoints, but none can be read.
     """
-    if args.resume == "auto":
-        newest = find_newest(args.output_dir) if args.output_dir else None
-        if newest is None:
+    resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
+    verify = not getattr(args, "no_verify", False)
+    if resume == "auto":
+        chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
+        source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
+        if source is None:
             return None
-        checkpoint = Checkpoint(str(newest[0]), newest[1])
-    elif args.resume:
-        checkpoint = Checkpoint(args.resume, read_file(args.resume, "--resume"))
+        checkpoint = chosen or Checkpoint(source, read_file(source, "--resume", verify=False))
+    elif resume:
+        checkpoint = Checkpoint(resume, read_file(resume, "--resume", verify))
     else:
         return None
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
@@ -46,36 +54,98 @@ def read_resume(args) -> Checkpoint | None:
     return checkpoint
 
 
+def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
+    """What "auto" is; what cannot be read is passed over with a warning, another run's files without."""
+    record, paths = owner.read_record(output_dir), list_checkpoints(output_dir)
+    own, best, passed, unread = record.get("id"), None, 0, []
+    for path in paths:
+        if best and position_in_name(path) <= owner.position_of(best.content):
+            break
+        if passed and owner.id_at(path) not in (own, ""):
+            continue  # where many files are in the way, a look at each is enough
+        try:
+            content = read_file(path, verify=verify)
+            if "model" not in content:
+                raise UserError(f"{path}: holds no model")
+        except UserError as error:
+            warn(f"{error}; passed over for the one before")
+            unread.append(path.name)
+            continue
+        if owner.position_of(content) != position_in_name(path):
+            warn(f"{path}: its name says another epoch than its entries, which count")
+        if own and owner.id_of(content) != own:
+            passed += 1
+        elif not best or owner.position_of(content) > owner.position_of(best.content):
+            best = Checkpoint(str(path), content)
+    if best is None and unread:
+        raise UserError(
+            f"--resume auto: no checkpoint of this run in {output_dir} can be read ({some(unread)}), and "
+            "nothing is overwritten; pass --resume FILE or another --output_dir, or move what is damaged away"
+        )
+    start = record.get("from", "") if best is None else ""
+    if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
+        source = start if "://" in start else os.path.join(output_dir, start)
+        return Checkpoint(source, read_file(source, "--resume", verify))
+    if best and not own:
+        _warn_of_later(best, paths)
+    return best
+
+
+def _warn_of_later(best: Checkpoint, paths: list[Path]) -> None:
+    """Says where, in a folder that does not say whose it is, a file of perhaps another run is the newest."""
+    newest, run = max(paths, key=os.path.getmtime), owner.id_of(best.content)
+    later = os.path.getmtime(newest) > os.path.getmtime(best.source)
+    if later and (run is None or owner.id_at(newest) != run):
+        warn(
+            f"{best.source} is taken, being the furthest; {newest} was written after it: if that is of a "
+            f"later run, pass --resume {newest}"
+        )
+
+
 def load_model(args, model_without_ddp, optimizer, loss_scaler) -> dict | None:
     """Restores a run from `args.resume` (auto, file or URL); sets `args.start_epoch` and `args.start_step`.
+
+    Args:
+        args: what is missing of it is not looked at.
 
     Returns the loaded content, or None when there was nothing to resume.
 
     Raises:
         UserError: unreadable, of another architecture, or without what resuming needs.
     """
+    args.resume, args.output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     checkpoint = read_resume(args)
     restore_run(args, checkpoint, model_without_ddp, optimizer, loss_scaler)
     return checkpoint and checkpoint.content
 
 
-def restore_run(args, checkpoint: Checkpoint | None, model, optimizer, loss_scaler) -> None:
-    """As `load_model`, from a `checkpoint` that was read; `model`: bare, not its wrapper."""
+def restore_run(
+    args, checkpoint: Checkpoint | None, model, optimizer, loss_scaler, listing: dict | None = None
+) -> None:
+    """As `load_model`, from a `checkpoint` that was read.
+
+    Args:
+        model: bare, not its wrapper.
+        listing: of the data (`util.run.start.describe_data`); None: of another loop than our scripts', which
+            knows itself what is left to do of a complete run.
+    """
+    given = 0 if hasattr(args, "start_step") else getattr(args, "start_epoch", 0)  # else an earlier run's
     args.start_step = 0
     if checkpoint is None:
-        if args.resume:
-            log(f"resume: no checkpoint in {args.output_dir}, starting from scratch")
-        elif args.output_dir and list_checkpoints(args.output_dir):
-            if is_main_process():
-                _check_owner(args)
-            text = f"{args.output_dir} holds checkpoints of an earlier run"
-            log(f"note: {text}, which this fresh one will overwrite; --resume auto goes on from them")
+        _say_what_is_there(args)
         return
     source, content = checkpoint
     state = model_state(content, f"--resume {source}")
     check_state(model, state, f"--resume {source}")
+    trains, epochs = "optimizer" in content and "epoch" in content, getattr(args, "epochs", None)
+    start_epoch = content["epoch"] + 1 if trains else 0
+    complete = trains and epochs is not None and start_epoch >= epochs
+    if not getattr(args, "eval", False):
+        from util.run.recipe import check_changes  # only runs that go on need it
+
+        check_changes(args, content, source, listing, complete and listing is not None, given)
     load_state(model, state)
-    if "optimizer" not in content or "epoch" not in content:
+    if not trains:
         log(f"resume: {source} holds weights only; optimizer and epoch start anew")
         return
     if not getattr(args, "eval", False):
@@ -83,14 +153,26 @@ def restore_run(args, checkpoint: Checkpoint | None, model, optimizer, loss_scal
             _load_optimizer(optimizer, content["optimizer"], source)
         if loss_scaler is not None:
             loss_scaler.load_state_dict(content.get("scaler") or {})
-    args.start_epoch, args.start_step = content["epoch"] + 1, content.get("step", 0)
+    args.start_epoch, args.start_step = start_epoch, content.get("step", 0)
     if args.start_step:
         args.start_step = _position(args, content, source)
     check_agreement(args)  # all processes go on from the same place
-    _warn_of_changes(args, content)
     where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
-    complete = args.start_epoch >= getattr(args, "epochs", args.start_epoch + 1)
     log(f"resume: {source}, {'complete: nothing left to do' if complete else 'going on'} at {where}")
+
+
+def _say_what_is_there(args) -> None:
+    """Before a start from nothing: what will be overwritten; raises UserError where that may not be."""
+    resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
+    there = list_checkpoints(output_dir) if output_dir else []
+    if there and is_main_process():
+        _check_owner(args)
+    if resume:
+        which = "checkpoint of this run" if there else "checkpoint"
+        log(f"resume: no {which} in {output_dir}, starting from scratch")
+    if there:
+        log(f"note: {output_dir} holds checkpoints of an earlier run, which this fresh one will overwrite; "
+            f"--resume {there[0]} goes on from them")  # fmt: skip
 
 
 def _check_owner(args) -> None:
@@ -115,37 +197,19 @@ def _check_owner(args) -> None:
                         "overwrite them; pass another folder")  # fmt: skip
 
 
-def _warn_of_changes(args, content: dict) -> None:
-    """Says which settings of the recipe are no longer those of the checkpoint."""
-    names = "norm_pix_loss mask_ratio seed lr min_lr weight_decay epochs warmup_epochs batch_size accum_iter"
-    saved, own = content.get("args") or {}, vars(args)
-    changed = [
-        f"{name} {saved[name]} -> {own[name]}"
-        for name in (*names.split(), "mean", "std", "layer_decay", "drop_path", "data_path", "repeated_aug")
-        if name in saved and name in own and str(saved[name]) != str(own[name])
-    ]
-    if changed and is_main_process():
-        warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
-
-
 def _position(args, content: dict, source) -> int:
     """Micro-steps done of the epoch under way, counted with this run's batch size and processes."""
-    if "samples" not in content:
+    if "samples" not in content or not {"batch_size", "accum_iter"} <= vars(args).keys():
         return content["step"]
-    effective_batch = args.batch_size * args.accum_iter * get_world_size()
+    world_size = get_world_size()
+    effective_batch = args.batch_size * args.accum_iter * world_size
     if effective_batch != content["effective_batch"]:
         raise UserError(
             f"--resume {source}: was saved inside an epoch with an effective batch of "
             f"{content['effective_batch']}, now it is {effective_batch}; keep batch size x processes x "
             "--accum_iter, or resume from a whole epoch"
         )
-    saved, own = ((a or {}).get("repeated_aug", 1) for a in (content.get("args"), vars(args)))
-    if saved != own:
-        raise UserError(
-            f"--resume {source}: was saved inside an epoch with --repeated_aug {saved}, now it is {own}; "
-            "keep it, or resume from a whole epoch"
-        )
-    return content["samples"] // (args.batch_size * get_world_size())
+    return content["samples"] // (args.batch_size * world_size)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:

@@ -1,22 +1,29 @@
 """What a run writes about itself: its settings, log.txt and TensorBoard's curves."""
 
 import contextlib
+import functools
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from util.errors import UserError
-from util.files import replacing
+from util.files import nameable, printable, replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
+from util.run import owner
+from util.weights.schema import plain
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
 _NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
+
+
+_unwritten: dict[Path, bytes] = {}  # records that wait for room, by their log.txt
 
 
 class StepCurves:
@@ -30,7 +37,11 @@ class StepCurves:
         self.writer, self.rows = log_writer, []
 
     def add(self, epoch: float, **values: float | torch.Tensor) -> None:
-        """Adds a point per name at a fractional epoch; scalar tensors are not read now."""
+        """Adds a point per name at a fractional epoch; scalar tensors are kept as they are, not read now."""
+        values = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
         self.rows.append((int(epoch * 1000), values))
 
     def write(self) -> None:
@@ -51,7 +62,9 @@ class StepCurves:
 def write_log(output_dir: str | Path | None, record: dict) -> None:
     """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process.
 
-    NaN and inf become null. A full disk is warned about; training goes on.
+    NaN and inf become null; 'run' is the id of the run that holds the folder. What a full disk does not take
+    comes when there is room again, after one warning;
+    training goes on.
     """
     if not output_dir or not is_main_process():
         return
@@ -59,39 +72,76 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
+    if run := owner.run_id(output_dir):
+        record["run"] = run
+    path, size = Path(output_dir) / "log.txt", None
+    waiting = _unwritten.pop(path, b"")
+    lines = waiting + json.dumps(record).encode() + b"\n"
     try:
-        with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(path, "ab+") as file:
+            if size := file.tell():
+                file.seek(size - 1)
+            cut_short = size and file.read() != b"\n"
+            file.write(b"\n" * cut_short + lines)
     except OSError as error:
-        warn(f"{output_dir}/log.txt: not written: {error.strerror or error}")
+        _unwritten[path] = lines
+        if size is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half record
+        if not waiting:
+            warn(f"{printable(path)}: not written yet: {error.strerror or error}")
 
 
-def trim_log(output_dir: str | Path | None, start_epoch: int) -> bool:
-    """Drops the lines of `log.txt` from `start_epoch` on, which will come again; on the first process.
+def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[str | None] = ()) -> bool:
+    """Drops the records of `log.txt` from `start_epoch` on, which will come again; on the first process.
+
+    Lines without an epoch stay (k-NN's, a user's own); what is no text or half a record goes, with a warning.
+
+    Args:
+        runs: ids of the run, and of the one that it goes on from; records of others are not looked at.
 
     Returns whether the epoch before has its line (on all processes).
     """
     there = start_epoch == 0
     path = Path(output_dir or ".") / "log.txt"
     if output_dir and is_main_process() and path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                epoch = json.loads(line)["epoch"]
-                there = there or epoch == start_epoch - 1
-                if epoch < start_epoch:
-                    kept.append(line + "\n")
         try:
+            kept, broken = [], 0
+            for line in path.read_bytes().splitlines():
+                try:
+                    epoch, run = _record_place(line)
+                except (ValueError, RecursionError):
+                    broken += 1
+                    continue
+                ours = epoch is not None and (run is None or run in runs)
+                there = there or (ours and epoch == start_epoch - 1)
+                if not ours or epoch < start_epoch:
+                    kept.append(line + b"\n")
             with replacing(path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_bytes(b"".join(kept))
+            if broken:
+                warn(f"{printable(path)}: lines that cannot be read were dropped: {broken}")
         except OSError as error:
-            warn(f"{path}: not rewritten: {error.strerror or error}")
+            warn(f"{printable(path)}: not rewritten: {error.strerror or error}")
     return gather(there or not output_dir)[0]
+
+
+def _record_place(line: bytes) -> tuple[int | None, str | None]:
+    """(epoch, id of the run) of a line of log.txt, None for what it has none of.
+
+    Raises ValueError for a line that is broken.
+    """
+    text = line.decode("utf-8")  # UnicodeDecodeError is a ValueError
+    if "\0" in text:  # a block that a power cut has left empty
+        raise ValueError(text)
+    record = json.loads(text) if text.lstrip().startswith("{") else {}
+    epoch, run = record.get("epoch"), record.get("run")
+    return epoch if isinstance(epoch, int) else None, run if isinstance(run, str) else None
 
 
 def log_arguments(args) -> None:
     """Prints all settings, one a line, in alphabetical order."""
-    log("\n".join(f"{name}: {value}" for name, value in sorted(vars(args).items())))
+    log("\n".join(f"{name}: {printable(str(value))}" for name, value in sorted(vars(args).items())))
 
 
 def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
@@ -107,7 +157,7 @@ def log_run(log_writer, args, *facts: str, metrics: Sequence[str] = ()) -> None:
     """
     log("\n".join(facts))
     if log_writer is not None:
-        settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NO_SETTING}
+        settings = {name: v for name, v in sorted(plain(vars(args)).items()) if name not in _NO_SETTING}
         step = int(1000 * getattr(args, "start_epoch", 0))
         log_writer.add_run(run_text(settings, facts), settings, metrics, step)
 
@@ -116,9 +166,9 @@ def run_text(settings: dict, facts: Sequence[str]) -> str:
     """Markdown on a run: its command line, lines of facts, a table of settings."""
 
     def cell(value) -> str:
-        return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+        return printable(str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " "))
 
-    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    command = printable(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))
     rows = [f"| {name} | {cell(value)} |" for name, value in settings.items()]
     lines = [f"- {cell(fact)}" for fact in facts]
     return "\n".join([f"    {command}", "", *lines, "", "| setting | value |", "| --- | --- |", *rows])
@@ -130,7 +180,11 @@ class CurveWriter:
     def __init__(self, log_dir: str | Path, purge_step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
+        _expect_full_disks()
+        os.makedirs(log_dir, exist_ok=True)
+        self.name = contextlib.ExitStack()  # until the writer is gone
+        folder = str(self.name.enter_context(nameable(log_dir)))
+        self.writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
 
     def __getattr__(self, name: str):
         return lambda *args, **kwargs: self._try(lambda writer: getattr(writer, name)(*args, **kwargs))
@@ -152,7 +206,7 @@ class CurveWriter:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
+            name: value if isinstance(value, bool | int | float) else printable(str(value))
             for name, value in settings.items()
         }
         experiment, start, _ = hparams(
@@ -165,6 +219,18 @@ class CurveWriter:
                 writer.file_writer.add_summary(summary, step)
 
         self._try(write)
+
+
+@functools.cache  # once
+def _expect_full_disks() -> None:
+    """TensorBoard writes in a thread, which a full disk ends with a traceback; `_try` is told, and warns."""
+    usual = threading.excepthook
+
+    def hook(failed) -> None:
+        if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
+            usual(failed)
+
+    threading.excepthook = hook
 
 
 def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -> CurveWriter | None:
@@ -180,4 +246,4 @@ def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -
     try:
         return CurveWriter(log_dir, purge_step)
     except OSError as error:
-        raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--log_dir {printable(log_dir)}: cannot be written ({error.strerror})") from None

@@ -1,6 +1,8 @@
 """What all training scripts do before their first epoch and after their last one."""
 
 import argparse
+import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,17 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.processes import signals
-from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
+from util.processes.collectives import (
+    check_agreement,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    log,
+    warn,
+)
 from util.processes.group import init_distributed_mode, shut_down
-from util.run.checkpoint import finish_saving, prepare_output_dir, save_model
+from util.run import owner
+from util.run.checkpoint import finish_saving, prepare_output_dir, save_in_background, wait_for_saving
 from util.run.guard import RunGuard
 from util.run.resume import Checkpoint, restore_run
 from util.run.run_log import log_run, trim_log
@@ -39,8 +49,22 @@ class Run:
     pin_memory: bool
 
 
+def gives_folder_back(main: Callable) -> Callable:
+    """A script's `main(args)` after which, however it ends, `args.output_dir` is free for another run."""
+
+    @functools.wraps(main)
+    def wrapper(args: argparse.Namespace) -> None:
+        try:
+            return main(args)
+        finally:
+            wait_for_saving()
+            owner.release()
+
+    return wrapper
+
+
 def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.ArgumentParser) -> Run:
-    """Joins the other processes, checks the flags, and takes the device that they name.
+    """Joins the other processes, checks the flags, and takes the device and the folder that they name.
 
     Args:
         args: of the script; gets distributed, rank, world_size, gpu, and loses `given`.
@@ -54,6 +78,8 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
         signals.install()
     init_distributed_mode(args)
     check_args(args)
+    if not getattr(args, "eval", False) and is_main_process() and os.path.isdir(args.output_dir or ""):
+        owner.claim(args.output_dir)  # before anything in it is read; one that is not there is made later
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
     pin_memory = args.pin_mem and device.type == "cuda"
@@ -105,6 +131,15 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return shards, starts
 
 
+def describe_data(train, held_out=None) -> dict:
+    """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
+    the `held_out` set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
+    """
+    described = getattr(train, "listing", dict)()
+    of_held_out = getattr(held_out, "listing", dict)()
+    return {**described, "held_out": of_held_out} if of_held_out else described
+
+
 @dataclass
 class RunState:
     """What a checkpoint holds: model, optimizer, loss scaler, and what else a run must know to go on."""
@@ -119,18 +154,25 @@ class RunState:
     stats: dict[str, float] | None = None  # averages of that epoch
     evaluated: bool = False  # whether it was evaluated
     meters: list[dict] | None = None  # of the epoch under way, one of each process
+    data: tuple = (None, None)  # training and held-out images
+    run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
+    started_from: str | None = None  # id of the run whose checkpoint it goes on from
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
 
-        Sets `args.start_epoch` and `args.start_step`; UserErrors are those of `prepare_output_dir` and
-        `restore_run`.
+        Sets `args.start_epoch` and `args.start_step`; UserErrors are those of `prepare_output_dir`,
+        `restore_run` and `owner.begin`.
         """
+        listing = describe_data(*self.data)
+        check_agreement(self.args, listing=listing)
         prepare_output_dir(self.args.output_dir, self.model)
-        restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler)
+        restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler, listing)
+        source, content = checkpoint or (None, {})
+        self.started_from = owner.id_of(content)
+        self.run = {"id": owner.begin(source, content, anew=not self.args.resume), **listing}
         if checkpoint is None:
             return
-        content = checkpoint.content
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
         self.meters, self.stats = content.get("meters"), content.get("stats")
         if self.best_acc1 is not None:
@@ -140,10 +182,10 @@ class RunState:
     def save(
         self, epoch: int, step: int = 0, meters: list | None = None, best: bool = False, **extra
     ) -> Path | None:
-        """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_model`."""
-        return save_model(
-            self.args, epoch, None, self.model, self.optimizer, self.loss_scaler, step, best,
-            meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
+        """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_in_background`."""
+        return save_in_background(
+            self.args, epoch, self.model, self.optimizer, self.loss_scaler, step, best,
+            run=self.run, meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
         )  # fmt: skip
 
     @property
@@ -158,7 +200,8 @@ class RunState:
         if not self.resumed:
             return None
         unfinished = evaluates and self.stats is not None and not self.evaluated
-        logged = trim_log(self.args.output_dir, self.args.start_epoch - unfinished)
+        own = {self.run["id"], self.started_from}
+        logged = trim_log(self.args.output_dir, self.args.start_epoch - unfinished, own)
         return self.stats if unfinished or not logged else None
 
 
@@ -191,6 +234,8 @@ def announce(
 
 def close_run(log_writer, guard: RunGuard) -> None:
     """Ends a run when all is on disk and all processes are here; `Interrupted` if a signal ended it."""
+    if guard.reached_max_steps:
+        log(f"stopped by --max_steps {guard.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.monotonic() - guard.start))}")
     if log_writer is not None:
         log_writer.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from util.processes.fsdp import whole_tensor
+from util.weights.schema import plain
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
@@ -62,7 +63,7 @@ def _finite(state) -> bool:
 
 
 def snapshot(content, keep: bool = True):
-    """A copy of nested dicts, lists and tuples whose tensors are copied to CPU memory.
+    """A copy of nested dicts, lists and tuples with tensors copied to CPU memory, all else as plain data.
 
     Sharded tensors are gathered, one at a time, for which all processes must call this; with `keep=False`
     this one only takes part.
@@ -73,8 +74,8 @@ def snapshot(content, keep: bool = True):
     if isinstance(content, dict):
         return {key: snapshot(value, keep) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(snapshot(value, keep) for value in content)
-    return content
+        return (tuple if isinstance(content, tuple) else list)(snapshot(value, keep) for value in content)
+    return plain(content)
 
 
 class BackgroundWriter:
@@ -88,9 +89,11 @@ class BackgroundWriter:
         self.failed = False
 
     def start(self, write: Callable, content: dict) -> None:
-        """Calls write(copy of `content`) in the background, after the write before has ended."""
-        copy = snapshot(content)
+        """Calls write(copy of `content`) in the background, after the write before has ended, so that on a
+        slow disk there is never a second copy.
+        """
         self.wait()
+        copy = snapshot(content)
         self.thread = threading.Thread(target=self._run, args=(write, copy), name="checkpoint")
         self.thread.start()
 

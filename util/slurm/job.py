@@ -9,6 +9,7 @@ Run as a program, this module is the start of a job's processes. Importing it ne
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import runpy
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 
+from util import console
 from util.cli.parser import errors_in_one_line
 from util.errors import TrainingError
 from util.processes import signals
@@ -41,24 +43,24 @@ class TrainingJob:
         """Returns when the training is complete; else exits and, where that makes sense, has it requeued."""
         import submitit
 
+        console.guard()
         if getattr(self.args, "eval", False):  # has nothing to save
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         else:
             signals.install()  # in the place of submitit's handlers
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
         env = submitit.JobEnvironment()
-        from util.weights.files import list_checkpoints
 
-        with errors_in_one_line(self.script):
+        with errors_in_one_line(self.script, vars(self.args)):
             if env.cluster == "slurm":  # whose own variables `find_processes` reads
                 forget_launcher()
             set_up_arguments(self.args, env)
-            newest = list_checkpoints(self.args.output_dir)[:1]
+            last = last_save(self.args.output_dir)
             try:
                 importlib.import_module(self.script).main(self.args)
             except signals.Interrupted as stop:
                 if env.global_rank == 0:
-                    requeue(env, stop, fruitless=list_checkpoints(self.args.output_dir)[:1] == newest)
+                    requeue(env, stop, fruitless=last_save(self.args.output_dir) == last)
                 sys.exit(0)  # on other ranks any other status would end rank 0 before it has requeued
 
 
@@ -92,6 +94,13 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
         args.num_workers = min(default_workers(processes=1), max(cores, 1))
 
 
+def last_save(output_dir: str) -> tuple | None:
+    """Time and name of the checkpoint that was written last; an older run may have come further there."""
+    from util.weights.files import list_checkpoints
+
+    return max(((path.stat().st_mtime_ns, path) for path in list_checkpoints(output_dir)), default=None)
+
+
 def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
     """Has the interrupted job started again, unless it was ended on purpose, and exits; on rank 0 only.
 
@@ -106,12 +115,16 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
     # SLURM has ended it, by scancel or to requeue it itself; asked now, it would revive even a cancelled job
     ended = "JobState=COMPLETING" in state and "Reason=TimeLimit" not in state
     if ended or stop.signum == signal.SIGINT or (stop.signum == signal.SIGTERM and not slurm):
-        print(stop, flush=True)
+        console.say(stop)
         sys.exit(stop.status)
 
     record = env.paths.folder / f".{env.job_id}-fruitless-starts"
-    count = 1 + (int(record.read_text()) if record.exists() else 0) if fruitless else 0
-    record.write_text(str(count))
+    count = 0
+    with contextlib.suppress(OSError, ValueError):  # none yet; cut short by a full disk
+        count = int(record.read_bytes())
+    count = count + 1 if fruitless else 0
+    with contextlib.suppress(OSError):
+        record.write_text(str(count))
     if count >= MAX_FRUITLESS_STARTS:
         raise TrainingError(
             f"{count} starts in a row ended before anything new was saved, so the job is not requeued; "
@@ -128,7 +141,7 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
                 f"saved, but SLURM did not requeue the job ({' '.join(result.stderr.split())}); to go on, "
                 f"submit again with --output_dir {env.paths.folder}"
             )
-    print(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again", flush=True)
+    console.say(f"{str(stop).split(':')[0]}: saved; job {env.job_id} starts again")
     sys.exit(0 if slurm else LOCAL_RESTART)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from util import console
 from util.files import check_writable
 from util.processes import signals
 from util.processes.nodes import master_port
@@ -53,7 +54,7 @@ def run_here(job: TrainingJob, args: argparse.Namespace) -> int:
     paths = [JobPaths(args.job_dir, job_id, rank) for rank in range(count)]
     paths[0].folder.mkdir(parents=True, exist_ok=True)
     DelayedSubmission(job).dump(paths[0].submitted_pickle)
-    print(f"job {job_id} runs here; logs, checkpoints and curves: {paths[0].folder}", flush=True)
+    console.say(f"job {job_id} runs here; logs, checkpoints and curves: {paths[0].folder}")
     lines = "\n".join([*setup_lines(args), 'exec "$0" "$@"'])
     command = ["bash", "-c", lines, *python_command(), "-u", "-m", "submitit.core._submit", args.job_dir]
     shown = {paths[0].stdout: [sys.stdout, 0], paths[0].stderr: [sys.stderr, 0]}
@@ -106,6 +107,5 @@ def show_new(shown: dict) -> None:
         stream, position = place
         with open(path, encoding="utf-8", errors="replace") as file:
             file.seek(position)
-            stream.write(file.read())
+            console.write(file.read(), stream)
             place[1] = file.tell()
-        stream.flush()

@@ -12,7 +12,9 @@ import shutil
 import sys
 from types import ModuleType
 
+from util.cli.flags import at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
+from util.console import say, write
 from util.errors import UserError
 from util.slurm.job import TrainingJob
 from util.slurm.local import check_job_dir, python_command, run_here, setup_lines
@@ -24,12 +26,13 @@ def add_slurm_args(parser: argparse.ArgumentParser) -> None:
     """The launchers' own flags. No default fits one site only: what is not given is left to SLURM."""
     flag = parser.add_argument_group("SLURM").add_argument
     # fmt: off
-    flag("--ngpus", default=8, type=int, help="GPUs per node, with one process each")
-    flag("--gpus_per_node", default=None, type=int, metavar="N", help="the same as --ngpus; 0: no GPUs")
-    flag("--tasks_per_node", default=None, type=int, metavar="N",
+    flag("--ngpus", default=8, type=at_least(0), help="GPUs per node, with one process each")
+    flag("--gpus_per_node", default=None, type=at_least(0), metavar="N",
+         help="the same as --ngpus; 0: no GPUs")
+    flag("--tasks_per_node", default=None, type=at_least(1), metavar="N",
          help="processes per node of a job without GPUs (default: 1)")
-    flag("--nodes", default=2, type=int, help="nodes (--cluster local: always 1)")
-    flag("--timeout", default=4320, type=int, metavar="MINUTES",
+    flag("--nodes", default=2, type=at_least(1), help="nodes (--cluster local: always 1)")
+    flag("--timeout", default=4320, type=at_least(1), metavar="MINUTES",
          help="time limit of one start; a job that reaches it saves, is requeued and goes on")
     flag("--job_dir", default=DEFAULT_JOB_DIR,
          help="folder for logs, checkpoints and curves, one that all nodes see; %%j is the job's id")
@@ -39,12 +42,12 @@ def add_slurm_args(parser: argparse.ArgumentParser) -> None:
     flag("--account", default="", help="whom SLURM charges")
     flag("--qos", default="", help="quality of service")
     flag("--constraint", default="", help="features that the nodes must have")
-    flag("--mem_gb", default=None, type=float, metavar="GB", help="memory per node")
-    flag("--cpus_per_task", default=None, type=int, metavar="N",
+    flag("--mem_gb", default=None, type=at_least(0.01, float), metavar="GB", help="memory per node")
+    flag("--cpus_per_task", default=None, type=at_least(1), metavar="N",
          help="cores per process, for itself and its loader workers; SLURM's own default is often 1")
     flag("--setup", default=[], nargs="+", metavar="LINE",
          help="shell lines to run first, such as 'module load cuda'; '#SBATCH ...' lines are more options")
-    flag("--signal_delay_s", default=120, type=int, metavar="SECONDS",
+    flag("--signal_delay_s", default=120, type=at_least(0), metavar="SECONDS",
          help="how long before the time limit the job is told to save")
     flag("--cluster", default="slurm", choices=["slurm", "local"], help="local: run here, without SLURM")
     flag("--dry_run", action="store_true", help="print the script for sbatch; needs no SLURM")
@@ -53,12 +56,9 @@ def add_slurm_args(parser: argparse.ArgumentParser) -> None:
 
 def check_slurm_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work; settles `args.ngpus` and `args.tasks_per_node`."""
-    at_least = {"nodes": 1, "timeout": 1, "signal_delay_s": 0, "ngpus": 0, "gpus_per_node": 0}
-    at_least |= {"tasks_per_node": 1, "cpus_per_task": 1, "mem_gb": 0.01}
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+    own = argparse.ArgumentParser(add_help=False)
+    add_slurm_args(own)
+    check_flags(args, own)
     local = args.cluster == "local"
     if args.gpus_per_node is not None:
         if "ngpus" in args.given and args.ngpus != args.gpus_per_node:
@@ -156,8 +156,8 @@ def submit(job: TrainingJob, args: argparse.Namespace, name: str) -> None:
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = [re.sub(r"^sbatch: (error: )?", "", line) for line in str(error).splitlines() if line]
         raise UserError(f"SLURM refused the job: {'; '.join(reasons)}") from None
-    print(f"submitted job {submitted.job_id}; logs, checkpoints and curves: {submitted.paths.folder}")
-    print(f"watch it: tail -F {submitted.paths.stdout}; end it: scancel {submitted.job_id}")
+    say(f"submitted job {submitted.job_id}; logs, checkpoints and curves: {submitted.paths.folder}")
+    say(f"watch it: tail -F {submitted.paths.stdout}; end it: scancel {submitted.job_id}")
 
 
 def launch(script: ModuleType, doc: str) -> None:
@@ -177,7 +177,7 @@ def launch(script: ModuleType, doc: str) -> None:
         job = TrainingJob(script.__name__, argparse.Namespace(**job_args))
         name = script.__name__.replace("main_", "mae_")
         if args.dry_run:
-            print(sbatch_script(args, name), end="")
+            write(sbatch_script(args, name))
         elif args.cluster == "local":
             sys.exit(run_here(job, args))
         else:

@@ -5,9 +5,10 @@ from torch import nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
+from util.cli.flags import construct
 from util.errors import UserError
 from util.files import some
-from util.weights.describe import WeightsFile
+from util.weights.describe import WeightsFile, named_constructor
 from util.weights.encoder import part_state
 from util.weights.state import compare_state
 
@@ -15,7 +16,8 @@ from util.weights.state import compare_state
 def build(
     weights: WeightsFile, part: str = "", fold_probe: bool = False
 ) -> MaskedAutoencoderViT | VisionTransformer:
-    """The model of a weights file in eval mode, float32, on the CPU; its tensors are those of `weights`.
+    """The model of a weights file in eval mode, float32, on the CPU; its tensors are those of `weights`. The
+    constructor that the file names makes it, if there is one, so that a client's own class computes.
 
     Args:
         part: "full", "classifier" or "encoder" (a model without head, which pools as the file's does);
@@ -28,21 +30,20 @@ def build(
     part = part or weights.part
     state = part_state(weights.state, part)
     probe = "head.1.weight" in state
-    if probe and fold_probe:
-        state = _fold_probe(state)
     head = state.get("head.1.weight", state.get("head.weight"))
+    if part == "full":
+        options = {**weights.decoder, "norm_pix_loss": weights.norm_pix_loss}
+    else:
+        options = {"global_pool": "fc_norm.weight" in state, "num_classes": 0 if head is None else len(head)}
+    plain = MaskedAutoencoderViT if part == "full" else VisionTransformer
+    make = named_constructor(weights.constructor, part) or plain
     try:
         with torch.device("meta"):
-            if part == "full":
-                options = {**weights.decoder, "norm_pix_loss": weights.norm_pix_loss}
-                model = MaskedAutoencoderViT(**weights.sizes, **options)
-            else:
-                options = {"num_classes": 0 if head is None else len(head), **weights.sizes}
-                model = VisionTransformer("fc_norm.weight" in state, **options)
-            if probe and not fold_probe:
+            model = construct(make, **weights.sizes, **options)
+            if probe:
                 norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # as main_linprobe.py's
                 model.head = nn.Sequential(norm, model.head)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--resume {weights.path}: {error}") from None
     missing, unexpected, mismatched = compare_state(model, state)
     if missing or unexpected or mismatched:
@@ -50,6 +51,8 @@ def build(
         raise UserError(f"--resume {weights.path} ({weights.kind}): is not a plain ViT of this code: "
                         f"{len(missing)} tensors are missing, {len(unexpected)} are not known, "
                         f"{len(mismatched)} have other shapes ({differences})")  # fmt: skip
+    if probe and fold_probe:
+        state, model.head = _fold_probe(state), model.head[1]
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -7,6 +7,7 @@ only: width and depth tell which of the named models it is, and what no tensor s
 import functools
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,15 +15,16 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util.data.depth import Depth, parse_range, settle_pixel_range
+from util.data.depth import known_range
 from util.data.transforms import channel_stats
 from util.errors import UserError
-from util.files import some
+from util.files import shown, some
 from util.sizes import size_pair
 from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
-from util.weights.state import stored_settings
+from util.weights.schema import check_settings, stored_settings
+from util.weights.state import not_finite
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
@@ -53,6 +55,7 @@ class WeightsFile:
     norm_pix_loss: bool = False  # the decoder predicts patches that are normalised by their own mean and std
     mask_ratio: float = 0.75  # share of patches that pre-training masked
     model: str | None = None  # the model in models_vit.MODELS of this width and depth
+    constructor: str | None = None  # the file's own word for its model, of any MODELS
     recipe: str | None = None  # of the file's classifier: "finetune" or "linprobe"; None without one
     class_names: list[str] | None = None  # in the order of the outputs; None where the file stores none
     content: dict = field(default_factory=dict)  # what it holds besides tensors: args, epoch, config, ...
@@ -74,32 +77,32 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
             contradict it, or neither they nor it say something that is needed.
     """
     where = f"--resume {path}"
-    state, kind = encoder_state(content)
+    state, kind = encoder_state(content, where)
     state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
     if not has_encoder(state):
         raise UserError(
             f"{where}: has no usable encoder keys but is {kind} (keys: {some(state, 3) or 'none'})"
         )
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise UserError(f"{where}: its weights are not finite ({bad[0]}); take an earlier checkpoint")
+    if bad := not_finite(state):
+        raise UserError(f"{where}: its weights are not finite ({bad}); take an earlier checkpoint")
     held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
     if not (found := [part for part in parts if held[part]]):
         raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
-    stored = stored_settings(content)
-    used = (*_UNSEEN, "mask_ratio", "class_names")
+    used = ("model", "recipe", "input_size", *_UNSEEN, "pixel_range", "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
-    _check_settings({name: stored.get(name) for name in used}, where)
+    stored = stored_settings(content, where, *used)
     info = _info_of_tensors(state, stored)
+    _check_info(content, stored, info, where)
     known = _known_flags(state, stored, info)
     said = {name: settle(name, getattr(flags, name, None), v, path, override) for name, v in known.items()}
     sizes = _sizes(state, info, said, path)
     weights = WeightsFile(
         str(path), kind, found[0], part_state(state, found[0]), sizes, sizes["img_size"],
         *channel_stats(sizes["in_chans"], said["mean"], said["std"]),
-        pixel_range=_pixel_range(flags, stored, sizes["in_chans"], path),
+        pixel_range=known_range(flags, stored, sizes["in_chans"], path),
         norm_pix_loss=bool(said["norm_pix_loss"]),
         mask_ratio=0.75 if stored.get("mask_ratio") is None else stored["mask_ratio"],
-        model=info.get("model"),
+        model=info.get("model"), constructor=stored.get("model"),
         recipe=stored.get("recipe", info.get("recipe")),
         class_names=stored.get("class_names"),
         content={k: v for k, v in content.items() if k in _OTHERS},
@@ -114,29 +117,26 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     return weights
 
 
-def _pixel_range(flags: Namespace, stored: dict, channels: int, path) -> tuple[float, ...] | None:
-    own = getattr(flags, "pixel_range", None)
-    return parse_range(settle_pixel_range(own, stored, path, channels), channels)
-
-
-def weights_depth(weights: WeightsFile) -> Depth | None:
-    """How images of more than 8 bits become this model's input; None: it takes those of 8 bits."""
-    if weights.pixel_range is None:
-        return None
-    return Depth(weights.pixel_range, weights.sizes["in_chans"], weights.mean, weights.std)
-
-
 def _known_flags(state: dict, stored: dict, info: dict) -> dict:
     """What the file says of the flags of `describe`; None for those that it does not say."""
     known = {name: stored.get(name) for name in _UNSEEN}
     known["input_size"] = info["input_size"] if stored_grid(state, stored) else None
+    named, size = _stacks(named_constructor(stored.get("model"))), _width_and_depth(state)
+    if known["num_heads"] is None and named[0][:2] == size:
+        known["num_heads"] = named[0][2]
     if known["num_heads"] is None and "model" in stored and "model" in info:  # nobody names one with others
         *_, known["num_heads"] = _stacks(models_vit.MODELS[info["model"]])[0]
-    constructor = models_mae.MODELS.get(str(stored.get("model")))
-    if known["decoder_num_heads"] is None and constructor:
-        encoder, decoder = _stacks(constructor)
-        known["decoder_num_heads"] = decoder[2] if encoder[:2] == _width_and_depth(state) else None
+    if known["decoder_num_heads"] is None and len(named) > 1:
+        known["decoder_num_heads"] = named[1][2] if named[0][:2] == size else None
     return known
+
+
+def named_constructor(name: str | None, part: str = "") -> Callable | None:
+    """The constructor of that name, of the kind of model that `part` needs ("full": a masked autoencoder,
+    other words: a classifier, "": either); None where there is none.
+    """
+    modules = [models_mae] if part == "full" else [models_vit] if part else [models_mae, models_vit]
+    return next((module.MODELS[name] for module in modules if name in module.MODELS), None)
 
 
 def _sizes(state: dict, info: dict, said: dict, path) -> dict:
@@ -152,8 +152,7 @@ def _sizes(state: dict, info: dict, said: dict, path) -> dict:
         raise UserError(f"--resume {path}: does not say the grid of its {patches}; pass --input_size "
                         "HEIGHTxWIDTH")  # fmt: skip
     if any(length % side for length in size) or math.prod(size) != positions * side * side:
-        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that are needed: "
-                        f"{path} has {patches}")  # fmt: skip
+        raise UserError(f"--input_size {size[0]}x{size[1]}: does not give the {patches} that {path} has")
     mlp = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width))
     return {
         "img_size": size, "patch_size": side, "in_chans": channels, "embed_dim": width,
@@ -178,14 +177,19 @@ def _heads(flag: str, said: dict, width: int, depth: int, named: dict, path) -> 
 
 
 @functools.cache
-def _stacks(constructor) -> list[tuple[int, int, int]]:
-    """(width, blocks, heads) of a named model's encoder and, if it has one, decoder."""
-    with torch.device("meta"):
-        model = constructor()
-    stacks = [(model.cls_token, model.blocks)]
-    if hasattr(model, "decoder_blocks"):
-        stacks.append((model.mask_token, model.decoder_blocks))
-    return [(token.shape[-1], len(blocks), blocks[0].attn.num_heads) for token, blocks in stacks]
+def _stacks(constructor: Callable | None) -> list[tuple[int, int, int | None]]:
+    """(width, blocks, heads) of a named model's encoder and, if it has one, decoder; zeros where there is no
+    such model, or a client's has no blocks like these.
+    """
+    try:
+        with torch.device("meta"):
+            model = constructor()
+        stacks = [(model.cls_token, model.blocks)]
+        if hasattr(model, "decoder_blocks"):
+            stacks.append((model.mask_token, model.decoder_blocks))
+        return [(token.shape[-1], len(blocks), blocks[0].attn.num_heads) for token, blocks in stacks]
+    except Exception:  # whatever a client's constructor does when it is called without arguments
+        return [(0, 0, None)]
 
 
 def _width_and_depth(state: dict) -> tuple[int, int]:
@@ -202,13 +206,39 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
     return {**info, "class_names": list(class_names), "recipe": recipe}
 
 
-def read_model_info(content: dict) -> dict:
-    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell."""
-    if isinstance(content.get("model_info"), dict):
-        _check_settings(content["model_info"])
-        return dict(content["model_info"])
-    state, _ = encoder_state(content)
-    return _info_of_tensors(state, stored_settings(content)) if has_encoder(state) else {}
+def read_model_info(content: dict, where: str = "the checkpoint") -> dict:
+    """`model_info` of a loaded checkpoint; of a file without it, what its tensors (and stored flags) tell.
+
+    Raises:
+        UserError: the file, `where`, says something else there than its tensors, or what cannot be.
+    """
+    state, _ = encoder_state(content, where)
+    stored = stored_settings(content, where, "input_size", "mean", "std")
+    seen = _info_of_tensors(state, stored) if has_encoder(state) else {}
+    _check_info(content, stored, seen, where)
+    return dict(content["model_info"]) if isinstance(content.get("model_info"), dict) else seen
+
+
+def _check_info(content: dict, stored: dict, seen: dict, where: str) -> None:
+    """Raises UserError where the settings in a file contradict what was `seen` of its tensors, or each other.
+
+    Of `args` that holds for mean and std only: other code stores flags there that its model did not heed.
+    """
+    info = content.get("model_info")
+    if isinstance(info, dict):
+        check_settings(info, f"{where}: its model_info")
+        for name in ("nb_classes", "in_chans", "patch_size", "global_pool", "recipe"):
+            said = info.get(name)
+            if said is not None and said != seen.get(name, said):
+                raise UserError(f"{where}: its model_info is damaged: {name} is {shown(said)}, but "
+                                f"{seen[name]} by its tensors")  # fmt: skip
+        names, count = len(info.get("class_names") or ()), info.get("nb_classes")
+        if count is not None and names > count:
+            raise UserError(f"{where}: its model_info is damaged: {names} class names for {count} classes")
+    for name in ("mean", "std"):
+        number, channels = len(stored.get(name, [0])), seen.get("in_chans", 1)
+        if number not in (1, channels):
+            raise UserError(f"{where} is damaged: {name} has {number} values for {channels} channels")
 
 
 def _info_of_tensors(state: dict, stored: dict) -> dict:
@@ -224,31 +254,12 @@ def _info_of_tensors(state: dict, stored: dict) -> dict:
     if (head := _head(state)) is not None:
         info["nb_classes"] = state[head].shape[0]
         info["recipe"] = "finetune" if head == "head.weight" else "linprobe"
-    for name, constructor in models_vit.MODELS.items():  # no two have the same width and depth
-        if _stacks(constructor)[0][:2] == _width_and_depth(state):
-            info["model"] = name
+    size = _width_and_depth(state)
+    names = [name for name, make in models_vit.MODELS.items() if _stacks(make)[0][:2] == size]
+    if names:  # no two of ours have the same width and depth; a client's may
+        info["model"] = stored["model"] if stored.get("model") in names else names[0]
     return info
 
 
 def _head(state: dict) -> str | None:
     return next((key for key in ("head.weight", "head.1.weight") if key in state), None)
-
-
-def _check_settings(info: dict, whose: str = "the checkpoint's model_info") -> None:
-    """Raises UserError for settings that no model can be built from."""
-
-    def numbers(value, kind=int, least: float = 1) -> bool:
-        return isinstance(value, list | tuple) and all(isinstance(v, kind) and v >= least for v in value)
-
-    tests = {
-        "input_size": lambda v: numbers([v] if isinstance(v, int) else v),
-        **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_num_heads"), lambda v: numbers([v])),
-        "nb_classes": lambda v: numbers([v], least=0),
-        "mask_ratio": lambda v: numbers([v], int | float, 0),
-        "mean": lambda v: numbers(v, int | float, float("-inf")),
-        "std": lambda v: numbers(v, int | float, 0),
-        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-    }
-    for name, test in tests.items():
-        if info.get(name) is not None and not test(info[name]):
-            raise UserError(f"{whose} is damaged: {name} is {str(info[name])[:40]!r}")

@@ -12,17 +12,23 @@ from dataclasses import dataclass, field
 import torch
 
 from util.errors import UserError
-from util.files import some
+from util.files import shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
 from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
-from util.weights.state import compare_state, describe_kind, model_state, stored_settings
+from util.weights.schema import stored_settings
+from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite
 
 # Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
 _OPTIONAL = ("head.", "fc_norm.", "norm.")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+# Dimensions of the tensors that sizes are read off: of every encoder, and of those that may be there
+_RANKS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+_LATER = {"head.weight": 2, "head.1.weight": 2, "mask_token": 3}
+_LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_blocks.0.mlp.fc1.bias": 1}
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
 # the encoder computes (register tokens, a norm before the blocks, ...)
@@ -55,7 +61,7 @@ class LoadReport:
 def _shorten(keys: list[str]) -> str:
     """All keys, those of a list of blocks as `decoder_blocks.* (96)`."""
     counts = Counter(re.sub(r"\.\d+\..*", ".*", key) for key in keys)
-    return ", ".join(f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()) or "none"
+    return some((f"{key} ({n})" if key.endswith(".*") else key for key, n in counts.items()), 60) or "none"
 
 
 def load_into(
@@ -71,7 +77,7 @@ def load_into(
         file's kind.
     """
     content = read_file(source, flag) if content is None else content
-    state, kind = encoder_state(content)
+    state, kind = encoder_state(content, f"{flag} {source}")
     if not has_encoder(state):
         keys = some(state, 3) or "none"
         raise UserError(
@@ -80,7 +86,7 @@ def load_into(
         )
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
-        report.dropped.append(f"{key}: {tuple(state.pop(key).shape)}")
+        report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
     _fit_pos_embed(model, state, content, report, flag)
     missing, unexpected, mismatched = compare_state(model, state)
     lost = [k for k in missing if not k.startswith(_OPTIONAL)]
@@ -92,6 +98,8 @@ def load_into(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
         )
+    if bad := not_finite(state):
+        raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
     report.unexpected = unexpected
@@ -106,13 +114,20 @@ def check_final_norm(report: LoadReport) -> None:
         raise UserError(f"--cls_token: {file} has no norm for the class token; pass --global_pool")
 
 
-def encoder_state(content: dict) -> tuple[dict[str, torch.Tensor], str]:
-    """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint."""
-    state = model_state(content)
+def encoder_state(content: dict, source: str = "the checkpoint") -> tuple[dict[str, torch.Tensor], str]:
+    """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint.
+
+    Raises:
+        UserError: as `model_state`; or tensors of Hugging Face's that belong together do not fit each other.
+    """
+    state = model_state(content, source)
     kind = describe_kind(state)
     if not state and {"param_groups", "state"} <= content.keys():
         kind = "an optimizer's state"
-    return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
+    try:
+        return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
+    except RuntimeError:  # of torch.cat
+        raise UserError(f"{source}: is damaged: its query, key and value have other shapes") from None
 
 
 def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
@@ -134,9 +149,12 @@ def _bare(key: str) -> str:
 
 def has_encoder(state: dict) -> bool:
     """Whether a state dict with this code's key names has the encoder of a vision transformer."""
-    shapes = {key: value.ndim for key, value in state.items()}
-    ranks = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    return all(shapes.get(key) == rank for key, rank in ranks.items()) and count_blocks(state) > 0
+    if foreign_kind(state) or not count_blocks(state) or not _RANKS.keys() <= state.keys():
+        return False
+    sizes = [(key, state[key].ndim, state[key].numel()) for key in (*_RANKS, *_LATER) if key in state]
+    return all(ndim == {**_RANKS, **_LATER}[key] and numbers for key, ndim, numbers in sizes) and (
+        state["pos_embed"].shape[1] > 1
+    )
 
 
 def count_blocks(state: dict, name: str = "blocks") -> int:
@@ -146,7 +164,7 @@ def count_blocks(state: dict, name: str = "blocks") -> int:
 
 def stored_grid(state: dict, settings: dict) -> tuple[int, int] | None:
     """(rows, columns) that a file's positional embedding was made for, where its settings say so."""
-    size = settings.get("input_size")
+    size = settings.get("input_size")  # of `stored_settings`, so that its parts are whole numbers
     if not isinstance(size, int | tuple | list) or len(size := size_pair(size)) != 2:
         return None
     patch_h, patch_w = state["patch_embed.proj.weight"].shape[-2:]
@@ -159,7 +177,8 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
     table, width = state["pos_embed"], model.pos_embed.shape[2]
     if table.shape[2] != width:
         return  # another width: reported with the other shapes
-    grid, (rows, columns) = stored_grid(state, stored_settings(content)), model.patch_embed.grid_size
+    stored = stored_settings(content, f"{flag} {report.source}", "input_size")
+    grid, (rows, columns) = stored_grid(state, stored), model.patch_embed.grid_size
     if grid is None and rows != columns and table.shape == model.pos_embed.shape and is_main_process():
         warn(
             f"{report.source}: does not say the patch grid of its {rows * columns} positions; they are taken "
@@ -184,6 +203,9 @@ def _misfit_text(model, state, where, kind, differences) -> str:
         return count_blocks(state), width, channels, patch
 
     theirs, ours = sizes(state), sizes(model.state_dict())
+    if theirs == ours:
+        return (f"{where} ({kind}): its encoder is no plain ViT, though of the model's size: "
+                f"{some(differences, 3, '; ')}")  # fmt: skip
     words = "{} blocks, width {}, {} channels, patch {}"
     hints = ["--model"] if theirs[:2] != ours[:2] else []
     pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)

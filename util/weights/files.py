@@ -1,149 +1,207 @@
 """Weights files, checkpoints and their names, models' folders: read so that nothing in them is executed."""
 
-import argparse
 import contextlib
+import hashlib
 import json
+import pickletools
 import re
-from pathlib import Path
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import torch
 
 from util.errors import UserError
-from util.processes.collectives import gather, is_main_process, warn
+from util.files import nameable, shown
+from util.processes.collectives import is_main_process, log
+from util.sizes import default_workers
+from util.weights.schema import STAND_INS, plain
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
-_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "model.pth")
+_ENTRIES = ("args", "model_info", "epoch")  # in the metadata of our safetensors
+_FLIPPED = "the file was changed after it was written (bits flipped?); take another, or --no_verify reads it"
 
 
-def read_file(source: str | Path, flag: str = "") -> dict:
+def read_file(source: str | Path, flag: str = "", verify: bool = True) -> dict:
     """Reads a file, https URL or folder of weights to CPU tensors, executing nothing (`weights_only=True`).
 
-    The reference's `argparse.Namespace` is allowed and turned into a dict; `.safetensors` become {'model':
-    tensors} and the entries `args`, `model_info` and `epoch` that exports store in them. A folder is one of a
-    Hugging Face or timm model: 'config' and 'preprocessor' are its JSON files, 'settings' what they say in
-    this code's words.
+    The reference's `argparse.Namespace` is allowed and turned into a dict, paths and numpy's numbers in it to
+    plain ones; `.safetensors` become {'model': tensors} and the entries `args`, `model_info` and `epoch` that
+    exports store in them. A folder is one of a Hugging Face or timm model: 'config' and 'preprocessor' are
+    its JSON files, 'settings' what they say in this code's words.
+
+    Args:
+        flag: that `source` was given to, if any, for messages.
+        verify: compare all bytes with the checksums in the file. torch's files before version 1.6 (no zip
+            archives) have none, nor have `.safetensors` that another program wrote.
 
     Raises:
-        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read; names
-            the `flag` that `source` was given to, if any.
+        UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read.
     """
-    source = str(source)
     named = f"{flag} {source}".strip()
-    if "://" not in source and Path(source).is_dir():
-        return _read_folder(Path(source), flag, named)
+    path = fetch(source, flag)
+    if path.is_dir():
+        from util.weights.folder import read_settings, weights_files
+
+        content, *others = [read_file(part, flag, verify) for part in weights_files(path, named)]
+        if others:
+            parts = [part.get("model", part) for part in (content, *others)]
+            content = {"model": {key: value for part in parts for key, value in part.items()}}
+        return content | read_settings(path, named)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if source.startswith("https://"):
-                hashed = re.search(r"-[0-9a-f]{8,}\.", source.rsplit("/", 1)[-1]) is not None
-                content = torch.hub.load_state_dict_from_url(
-                    source, map_location="cpu", check_hash=hashed, weights_only=True
-                )
-            elif "://" in source:
-                raise UserError(f"{named}: only https:// addresses and files can be loaded")
-            elif source.endswith(".safetensors"):
-                content = _read_safetensors(source)
-            else:
-                content = torch.load(source, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        if path.suffix == ".safetensors":
+            content = _read_safetensors(path, verify)
+        else:
+            if verify:
+                check_archive(path)
+            with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{named}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if len(reason.split()) == 1:  # "101" and "EOFError" is what rubbish and empty files give
-            reason = "it is no checkpoint, or damaged"
-        if "PytorchStreamReader" in reason or "central directory" in reason:
-            reason = "it is damaged or incomplete (cut off?)"
-        if "Weights only load failed" in reason or "Unsupported" in reason:
-            reason = "it is no checkpoint of tensors, or asks to execute code, which is refused"
-        raise UserError(f"{named}: cannot be read as a checkpoint: {reason}") from None
+        if "://" in str(source):
+            path.unlink(missing_ok=True)  # the next start downloads it again
+        raise UserError(f"{named}: cannot be read as a checkpoint: {_reason(error, path)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{named}: holds a {type(content).__name__}, not a checkpoint")
-    if isinstance(content.get("args"), argparse.Namespace):
-        content["args"] = vars(content["args"])
-    return content
+    return content | {name: plain(content[name]) for name in ("args", "model_info") if name in content}
 
 
-def _read_safetensors(path: str) -> dict:
+def fetch(source: str | Path, flag: str = "") -> Path:
+    """The path of a file or folder; of an https URL that of the copy in torch's cache, made if need be.
+
+    A copy is known by the whole address, or by the hash in its name, which is checked.
+
+    Raises:
+        UserError: another kind of address, or it cannot be downloaded.
+    """
+    source = str(source)
+    if "://" not in source:
+        return Path(source)
+    if not source.startswith("https://"):
+        raise UserError(f"{flag} {source}: only https:// addresses and files can be loaded".strip())
+    name = PurePosixPath(urlsplit(source).path).name[-100:]
+    hashed = re.search(r"-([0-9a-f]{8,})\.", name)
+    if not hashed:
+        name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{name}"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if path.exists():
+        log(f"{source}: taken from {path}, where it was downloaded before")
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = hashed[1] if hashed else None
+        torch.hub.download_url_to_file(source, str(path), prefix, progress=is_main_process())
+    except Exception as error:  # of the network, the server, the disk, the hash
+        raise UserError(f"{flag} {source}: cannot be downloaded: {shown(str(error), 200)}".strip()) from None
+    return path
+
+
+def check_archive(path: str | Path) -> None:
+    """Compares all records of a file of `torch.save` with their checksums, which torch does not do.
+
+    Raises:
+        zipfile.BadZipFile, OSError, ...: damaged; of a record it names it.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return  # torch's older format, or nothing of torch's: no checksums
+    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(default_workers()) as pool:
+        records = archive.infolist()
+        if any(record.CRC for record in records):  # torch can be told to leave them out
+            list(pool.map(lambda record: _read_through(archive, record), records))
+
+
+def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    if record.compress_size != record.file_size:
+        raise zipfile.BadZipFile(f"Bad size of {shown(record.filename)}")
+    with archive.open(record) as file:  # which compares the checksum at the end
+        while file.read(1 << 20):
+            pass
+
+
+def digest(tensors: dict[str, torch.Tensor], entries: dict[str, str]) -> str:
+    """8 hexadecimal digits by which a change in tensors, their names or the `entries` beside is noticed."""
+
+    def checksum(name: str) -> int:
+        value = tensors[name].detach().contiguous()
+        label = f"{name} {value.dtype} {tuple(value.shape)}".encode()
+        return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(label))
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        sums = list(pool.map(checksum, sorted(tensors)))
+    return f"{zlib.crc32(json.dumps([sums, sorted(entries.items())]).encode()):08x}"
+
+
+def _read_safetensors(path: Path, verify: bool) -> dict:
     from safetensors import safe_open  # comes with timm
     from safetensors.torch import load_file
 
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
-    content = {"model": load_file(path)}
-    for name in ("args", "model_info", "epoch"):
+    with nameable(path) as named:
+        with safe_open(named, "pt") as file:
+            stored = file.metadata() or {}
+        content = {"model": load_file(named)}
+    written = stored.pop("digest", None)
+    if verify and written is not None and digest(content["model"], stored) != written:
+        raise ValueError(_FLIPPED)
+    for name in _ENTRIES:
         with contextlib.suppress(KeyError, ValueError):
             content[name] = json.loads(stored[name])
     return content
 
 
-def _read_folder(folder: Path, flag: str, named: str) -> dict:
-    from util.weights.hugging_face import settings_of_folder
-
-    index = folder / "model.safetensors.index.json"
-    files = [name for name in _IN_FOLDERS if (folder / name).exists()][:1]
-    if index.exists():  # large models come in parts
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if not files:
-        raise UserError(f"{named}: is a folder without {' or '.join(_IN_FOLDERS)}")
-    parts = [read_file(folder / name, flag) for name in files]
-    content = parts[0] if len(parts) == 1 else {"model": {k: v for p in parts for k, v in p["model"].items()}}
-    for entry, name in (("config", "config.json"), ("preprocessor", "preprocessor_config.json")):
-        if (folder / name).exists():
-            content[entry] = read_json(folder / name)
-    try:
-        content["settings"] = settings_of_folder(content.get("config", {}), content.get("preprocessor", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{named}: its config.json {error}") from None
-    return content
+def _reason(error: Exception, path: Path) -> str:
+    """Why a file cannot be read, in words."""
+    text = str(error).strip()
+    if text.startswith(("Bad CRC", "Bad size", "Bad magic number for file", "File name in directory")):
+        return f"{_FLIPPED} ({shown(text)})"
+    if isinstance(error, zipfile.BadZipFile | EOFError) and text:
+        return "it is damaged or incomplete (cut off?)"
+    if "PytorchStreamReader" in text or "central directory" in text:
+        return "it is damaged or incomplete (cut off?)"
+    if "Weights only load failed" in text or "Unsupported" in text:
+        found = re.search(r"GLOBAL ([\w.]+)", text)
+        where = f" ({shown(found[1])}{_place(path, found[1])})" if found else ""
+        return f"it is no checkpoint of tensors, or asks to execute code, which is refused{where}"
+    reason = text.splitlines()[0] if text else type(error).__name__
+    # "101" and "EOFError" is what rubbish and empty files give
+    return "it is no checkpoint, or damaged" if len(reason.split()) == 1 else shown(reason, 200)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; raises UserError where the file holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
+def _place(path: Path, name: str) -> str:
+    """The entry of a file in which pickle names something, in words; "" where that cannot be seen."""
+    last, texts = "", {}
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        record = next(r for r in archive.namelist() if r.endswith("/data.pkl"))
+        for code, value, _ in pickletools.genops(archive.read(record)):
+            if code.name == "GLOBAL" and value.replace(" ", ".").endswith(name):
+                return f" in '{shown(last)}'" if last else ""
+            if "UNICODE" in code.name:
+                last = fresh = value
+                continue
+            if code.name in ("BINPUT", "LONG_BINPUT") and fresh is not None:
+                texts[value] = fresh
+            elif code.name in ("BINGET", "LONG_BINGET"):
+                last = texts.get(value, last)
+            fresh = None
+    return ""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a folder, the last written first: an older run may have come further there."""
+    """Checkpoints of a folder, the furthest first by their names."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in Path(output_dir).iterdir():
-            if match := _NAME.fullmatch(path.name):
-                epoch, step = int(match[1]), match[2]
-                position = (epoch, int(step)) if step else (epoch + 1, 0)
-                with contextlib.suppress(FileNotFoundError):  # removed by its run
-                    found.append((path.stat().st_mtime_ns, position, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+        found = [path for path in Path(output_dir).iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=position_in_name, reverse=True)
 
 
-def find_newest(output_dir: str | Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a folder and its content; unreadable ones are passed over with a
-    warning. The first process chooses for all.
-
-    Raises:
-        UserError: another process cannot read what the first one chose.
-    """
-    chosen = content = None
-    if is_main_process():
-        for path in list_checkpoints(output_dir):
-            try:
-                content = read_file(path)
-                if "model" in content:
-                    chosen = path
-                    break
-                warn(f"{path}: holds no model; passed over")
-            except UserError as error:
-                warn(f"{error}; passed over for the one before")
-    chosen = gather(chosen)[0]
-    if chosen is None:
-        return None
-    return chosen, content if is_main_process() else read_file(chosen)
+def position_in_name(path: Path) -> tuple[int, int]:
+    """(complete epochs, micro-steps of the next) that a checkpoint's name says."""
+    epoch, step = _NAME.fullmatch(path.name).groups()
+    return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
 
 
 def is_inside_epoch(path: Path) -> bool:

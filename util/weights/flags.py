@@ -3,10 +3,12 @@
 import argparse
 
 import models_vit
+from util.cli.flags import add_verify_arg
 from util.errors import UserError
+from util.files import shown, some
 from util.processes.collectives import is_main_process, warn
 from util.sizes import image_size
-from util.weights.state import stored_settings
+from util.weights.schema import real, said_settings
 
 # Flags that are also entries of a checkpoint's `model_info`
 FLAGS = ("model", "global_pool", "input_size", "patch_size", "in_chans", "nb_classes", "mean", "std")
@@ -27,6 +29,7 @@ def add_weights_args(parser: argparse.ArgumentParser) -> None:
     flag("--pixel_range", type=float, nargs="+", metavar=("LOW HIGH", "LOW HIGH"),
          help="only for files that do not say it: black and white of images of more than 8 bits")
     # fmt: on
+    add_verify_arg(flag)
 
 
 def add_decoder_args(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +61,9 @@ def adopt_model_info(args: argparse.Namespace, info: dict, source: str, given: s
     """
     if info.get("model", args.model) not in models_vit.MODELS:
         names = ", ".join(models_vit.MODELS)
-        raise UserError(f"{source}: is of a model {info['model']!r}, which is not known here ({names})")
+        raise UserError(
+            f"{source}: is of a model '{shown(info['model'])}', which is not known here ({names})"
+        )
     for name in FLAGS:
         stored, own = info.get(name), getattr(args, name, None)
         if stored is None:
@@ -73,10 +78,10 @@ def adopt_model_info(args: argparse.Namespace, info: dict, source: str, given: s
 
 def warn_of_other_stats(args: argparse.Namespace, content: dict, source: str) -> None:
     """Warns where the encoder in a file was trained with other means or deviations than `args` has."""
-    stored = stored_settings(content)
+    stored = said_settings(content)
     for name in ("mean", "std"):
         theirs, own = stored.get(name), getattr(args, name)
-        if isinstance(theirs, list | tuple) and _plain(theirs) != _plain(own) and is_main_process():
+        if theirs is not None and _plain(theirs) != _plain(own) and is_main_process():
             theirs, own = _text(name, theirs), _text(name, own)
             warn(f"{source} was trained with --{name} {theirs}, now it is {own}")
 
@@ -100,16 +105,16 @@ def check_class_names(
         differing = sorted(set(stored) ^ set(class_names)) or ["the order"]
         raise UserError(
             f"{source}: its {len(stored)} classes are not the {len(class_names)} of {data_path} "
-            f"(differing: {', '.join(differing[:5])})"
+            f"(differing: {some(differing)})"
         )
 
 
 def _plain(value):
     """A form that can be compared: one size, mean or deviation stands for all sides or channels."""
-    if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+    if isinstance(value, list | tuple) and value and all(map(real(-1e30, 1e30), value)):
         values = [round(float(v), 6) for v in value]
         return values[0] if len(set(values)) == 1 else values
-    return value
+    return value if isinstance(value, int | float | str) else shown(value)
 
 
 def _text(name: str, value) -> str:
@@ -118,4 +123,4 @@ def _text(name: str, value) -> str:
     if name == "input_size" and isinstance(value, int):
         value = (value, value)
     separator = "x" if name == "input_size" else " "
-    return separator.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value)

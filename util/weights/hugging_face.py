@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from util.files import shown
+
 # Hugging Face's names (of its files, then of its newer modules) -> ours, inside a block
 _HF_BLOCK = {
     "attention.output.dense": "attn.proj",
@@ -153,9 +155,9 @@ def info_of_config(config: dict) -> dict:
         ValueError: it describes a model that this code does not have.
     """
     if config.get("model_type") not in ("vit", "vit_mae"):
-        raise ValueError(f"is of model_type {config.get('model_type')!r}, not vit or vit_mae")
+        raise ValueError(f"is of model_type {shown(config.get('model_type'))!r}, not vit or vit_mae")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"uses the activation {config['hidden_act']!r}; only gelu is known here")
+        raise ValueError(f"uses the activation {shown(config['hidden_act'])!r}; only gelu is known here")
     size = config.get("image_size", 224)
     info = {
         "num_heads": config.get("num_attention_heads", 12),
@@ -163,8 +165,8 @@ def info_of_config(config: dict) -> dict:
     }
     if config["model_type"] == "vit_mae":
         info["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
-        info["norm_pix_loss"] = bool(config.get("norm_pix_loss", False))
-        info["mask_ratio"] = float(config.get("mask_ratio", 0.75))
+        info["norm_pix_loss"] = config.get("norm_pix_loss", False)
+        info["mask_ratio"] = config.get("mask_ratio", 0.75)
     labels = config.get("id2label")
     if labels and list(labels.values()) != [f"LABEL_{i}" for i in range(len(labels))]:
         info["class_names"] = [labels[str(i)] for i in range(len(labels))]
@@ -188,6 +190,6 @@ def settings_of_folder(config: dict, preprocessor: dict) -> dict:
     elif config:
         info = info_of_config(config)
     for name in ("mean", "std"):
-        if isinstance(values := preprocessor.get(f"image_{name}"), list):
+        if (values := preprocessor.get(f"image_{name}")) is not None:
             info[name] = values
     return {name: value for name, value in info.items() if value is not None}
