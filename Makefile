@@ -70,6 +70,8 @@ bench: setup
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_features.py
 	$(PY) benchmarks/bench_index.py
+	$(PY) benchmarks/bench_index.py --archives 100
+	$(PY) benchmarks/bench_store.py
 	$(PY) benchmarks/bench_startup.py
 	$(PY) benchmarks/bench_scaling.py
 	$(PY) benchmarks/bench_end_to_end.py --device cpu

@@ -1,6 +1,6 @@
 """Images per second out of tars on a web server that waits before each answer, as stores far away do.
 
-    python benchmarks/bench_store.py --wait 20 --workers 2
+    python benchmarks/bench_store.py --wait 20
 
 Packs drawn JPEGs of 10 classes into tars with tools/make_shards.py, serves them on loopback, and goes through
 epochs in the orders `full` and `near`, which take turns. Also says how far the classes in their batches are
@@ -124,5 +124,5 @@ if __name__ == "__main__":
     parser = Parser(__doc__, images=1280, rounds=3, batch_size=64)
     parser.add_argument("--wait", default=20, type=positive(or_zero=True), help="ms before each answer")
     parser.add_argument("--tars", default=8, type=positive())
-    parser.add_argument("--workers", default=2, type=positive(or_zero=True))
+    parser.add_argument("--workers", default=1, type=positive(or_zero=True))
     run_benchmark(main, parser)
