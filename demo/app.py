@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
          help=f"pictures to choose from, the first {SAMPLES}; default: some of the demo set")
     flag("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens the page to the network")
     flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
-    flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest file that may be uploaded")
+    flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     # fmt: on
     return parser
@@ -236,8 +236,7 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     gradio = load_gradio()
     device = resolve_device(args.device)
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, "full")
+    weights = describe(read_file(args.resume, "--resume", not args.no_verify), args.resume, args, "full")
     model = build(weights).to(device)
     if not takes_noise(model):
         raise UserError(f"--resume {args.resume}: its model draws its own masks, so that none can be chosen")
