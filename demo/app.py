@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.cli.flags import Bounded, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
 from util.data.depth import depth_of, unit, view
@@ -55,8 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--samples", nargs="+", default=[], metavar="IMAGE|FOLDER",
          help=f"pictures to choose from, the first {SAMPLES}; default: some of the demo set")
     flag("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens the page to the network")
-    flag("--port", default=7860, type=int)
-    flag("--max_upload_mb", default=20, type=int, metavar="MB", help="largest file that may be uploaded")
+    flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
+    flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     # fmt: on
     return parser
@@ -231,12 +232,10 @@ def read_samples(player: Player, names: list[str]) -> list[torch.Tensor]:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not 0 < args.port < 65536 or args.max_upload_mb < 1:
-        raise UserError("--port must lie between 1 and 65535, --max_upload_mb be at least 1")
+    check_flags(args, get_args_parser())
     gradio = load_gradio()
     device = resolve_device(args.device)
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, "full")
+    weights = describe(read_file(args.resume, "--resume", not args.no_verify), args.resume, args, "full")
     model = build(weights).to(device)
     if not takes_noise(model):
         raise UserError(f"--resume {args.resume}: its model draws its own masks, so that none can be chosen")

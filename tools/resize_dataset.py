@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
         f"{counts['bytes before'] / 1e6:,.0f} MB became {counts['bytes after'] / 1e6:,.0f} MB"
     )
     if counts["kept"]:
-        print(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
+        say(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
     if args.measure:
         decibels, images = measure(args, names)
         say(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")

@@ -382,6 +382,7 @@ def test_a_process_that_sees_its_own_gpu_only_takes_that(monkeypatch, gpus, numb
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(group, "check_kernels", lambda device: None)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **named: iter([(store, 3, 8)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     with pytest.raises(UserError, match="rank 3 of 8: could not join the others: Duplicate GPU detected"):
