@@ -24,6 +24,7 @@ from util.compute import prefetch
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.compute.prefetch import side_stream
+from util.data.loader import Batch
 from util.data.transforms import _device_stats
 from util.evaluate import features
 from util.evaluate.exact import predict_samples
@@ -37,7 +38,7 @@ RECIPES = ["pretrain", "finetune", "linprobe"]
 
 def make_batch() -> list[torch.Tensor]:
     images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
-    return [images, torch.arange(BATCH) % 7, torch.arange(BATCH)]
+    return Batch(images, torch.arange(BATCH) % 7, torch.arange(BATCH))
 
 
 class AlarmedLoader:
@@ -280,8 +281,8 @@ class EvalLoader:
         for i in range(6):
             self.arm(1 <= i < 5)
             images = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8)
-            batch = [images, torch.arange(80) % 7, torch.arange(80 * i, 80 * i + 80)]
-            yield [t.pin_memory() for t in batch] if torch.cuda.is_available() else batch
+            batch = Batch(images, torch.arange(80) % 7, torch.arange(80 * i, 80 * i + 80))
+            yield Batch(*(t.pin_memory() for t in batch)) if torch.cuda.is_available() else batch
 
 
 def test_d8_no_group_of_an_evaluation_waits(no_values, monkeypatch):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models_vit
 from util.compute.prefetch import on_host
+from util.data.loader import Batch
 from util.data.sampler import GROUP, EvalSampler
 from util.evaluate import features
 from util.evaluate.exact import predict_samples
@@ -56,7 +57,7 @@ def make_batches(count=100, size=24):
     torch.manual_seed(1)
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 7
     parts = (images, labels, torch.arange(count))
-    return [[part[i : i + size] for part in parts] for i in range(0, count, size)]
+    return [Batch(*(part[i : i + size] for part in parts)) for i in range(0, count, size)]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

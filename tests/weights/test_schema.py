@@ -119,7 +119,7 @@ def test_a1_what_cannot_be_read_safely_is_named_with_its_place(tmp_path):
 def test_a1_the_file_of_a_bad_batch_and_tensorboard_get_plain_data(tmp_path):
     args = argparse.Namespace(output_dir=tmp_path, seed=np.int64(5), path=tmp_path, lr=np.float64(0.5))
     entry = {"images": torch.zeros(1), "indices": None, "loss": torch.tensor(math.nan), "epoch": 0, "step": 1}
-    RunGuard(args)._write(entry, [])
+    RunGuard(args)._write(entry, [], [entry])
     assert torch.load(tmp_path / "nonfinite-1.pth", weights_only=True)["rng"]["seed"] == 5
     told = []
     log_run(SimpleNamespace(add_run=lambda text, settings, *_: told.append(settings)), args)

@@ -1,5 +1,6 @@
 """A checkpoint of this code as safetensors, its settings as metadata."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,9 +42,23 @@ def usage(source: Source, folder: str) -> str:
     else:
         args |= {"global_pool": info["global_pool"], "num_classes": source.vit.num_classes}
     name = settings(source)["args"].get("model") if full else info.get("model")
-    if not (named := name in module.MODELS):
+    named = name in module.MODELS and _makes(module.MODELS[name], args, source.state)
+    if not named:
         name = "MaskedAutoencoderViT" if full else "VisionTransformer"
         args |= {key: info[key] for key in ("embed_dim", "depth", "num_heads")}
         args |= {"mlp_ratio": info["mlp_dim"] / info["embed_dim"]}
     values = {"folder": folder, "module": module.__name__, "name": name, "named": named, "args": args}
     return render("safetensors.py", source, **values)
+
+
+def _makes(constructor: Callable, args: dict, state: dict[str, torch.Tensor]) -> bool:
+    """Whether constructor(**args) is of the sizes of `state`, but for a probe's head."""
+
+    def sizes(tensors: dict) -> dict:
+        return {key: value.shape for key, value in tensors.items() if not key.startswith("head.")}
+
+    try:
+        with torch.device("meta"):
+            return sizes(constructor(**args).state_dict()) == sizes(state)
+    except (TypeError, ValueError):
+        return False

@@ -25,7 +25,7 @@ class EpochSteps:
 
     def __init__(self, data_loader, args: Namespace, device: torch.device | str, model=None):
         self.device = torch.device(device)
-        self.count, self.accum_iter = len(data_loader), args.accum_iter
+        self.count, self.accum_iter = len(data_loader), getattr(args, "accum_iter", 1)
         self.start = getattr(getattr(data_loader, "sampler", None), "start_batch", 0)
         self.amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), self.device)
         self.mean, self.std = getattr(args, "mean", None), getattr(args, "std", None)  # None: ImageNet's
