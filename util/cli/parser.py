@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,17 @@ from util.processes.signals import Interrupted
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with one line on errors instead of the whole usage text; --help keeps a description's
-    lines.
+    lines. `@FILE` on a command line stands for the flags in FILE: as a shell splits them, # begins a comment.
     """
 
     def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
-        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+        super().__init__(*args, formatter_class=formatter_class, fromfile_prefix_chars="@", **kwargs)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"{arg_line!r} in an @FILE: {error}")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {console.one_line(message)} (--help lists all flags)\n")

@@ -1,0 +1,236 @@
+r"""Looks at a folder of images and says what is in it, which command to run on it, and what that will cost.
+
+    python plan.py DIR
+    python plan.py DIR --hours 8 --write recipe.txt
+    python main_pretrain.py @recipe.txt
+
+Every image is read once: sizes, colours, unreadable files, duplicates within a split and across train and
+val. Then the command runs for a few steps, on this machine, and is timed. Nothing is written but --write. The
+choices are rules of thumb, told with their reasons; change what you know better.
+"""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from util.cli.flags import above, at_least, check_flags
+from util.cli.parser import ArgumentParser, run_script
+from util.compute.precision import resolve_device
+from util.data.examine import settle_range
+from util.data.find import find_images
+from util.data.survey import Survey, duplicates, pixel_statistics, survey
+from util.data.transforms import channel_stats
+from util.errors import TrainingError, UserError
+from util.files import printable, replacing, some
+from util.processes.collectives import log as say
+from util.recipes.choose import choose, words
+from util.sizes import image_size
+
+OUTPUT = ["--output_dir", "pretrained", "--log_dir", "pretrained"]
+TRIAL_STEPS = 10  # micro-steps; the first half warms caches up and compiles, the rest is timed
+REPO = Path(__file__).resolve().parent
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser("MAE plan", add_help=False)
+    # fmt: off
+    flag = parser.add_argument
+    flag("data_path", metavar="DIR", help="as --data_path of main_pretrain.py")
+    flag("--hours", type=above(0), help="how long the run may take: fewer epochs where it would take longer")
+    flag("--write", metavar="FILE", help="write the flags, for main_pretrain.py @FILE")
+    flag("--most", default=20_000, type=at_least(1), metavar="N",
+         help="images of a split that are looked at, evenly spread")
+    flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
+    flag("--no_trial", action="store_true", help="leave the timed steps out")
+    # fmt: on
+    return parser
+
+
+def look_at(args: argparse.Namespace) -> dict[str, Survey]:
+    """The surveys of train and, where there is one, val."""
+    found = {}
+    for split in ("train", "val"):
+        files = find_images(args.data_path, split, "skip any")
+        if files is not None:
+            found[split] = survey(files, args.most)
+            if not found[split].good():
+                raise UserError(f"--data_path {printable(args.data_path)}: no image of {split} can be read")
+    return found
+
+
+def describe(found: dict[str, Survey]) -> list[str]:
+    """What was found, a line each."""
+    lines = []
+    for split, part in found.items():
+        looks = part.good()
+        shapes = sorted(look.size for look in looks)
+        heights, widths = zip(*shapes, strict=True)
+        middle = f"{statistics.median_low(heights)} x {statistics.median_low(widths)}"
+        kinds = Counter(
+            f"{look.kind}{' (grey)' if look.channels == 1 and look.kind == 'RGB' else ''}" for look in looks
+        )
+        looked = f", {len(part.rows):,} of them looked at" if len(part.rows) < len(part.files.paths) else ""
+        lines.append(f"{split}: {part.files.describe()}{looked}")
+        if part.files.labels is not None:
+            counts = Counter(part.files.labels.tolist())
+            lines.append(
+                f"  classes: {len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} images"
+            )
+        lines.append(f"  height x width: median {middle}, heights {min(heights)} to {max(heights)}, "
+                     f"widths {min(widths)} to {max(widths)}")  # fmt: skip
+        lines.append("  pixels: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(6)))
+        flat = sum(look.flat for look in looks)
+        if flat:
+            lines.append(f"  constant images: {flat:,}")
+        if part.bad:
+            names = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
+            lines.append(
+                f"  unreadable: {len(part.bad):,}: {names}; --bad_images skip leaves out 1 % at most"
+            )
+    names, parts = list(found), list(found.values())
+    exact, near = duplicates(parts)
+    for kind, pairs in (("the same file", exact), ("the same picture stored anew", near)):
+        for where, chosen in (
+            ("within a split", [p for p in pairs if p[0][0] == p[1][0]]),
+            ("ACROSS train and val", [p for p in pairs if p[0][0] != p[1][0]]),
+        ):
+            if chosen:
+                texts = some((" = ".join(printable(parts[s].path(n)) for s, n in pair) for pair in chosen), 3)
+                lines.append(f"{kind}, {where}: {len(chosen):,}: {texts}")
+    if not exact and not near:
+        lines.append(
+            f"duplicates: none{' within or across ' + ' and '.join(names) if len(names) > 1 else ''}"
+        )
+    return lines
+
+
+def trial(command: list[str], steps: int) -> dict:
+    """Runs `command` for some micro-steps; seconds a step and at the start, MB, bytes of a checkpoint.
+
+    Empty where the memory did not suffice. Raises TrainingError where it fails otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["--max_steps", str(steps), "--print_freq", "1", "--vis_freq", "0", "--log_dir", ""]
+        words = [sys.executable, str(REPO / "main_pretrain.py"), *command, *extra, "--output_dir", folder]
+        start = time.perf_counter()
+        result = subprocess.run(words, cwd=os.getcwd(), capture_output=True, text=True, errors="replace")
+        seconds = time.perf_counter() - start
+        if result.returncode:
+            last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+            if "memory" in "".join(last):
+                return {}
+            raise TrainingError(
+                f"the trial run failed: {''.join(last)}; its command: {shlex.join(words[1:])}"
+            )
+        times = [float(text) for text in re.findall(r" time: ([\d.]+)", result.stdout)]
+        memory = [float(text) for text in re.findall(r"max mem: ([\d.]+) MB", result.stdout)]
+        written = next(Path(folder).glob("checkpoint-*.pth")).stat().st_size
+    step = statistics.median(times[len(times) // 2 :])
+    return {"step": step, "start": seconds - sum(times), "memory": memory[-1], "checkpoint": written}
+
+
+def try_out(flags: dict, common: list[str]) -> dict:
+    """What `trial` found, after halving `batch_size` in `flags` as often as the memory demands."""
+    while True:
+        steps = max(2, math.ceil(TRIAL_STEPS / flags["accum_iter"]))
+        found = trial([*common, *words(flags)], steps)
+        if found:
+            return found
+        if flags["batch_size"] == 1:
+            raise TrainingError("the memory does not suffice for one image; choose a smaller --model")
+        flags["batch_size"], flags["accum_iter"] = flags["batch_size"] // 2, 2 * flags["accum_iter"]
+
+
+def hours_of(flags: dict, found: dict[str, Survey], cost: dict) -> float:
+    """Hours that the run takes: training, and validation of `val` every `vis_freq` epochs."""
+    steps = len(found["train"].files.paths) // flags["batch_size"]
+    looks = 2 + flags["epochs"] // flags["vis_freq"]
+    held_out = len(found["val"].files.paths) / flags["batch_size"] if "val" in found else 0
+    # A validation step has no backward pass, which is two thirds of a training step
+    seconds = cost["start"] + cost["step"] * (flags["epochs"] * steps + looks * held_out / 3)
+    return seconds / 3600
+
+
+def fit_hours(flags: dict, found: dict[str, Survey], cost: dict, hours: float) -> None:
+    """Fewer epochs in `flags` where the run would take longer than `hours`."""
+    whole = hours_of(flags, found, cost)
+    if whole > hours:
+        flags["epochs"] = max(1, int(flags["epochs"] * hours / whole))
+        flags["warmup_epochs"] = min(flags["warmup_epochs"], math.ceil(flags["epochs"] / 20))
+        flags["vis_freq"] = flags["save_freq"] = max(1, flags["epochs"] // 10)
+
+
+def write(path: str, command: list[str], note: str) -> None:
+    """Writes a recipe: a flag and its values a line."""
+    lines = [f"# {note}"]
+    for word in command:
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    try:
+        with replacing(path) as temporary:
+            Path(temporary).write_text("\n".join([*lines, ""]), encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"--write {path}: cannot be written ({error.strerror or error})") from None
+
+
+def main(args: argparse.Namespace) -> None:
+    check_flags(args, get_args_parser())
+    device = resolve_device(args.device)
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
+    found = look_at(args)
+    say("\n".join(describe(found)))
+
+    train = found["train"]
+    looks = train.good()
+    heights, widths = zip(*(look.size for look in looks), strict=True)
+    shape = statistics.median_low(heights), statistics.median_low(widths)
+    channels = max(look.channels for look in looks)
+    flags, reasons = choose(len(train.files.paths), shape, channels, memory)
+    settings = argparse.Namespace(in_chans=channels, seed=0, bad_images="skip", pixel_range="auto")
+    depth = settle_range(settings, train.files)
+    if depth is not None:
+        flags["pixel_range"] = settings.pixel_range
+        reasons.append(f"--pixel_range: {'; '.join(train.files.notes) or 'of the images looked at'}")
+    mean, std = pixel_statistics(train, channels, image_size(flags["input_size"]), depth)
+    usual = channel_stats(channels)
+    if any(abs(a - b) > 0.03 for a, b in zip([*mean, *std], [*usual[0], *usual[1]], strict=True)):
+        flags.update(mean=mean, std=std)
+        reasons.append("--mean, --std: measured; they are not those of ImageNet's photographs")
+    if train.bad:
+        flags["bad_images"] = "skip"
+
+    common = ["--data_path", args.data_path, *(["--device", args.device] if args.device != "auto" else [])]
+    cost = None if args.no_trial else try_out(flags, common)
+    if cost and args.hours:
+        fit_hours(flags, found, cost, args.hours)
+    command = [*common, *words(flags)]
+    say("\nCommand:\npython " + shlex.join(["main_pretrain.py", *command, *OUTPUT]))
+    say("\nWhy:\n" + "\n".join(f"- {reason}" for reason in reasons))
+    if cost:
+        hours, size = hours_of(flags, found, cost), cost["checkpoint"] / 2**20
+        say(
+            f"\nCost, from {TRIAL_STEPS} steps here on {device}: {hours:.1f} hours (a step: "
+            f"{cost['step']:.3f} s), {cost['memory']:.0f} MB of memory,\n"
+            f"{size * 4:.0f} MB of disk (checkpoints of {size:.0f} MB)"
+        )
+    if args.write:
+        write(args.write, [*command, *OUTPUT], f"python plan.py {printable(args.data_path)}")
+        say(f"\nwrote {args.write}: python main_pretrain.py @{args.write}")
+
+
+if __name__ == "__main__":
+    run_script(main, ArgumentParser(description=__doc__, parents=[get_args_parser()]))
