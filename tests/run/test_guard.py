@@ -103,9 +103,11 @@ def training_set(images):
 
 
 def test_c5_where_nothing_can_be_saved_it_is_one_line(images, monkeypatch):
+    next(iter(torch.utils.data.DataLoader(range(4), num_workers=1)))  # puts torch's handler in place
     kill_worker(monkeypatch, 0)
     with pytest.raises(TrainingError, match=r"^loader worker \d+ was killed [^\n]+ --batch_size$"):
         list(build_loader(training_set(images), range(26), 4, num_workers=2))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
 def test_c5_a_worker_that_dies_between_epochs_and_one_without_memory(images, monkeypatch):

@@ -121,7 +121,8 @@ class ImageLoader(DataLoader):
         handler = signal.getsignal(signal.SIGCHLD) if main else None
         iterator = super().__iter__()
         if main:  # torch's handler would raise wherever the main process is, also amid an optimizer step
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+            of_torch = getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch else handler or signal.SIG_DFL)
         if not hasattr(iterator, "stopped_at_exit"):
             iterator.stopped_at_exit = True
             atexit.register(_stop_workers, weakref.ref(iterator), os.getpid())  # the last one runs first
