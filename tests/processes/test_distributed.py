@@ -114,7 +114,8 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_a12_processes_stopped_inside_an_epoch_and_resumed_are_undisturbed_ones(images, tmp_path, processes):
     """Weights and log. With three, how gradients are added up depends on their place in a bucket."""
     flags = ("--batch_size", str(8 // processes))  # 3 or 4 steps an epoch
