@@ -133,8 +133,8 @@ def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = Non
 
 
 def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
-    """The first `count` of some names: "a, b, c, d, e, ...", each as `shown` shows it."""
-    first = [shown(name, 160) for name in itertools.islice(names, count + 1)]
+    """The first `count` of some names: "a, b, c, d, e, ...", each printable, of a long one both ends."""
+    first = [one_line(str(name), 160) for name in itertools.islice(names, count + 1)]
     return separator.join(first[:count]) + (f"{separator}..." if len(first) > count else "")
 
 

@@ -45,7 +45,7 @@ def claim(output_dir: str | os.PathLike) -> None:
     if folder == _folder:
         return
     release()
-    check_writable("--output_dir", folder, f"{printable(output_dir)}:")
+    check_writable("--output_dir", folder, f"{output_dir}:")
     lock = filelock.FileLock(folder / ".run.lock", mode=0o666, thread_local=False)
     deadline, told = time.monotonic() + PATIENCE, False
     while not _take(lock, folder):
@@ -56,9 +56,7 @@ def claim(output_dir: str | os.PathLike) -> None:
             advice = "wait for its end, or pass another folder"
             if read_record(folder).get("host") != socket.gethostname():
                 advice += "; if it is gone for sure, remove .run.lock and .run.json there"
-            raise UserError(
-                f"--output_dir {printable(output_dir)}: {_owner_in_words(folder)} works there; {advice}"
-            )
+            raise UserError(f"--output_dir {output_dir}: {_owner_in_words(folder)} works there; {advice}")
         time.sleep(0.2)
     _lock, _folder = lock, folder
     with contextlib.suppress(OSError):  # a full disk is for `begin` to say
@@ -175,7 +173,7 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     try:
         _write_record(record)
     except OSError as error:  # else the checkpoints to come would count as those of the run before
-        raise UserError(f"--output_dir {printable(_folder)}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output_dir {_folder}: cannot be written ({error.strerror})") from None
     return _id
 
 
