@@ -161,7 +161,7 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     if _folder is None:
         return None
     _id = id_of(content) if source else None if anew else read_record(_folder).get("id")
-    if _id and source and any(id_at(path) == _id for path in _further(position_of(content))):
+    if _id and source and _went_further(position_of(content)):
         _id = None
     _id = _id or uuid.uuid4().hex
     record = {"id": _id, **_ourselves()}
@@ -177,8 +177,9 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     return _id
 
 
-def _further(position: tuple[int, int]) -> list[Path]:
-    return [path for path in list_checkpoints(_folder) if position_in_name(path) > position]
+def _went_further(position: tuple[int, int]) -> bool:
+    """Whether the run has checkpoints behind `position` in its folder."""
+    return any(position_in_name(path) > position and id_at(path) == _id for path in list_checkpoints(_folder))
 
 
 def id_of(content: dict) -> str | None:
