@@ -26,7 +26,7 @@ from util.data.inputs import find_inputs
 from util.errors import TrainingError, UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
-from util.files import printable, shown, some
+from util.files import printable, some
 from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     if args.csv:
         write_csv(args.csv, paths, names, result)
         note(f"wrote {printable(args.csv)}: {len(paths)} images")
-    elif wants_classes and not say(table(paths, list(map(shown, names)), result)):
+    elif wants_classes and not say(table(paths, names, result)):
         raise TrainingError("the table could not be written to stdout")
 
 
