@@ -138,7 +138,7 @@ def _digits(value) -> bool:
 
 
 def _size(value) -> bool:
-    # Other code stores text, or channels first; such a size counts only where it fits the position table
+    # Other code stores text, or channels first; such a size counts only where it fits `pos_embed`
     return whole()(value) or several(whole(), 3)(value) or _digits(value)
 
 
