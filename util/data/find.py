@@ -107,7 +107,7 @@ class ImageFiles:
         classes = f" in {len(self.classes)} classes" if self.classes else ""
         notes = [f"{self.ignored:,} other files ignored"] if self.ignored else []
         if self.skipped:
-            names = some(printable(os.path.basename(path)) for path, _ in self.skipped)
+            names = some(os.path.basename(path) for path, _ in self.skipped)
             notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
         notes = f" ({'; '.join(notes)})" if notes else ""
         return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
@@ -138,11 +138,11 @@ def find_images(data_path: str | Path, split: str = "train", bad_images: str = "
         UserError: nothing there, no images, a folder that cannot be read, or files that are no images.
     """
     root = os.fspath(data_path)
-    place = f"--data_path {printable(root) or repr(root)}"
+    place = f"--data_path {root or repr(root)}"
     if os.path.isdir(root):
         if os.path.isdir(os.path.join(root, split)):
             root = os.path.join(root, split)
-            place = f"--data_path {printable(root)}"
+            place = f"--data_path {root}"
         elif split != "train":
             return None
         files = _search(root, place)
@@ -191,7 +191,7 @@ def _count(others: Counter) -> str:
     """What is in a folder without images, in words."""
     if not others:
         return "no files at all"
-    kinds = (f"{count:,} {printable(ext) or 'without extension'}" for ext, count in others.most_common())
+    kinds = (f"{count:,} {ext or 'without extension'}" for ext, count in others.most_common())
     return f"{others.total():,} other files ({some(kinds, 4)})"
 
 
@@ -226,7 +226,7 @@ def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
     bad = [found for part in ask_all(look, parts) for found in part]
     if not bad:
         return files
-    names = some((f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad), 3)
+    names = some((f"{files.paths.name(i)} ({reason})" for i, reason in bad), 3)
     summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
     if bad_images == "error":
         raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")
