@@ -37,8 +37,8 @@ class VisionTransformer(nn.Module):
         embed_layer, block_fn: constructors of patch embedding and blocks.
         block: what else timm's block takes (act_layer, mlp_layer, attn_layer, init_values, qk_norm, ...).
 
-    `pos_drop`, `patch_drop` and `norm_pre` are timm's places between position table and blocks; the latter
-    two do nothing unless replaced. Setting `grad_checkpointing` trades time for memory
+    `pos_drop`, `patch_drop` and `norm_pre` are timm's places between positional embedding and blocks; the
+    latter two do nothing unless replaced. Setting `grad_checkpointing` trades time for memory
     (`util.compute.blocks.run_blocks`).
 
     Raises ValueError when sizes do not fit each other, and for other ways of pooling.

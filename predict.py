@@ -26,7 +26,7 @@ from util.data.inputs import find_inputs
 from util.errors import TrainingError, UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
-from util.files import printable, shown
+from util.files import printable, some
 from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
@@ -74,7 +74,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--feature_kind {args.feature_kind}: needs --features FILE.npz")
     if args.features and not args.features.endswith(".npz"):
         text = "an .npz archive all the same: numpy.load(...)['features']; better name it .npz"
-        warn(f"--features {printable(args.features)}: becomes {text}")
+        warn(f"--features {args.features}: becomes {text}")
     for flag in ("csv", "features"):
         if getattr(args, flag) is not None:
             check_output(f"--{flag}", getattr(args, flag))
@@ -123,8 +123,7 @@ def main(args: argparse.Namespace) -> None:
     result = predict(model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights)
     progress.close()
     if left_out := loader.dataset.bad_paths():
-        some = ", ".join(map(printable, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
-        warn(f"could not decode {len(left_out)} of the images, which are left out: {some}")
+        warn(f"could not decode {len(left_out)} of the images, which are left out: {some(left_out)}")
     paths = [files.paths[i] for i in result.rows]
     if args.features:
         write_features(args.features, paths, result, kind, model.patch_embed.grid_size)
@@ -132,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     if args.csv:
         write_csv(args.csv, paths, names, result)
         note(f"wrote {printable(args.csv)}: {len(paths)} images")
-    elif wants_classes and not say(table(paths, list(map(shown, names)), result)):
+    elif wants_classes and not say(table(paths, names, result)):
         raise TrainingError("the table could not be written to stdout")
 
 

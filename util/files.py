@@ -31,8 +31,10 @@ def replacing(
     path = Path(path)
     temporary = _beside(path if folder is None else Path(folder, path.name), "tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        _as_umask_says(temporary)
+        _set_mode(temporary, mode)
         if flush:
             _flush(temporary)
         os.replace(temporary, path)
@@ -60,7 +62,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for written in temporary.iterdir():
             if written.is_file():
-                _as_umask_says(written)
+                _set_mode(written, temporary.stat().st_mode & 0o666)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -76,12 +78,12 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name[:50]}.{kind}-{os.getpid()}")
 
 
-def _as_umask_says(file: Path) -> None:
-    """Some libraries make files that only their owner can read; they get the permissions of any new file."""
-    umask = os.umask(0o077)  # can only be read by setting it
-    os.umask(umask)
+def _set_mode(file: Path, mode: int) -> None:
+    """Some libraries make files that only their owner can read. What the umask says is seen of a new file: to
+    ask for it one must set it, also for the thread that writes checkpoints.
+    """
     with contextlib.suppress(PermissionError):  # a file system without permissions
-        file.chmod(0o666 & ~umask)
+        file.chmod(mode)
 
 
 def _flush(path: Path) -> None:
@@ -133,8 +135,8 @@ def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = Non
 
 
 def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
-    """The first `count` of some names: "a, b, c, d, e, ...", each as `shown` shows it."""
-    first = [shown(name, 160) for name in itertools.islice(names, count + 1)]
+    """The first `count` of some names: "a, b, c, d, e, ...", each printable, of a long one both ends."""
+    first = [one_line(str(name), 160) for name in itertools.islice(names, count + 1)]
     return separator.join(first[:count]) + (f"{separator}..." if len(first) > count else "")
 
 

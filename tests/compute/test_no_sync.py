@@ -170,7 +170,7 @@ def no_values(monkeypatch):
     # What is read, is read in the log lines and two steps late
     monkeypatch.setattr(SmoothedValue, "flush", lambda meter: meter.pending.clear())
     monkeypatch.setattr(SmoothedValue, "__str__", lambda meter: "")
-    monkeypatch.setattr(RunGuard, "_to_host", staticmethod(lambda flags: (flags, None)))
+    monkeypatch.setattr("util.run.guard.start_copy", lambda tensors: (tensors, None))
     monkeypatch.setattr(RunGuard, "_read_oldest", read_oldest)
     monkeypatch.setattr(RunGuard, "read_all", lambda guard: guard.pending.clear())
 
@@ -299,8 +299,8 @@ def test_d8_no_group_of_an_evaluation_waits(no_values, monkeypatch):
         return host
 
     model = no_values("finetune")
-    monkeypatch.setattr(prefetch, "_start_copy", start_copy)
-    monkeypatch.setattr(prefetch, "_finish_copy", finish_copy)
+    monkeypatch.setattr(prefetch, "start_copy", start_copy)
+    monkeypatch.setattr(prefetch, "finish_copy", finish_copy)
     monkeypatch.setattr(features, "_gather", lambda blocks, labels, indices, everywhere: (blocks, labels))
     monkeypatch.setattr("util.evaluate.exact._gather", lambda columns: columns)
     loader = EvalLoader(lambda on: setattr(NoWaiting, "armed", on))

@@ -187,7 +187,7 @@ OTHERS = {
         "a BEiT or alike",
     ),
     "video": (VIT | {"patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"a model of videos .*Conv3d"),
-    "no positions": ({k: v for k, v in VIT.items() if k != "pos_embed"}, r"position table \(pos_embed"),
+    "no positions": ({k: v for k, v in VIT.items() if k != "pos_embed"}, r"positional embedding \(pos_embed"),
     "Hugging Face's others": ({"dinov2.embeddings.cls_token": VIT["cls_token"]}, "Hugging Face's dinov2"),
     "layer scale": (VIT | {"blocks.0.ls1.gamma": torch.zeros(24)}, "no plain ViT|not a plain ViT"),
     "no bias": ({k: v for k, v in VIT.items() if "qkv.bias" not in k}, "no plain ViT|not a plain ViT"),

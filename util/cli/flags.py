@@ -110,11 +110,11 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         if isinstance(action.type, Bounded) and value is not None and not action.type.allows(value):
             finite = "" if abs(value) < math.inf or "lie" in action.type.rule else " and finite"
             raise UserError(f"--{action.dest} {value}: must {action.type.rule}{finite}{action.type.advice}")
-    if any(action.dest == "warmup_epochs" for action in parser._actions) and not getattr(args, "eval", False):
-        _warn_of_warmup(getattr(args, "warmup_epochs", 0), getattr(args, "epochs", math.inf))
-    start_epoch, epochs = getattr(args, "start_epoch", 0), getattr(args, "epochs", None)
-    if epochs is not None and start_epoch >= epochs:
+    epochs = getattr(args, "epochs", None)
+    if epochs is not None and (start_epoch := getattr(args, "start_epoch", 0)) >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
+    if epochs is not None and not getattr(args, "eval", False):
+        _warn_of_warmup(getattr(args, "warmup_epochs", 0), epochs)
 
 
 def _warn_of_warmup(warmup: int, epochs: int) -> None:

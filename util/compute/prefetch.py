@@ -65,14 +65,15 @@ def on_host(results: Iterable[Sequence[torch.Tensor]], delay: int = 2) -> Iterat
     """
     pending = deque()
     for tensors in results:
-        pending.append(_start_copy(tensors))
+        pending.append(start_copy(tensors))
         if len(pending) > delay or pending[-1][1] is None:
-            yield _finish_copy(*pending.popleft())
+            yield finish_copy(*pending.popleft())
     while pending:
-        yield _finish_copy(*pending.popleft())
+        yield finish_copy(*pending.popleft())
 
 
-def _start_copy(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+def start_copy(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    """For `finish_copy`: the tensors on the CPU, those of a GPU on their way into page-locked memory."""
     device = next((t.device for t in tensors if t.is_cuda), None)
     if device is None:
         return [t.cpu() for t in tensors], None
@@ -83,7 +84,8 @@ def _start_copy(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], to
     return host, torch.cuda.current_stream(device).record_event()
 
 
-def _finish_copy(host: list[torch.Tensor], copied: torch.cuda.Event | None) -> list[torch.Tensor]:
+def finish_copy(host: list[torch.Tensor], copied: torch.cuda.Event | None) -> list[torch.Tensor]:
+    """What `start_copy` has copied, when it is there."""
     if copied is not None:
         copied.synchronize()
     return host

@@ -11,7 +11,7 @@ from util.data.find import ImageFiles, bad_limit, find_images
 from util.data.read import MODES, BadImage, read_image, read_picture
 from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
 from util.errors import UserError
-from util.files import printable, some
+from util.files import some
 from util.processes.collectives import log, warn
 from util.rng import derive_seed, sample_seed
 
@@ -118,7 +118,7 @@ class ImageDataset(torch.utils.data.Dataset):
         count, known = int(self.bad.sum()), len(self.files.skipped)
         limit = bad_limit(len(self) + known)
         if count + known > limit or count == len(self):
-            names = some(map(printable, self.bad_paths()))
+            names = some(self.bad_paths())
             found = f"{count + known} images are unreadable and --bad_images skip allows 1 % (here {limit})"
             raise BadImage(error.path, f"{error.reason}; {found}: {names}") from None
 
@@ -143,7 +143,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Warns of files that could not be decoded since the last call."""
         paths = self.bad_paths()
         if len(paths) > self._reported:
-            names = some(map(printable, paths))
+            names = some(paths)
             warn(f"could not decode {len(paths)} of the images so far, others took their place: {names}")
             self._reported = len(paths)
 

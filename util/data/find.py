@@ -112,7 +112,7 @@ class ImageFiles:
         kinds = f": {count_kinds(self.kinds)}" if self.kinds else ""
         notes = [f"{self.ignored:,} other files ignored{kinds}"] if self.ignored else []
         if self.skipped:
-            names = some(printable(os.path.basename(path)) for path, _ in self.skipped)
+            names = some(os.path.basename(path) for path, _ in self.skipped)
             notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
         notes += self.notes
         notes = f" ({'; '.join(notes)})" if notes else ""
@@ -153,11 +153,11 @@ def find_images(
 
         return join([files for files in found if files is not None])
     root = os.fspath(data_path)
-    place = f"--data_path {printable(root) or repr(root)}"
+    place = f"--data_path {root or repr(root)}"
     is_folder = os.path.isdir(root)
     if is_folder and (folder := split_folder(root, split)):
         root = folder
-        place, split = f"--data_path {printable(root)}", split and "train"
+        place, split = f"--data_path {root}", split and "train"
     if names_archives(root):
         from util.data.archives import open_archives
 
@@ -250,7 +250,7 @@ def _check(files: ImageFiles, place: str, bad_images: str) -> ImageFiles:
         indices, bad = range(count), files.paths.bad
     if not bad:
         return files
-    names = some((f"{printable(files.paths.name(i))} ({reason})" for i, reason in bad), 3)
+    names = some((f"{files.paths.name(i)} ({reason})" for i, reason in bad), 3)
     summary = f"{place}: {len(bad):,} of {len(indices):,} files are no readable images: {names}"
     if bad_images == "error":
         raise UserError(f"{summary}; repair or remove them, or pass --bad_images skip")

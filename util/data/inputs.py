@@ -37,16 +37,16 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
             names += [files.paths.name(i) for i in range(len(files.paths))]
             skipped += files.skipped
         elif not os.path.lexists(path):
-            raise UserError(f"{printable(path)}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         elif (reason := sniff_header(path)) is None:
             found.append(path)
             names.append(os.path.basename(path))
         elif bad_images == "skip":
             skipped.append((path, reason))
         else:
-            raise UserError(f"{printable(path)}: {reason}; leave it out, or pass --bad_images skip")
+            raise UserError(f"{path}: {reason}; leave it out, or pass --bad_images skip")
     if skipped:
-        left_out = some((f"{printable(path)} ({reason})" for path, reason in skipped), 3)
+        left_out = some((f"{path} ({reason})" for path, reason in skipped), 3)
         warn(f"{len(skipped)} files are no readable images and are left out: {left_out}")
     if not found:
         raise UserError("no images: none of the files named is readable")

@@ -12,7 +12,7 @@ from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
 from util.data.read import read_picture
 from util.errors import UserError
-from util.files import printable, some
+from util.files import some
 from util.processes.collectives import is_main_process, warn
 
 
@@ -120,7 +120,7 @@ def labelled_files(split: str, args: Namespace) -> ImageFiles:
     if files is None:
         raise UserError(f"--data_path {args.data_path}: has no {split}/ folder; {layout}")
     if files.empty:
-        found = f"no images in {len(files.empty)} class folders ({some(map(printable, files.empty))})"
+        found = f"no images in {len(files.empty)} class folders ({some(files.empty)})"
         raise UserError(f"{files.root}: {found}; remove them or add images")
     if files.labels is None:
         place = f"--data_path {args.data_path}: {files.source}"
@@ -135,10 +135,10 @@ def check_classes(train: LabelledImages, val: LabelledImages) -> None:
         texts = []
         for one, two in ((train, val), (val, train)):
             alone = sorted(set(one.classes) - set(two.classes))
-            texts.append(f"only in {one.files.root}: {some(map(printable, alone)) or 'none'}")
+            texts.append(f"only in {one.files.root}: {some(alone) or 'none'}")
         raise UserError(f"the classes of train and val differ ({'; '.join(texts)})")
     if len(train.classes) == 1 and is_main_process():
-        name = f"{printable(train.files.root)}: one class ({printable(train.classes[0])})"
+        name = f"{train.files.root}: one class ({train.classes[0]})"
         warn(f"{name}: nothing to tell apart, so every accuracy will be 100 %")
 
 

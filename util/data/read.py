@@ -50,7 +50,7 @@ class BadImage(UserError):
         self.path, self.reason = path, " ".join(reason.split())
 
     def __str__(self) -> str:
-        return self.reason if self.path is None else f"{printable(self.path)}: {self.reason}"
+        return printable(self.reason if self.path is None else f"{self.path}: {self.reason}")
 
 
 def _open_regular(path: str, flags: int) -> int:

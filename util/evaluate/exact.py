@@ -23,7 +23,7 @@ from util.data.labelled import LabelledImages
 from util.data.loader import Batch, build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
 from util.data.transforms import normalize_batch
-from util.files import printable, some
+from util.files import some
 from util.processes.collectives import gather, get_rank, get_world_size, warn
 
 
@@ -142,7 +142,7 @@ def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Ten
     bad = getattr(dataset, "bad", None)
     if bad is None or not (dropped := bad[indices] > 0).any():
         return columns
-    names = some(printable(dataset.files.paths[i]) for i in indices[dropped].tolist())
+    names = some(dataset.files.paths[i] for i in indices[dropped].tolist())
     warn(f"{int(dropped.sum())} images could not be decoded and are left out of the figures: {names}")
     return [column[~dropped] for column in columns]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from util.errors import UserError
 from util.evaluate.predict import Predictions
-from util.files import check_writable, printable, replacing
+from util.files import check_writable, printable, replacing, shown
 
 
 def table(files: list[str], class_names: list[str], predictions: Predictions) -> str:
@@ -20,7 +20,7 @@ def table(files: list[str], class_names: list[str], predictions: Predictions) ->
     columns = [names]
     for rank in range(predictions.classes.shape[1]):
         head += [f"{rank + 1}.", ""]
-        columns.append([printable(class_names[i]) for i in predictions.classes[:, rank]])
+        columns.append([shown(class_names[i]) for i in predictions.classes[:, rank]])
         columns.append([f"{100 * p:.2f} %" for p in predictions.probabilities[:, rank]])
     rows = [head, *zip(*columns, strict=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

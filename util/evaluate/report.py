@@ -53,7 +53,7 @@ def _write_reports(predictions, folder, args, dataset) -> None:
             write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
             log(f"predictions: {printable(folder / 'predictions.csv')}")
     except OSError as error:
-        warn(f"{printable(folder)}: reports were not written: {error.strerror or error}")
+        warn(f"{folder}: reports were not written: {error.strerror or error}")
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:

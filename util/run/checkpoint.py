@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from util.errors import TrainingError, UserError
-from util.files import check_writable
 from util.processes.collectives import get_world_size, is_main_process, warn
 from util.processes.fsdp import is_sharded
 from util.run import owner
@@ -36,7 +35,6 @@ def prepare_output_dir(output_dir: str | None, model: torch.nn.Module) -> None:
     if not output_dir or not is_main_process():
         return
     owner.claim(output_dir)
-    check_writable("--output_dir", output_dir)
     for left in Path(output_dir).glob(".checkpoint-*.tmp-*"):
         with contextlib.suppress(OSError):
             left.unlink()  # of a save that was killed

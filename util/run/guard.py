@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from util.compute.precision import resolve_amp_dtype
+from util.compute.prefetch import finish_copy, start_copy
 from util.data.loader import collate, go_on_without_workers, lost_worker, open_batch
 from util.errors import TrainingError, UserError
+from util.files import some
 from util.processes import signals
 from util.processes.collectives import all_reduce_max, gather, get_rank, get_world_size, log, warn
 from util.weights.schema import plain
@@ -118,7 +120,7 @@ class RunGuard:
         own = [torch.full_like(bad, number) for number in numbers]
         flags = torch.stack([bad, *own])
         self.norms.append(grad_norm)
-        self.pending.append((self._to_host(all_reduce_max(flags)), self.micro_steps))
+        self.pending.append((start_copy([all_reduce_max(flags)]), self.micro_steps))
         self.micro_steps = []
         save = False
         while len(self.pending) > (DELAY if losses.is_cuda else 0):
@@ -151,22 +153,10 @@ class RunGuard:
         while self.pending:
             self._read_oldest()
 
-    @staticmethod
-    def _to_host(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        if not flags.is_cuda:
-            return flags.cpu(), None
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event
-
     def _read_oldest(self) -> bool:
         """Acts on the oldest flags that have not been read; returns whether it is time to save."""
-        (flags, event), micro_steps = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        bad, signum, save, lost = flags.tolist()
+        copy, micro_steps = self.pending.popleft()
+        bad, signum, save, lost = finish_copy(*copy)[0].tolist()
         if signum and not self.signum:
             log(f"{signal.Signals(int(signum)).name}: saving and leaving")
         self.signum = int(max(self.signum, signum))
@@ -194,11 +184,11 @@ class RunGuard:
             text = f"{where}: the loss of another process is not finite"
         else:
             names = list(dict.fromkeys(files))  # each once: a batch may hold several crops of an image
-            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            number = f" ({len(names)} in all)" if len(names) > 8 else ""
             value = entry["loss"].item()
             what = f"loss is {value}" if of_loss else f"gradient is not finite, though the loss is {value}"
             text = f"{where}: the {what}; no process made this step"
-            text += f"; images: {some}" if files else ""
+            text += f"; images: {some(names, 8)}{number}" if files else ""
             text += f"; the batch is in {place}" if place else ""
         if tolerated:
             warn(f"{text}; skipped ({self.bad_in_a_row} in a row, --skip_nonfinite {self.allowed})")

@@ -45,7 +45,7 @@ def claim(output_dir: str | os.PathLike) -> None:
     if folder == _folder:
         return
     release()
-    check_writable("--output_dir", folder, f"{printable(output_dir)}:")
+    check_writable("--output_dir", folder, f"{output_dir}:")
     lock = filelock.FileLock(folder / ".run.lock", mode=0o666, thread_local=False)
     deadline, told = time.monotonic() + PATIENCE, False
     while not _take(lock, folder):
@@ -56,9 +56,7 @@ def claim(output_dir: str | os.PathLike) -> None:
             advice = "wait for its end, or pass another folder"
             if read_record(folder).get("host") != socket.gethostname():
                 advice += "; if it is gone for sure, remove .run.lock and .run.json there"
-            raise UserError(
-                f"--output_dir {printable(output_dir)}: {_owner_in_words(folder)} works there; {advice}"
-            )
+            raise UserError(f"--output_dir {output_dir}: {_owner_in_words(folder)} works there; {advice}")
         time.sleep(0.2)
     _lock, _folder = lock, folder
     with contextlib.suppress(OSError):  # a full disk is for `begin` to say
@@ -163,7 +161,7 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     if _folder is None:
         return None
     _id = id_of(content) if source else None if anew else read_record(_folder).get("id")
-    if _id and source and any(id_at(path) == _id for path in _further(position_of(content))):
+    if _id and source and _went_further(position_of(content)):
         _id = None
     _id = _id or uuid.uuid4().hex
     record = {"id": _id, **_ourselves()}
@@ -175,12 +173,13 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     try:
         _write_record(record)
     except OSError as error:  # else the checkpoints to come would count as those of the run before
-        raise UserError(f"--output_dir {printable(_folder)}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output_dir {_folder}: cannot be written ({error.strerror})") from None
     return _id
 
 
-def _further(position: tuple[int, int]) -> list[Path]:
-    return [path for path in list_checkpoints(_folder) if position_in_name(path) > position]
+def _went_further(position: tuple[int, int]) -> bool:
+    """Whether the run has checkpoints behind `position` in its folder."""
+    return any(position_in_name(path) > position and id_at(path) == _id for path in list_checkpoints(_folder))
 
 
 def id_of(content: dict) -> str | None:

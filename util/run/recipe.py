@@ -8,6 +8,7 @@ from util.errors import UserError
 from util.files import shown
 from util.processes.collectives import is_main_process, warn
 from util.weights.files import is_inside_epoch, list_checkpoints
+from util.weights.schema import comparable, in_words
 
 # Every flag of the three scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
@@ -58,7 +59,7 @@ def check_changes(
     for name, theirs, own in _changes("model", args, saved) if listing is not None else ():
         if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name == "trainable_blocks"):
             continue
-        own, theirs = _text(own), _text(theirs)
+        own, theirs = in_words(name, own), in_words(name, theirs)
         raise UserError(f"--{name} {own}: {source} was trained with {theirs}; go on with that")
     if weights_only:
         return
@@ -66,7 +67,7 @@ def check_changes(
         args = _as_many_processes(args, saved)
     run = content.get("run") if isinstance(content.get("run"), dict) else {}
     changed = _data_changes(run, listing) + [
-        f"{name} {_text(theirs)} -> {_text(own)}"
+        f"{name} {in_words(name, theirs)} -> {in_words(name, own)}"
         for group in ("data", "recipe")
         for name, theirs, own in _changes(group, args, saved)
         if name != "data_path" or "files" not in run or not listing
@@ -109,7 +110,7 @@ def _data_changes(saved: dict, listing: dict | None) -> list[str]:
         return []
     if saved.get("images") == listing["images"]:
         return [f"images: {listing['images']} as before, but of other names"]
-    return [f"images {_text(saved.get('images'))} -> {listing['images']}"]
+    return [f"images {shown(saved.get('images'))} -> {listing['images']}"]
 
 
 def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
@@ -119,7 +120,7 @@ def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
     return [
         (name, saved[name], own[name])
         for name in names
-        if name in saved and name in own and _plain(saved[name]) != _plain(own[name])
+        if name in saved and name in own and comparable(saved[name]) != comparable(own[name])
     ]
 
 
@@ -132,15 +133,3 @@ def _joined(settings: dict) -> dict:
         settings["effective batch"] = parts[0] * parts[1] * parts[2]
         del settings["batch_size"], settings["accum_iter"]
     return settings
-
-
-def _plain(value):
-    """A form that can be compared: one size, mean or deviation stands for all sides or channels."""
-    if isinstance(value, list | tuple):
-        values = [_plain(v) for v in value]
-        return values[0] if values and all(v == values[0] for v in values) else values
-    return value if isinstance(value, int | float) or value is None else str(value)
-
-
-def _text(value) -> str:
-    return shown(" ".join(map(str, value)) if isinstance(value, list | tuple) else value)

@@ -182,7 +182,7 @@ def _check_owner(args) -> None:
         raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
                         "overwrite it; pass another folder")  # fmt: skip
     try:
-        stored = read_file(newest).get("args")
+        stored = read_file(newest, verify=False).get("args")
     except UserError:
         return
     marks = {

@@ -21,8 +21,6 @@ from util.weights.schema import plain
 
 # Arguments that the scripts add themselves: where a process stands, not what the run is
 _NO_SETTING = {"rank", "gpu", "local_rank", "distributed", "start_step"}
-
-
 _unwritten: dict[Path, bytes] = {}  # records that wait for room, by their log.txt
 
 
@@ -63,8 +61,7 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
     """Appends one JSON object as a line to `log.txt` in `output_dir`, on the first process.
 
     NaN and inf become null; 'run' is the id of the run that holds the folder. What a full disk does not take
-    comes when there is room again, after one warning;
-    training goes on.
+    comes when there is room again, after one warning; training goes on.
     """
     if not output_dir or not is_main_process():
         return
@@ -89,7 +86,7 @@ def write_log(output_dir: str | Path | None, record: dict) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # no half record
         if not waiting:
-            warn(f"{printable(path)}: not written yet: {error.strerror or error}")
+            warn(f"{path}: not written yet: {error.strerror or error}")
 
 
 def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[str | None] = ()) -> bool:
@@ -120,9 +117,9 @@ def trim_log(output_dir: str | Path | None, start_epoch: int, runs: Collection[s
             with replacing(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
             if broken:
-                warn(f"{printable(path)}: lines that cannot be read were dropped: {broken}")
+                warn(f"{path}: lines that cannot be read were dropped: {broken}")
         except OSError as error:
-            warn(f"{printable(path)}: not rewritten: {error.strerror or error}")
+            warn(f"{path}: not rewritten: {error.strerror or error}")
     return gather(there or not output_dir)[0]
 
 
@@ -246,4 +243,4 @@ def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -
     try:
         return CurveWriter(log_dir, purge_step)
     except OSError as error:
-        raise UserError(f"--log_dir {printable(log_dir)}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None

@@ -133,7 +133,7 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def describe_data(train, held_out=None) -> dict:
     """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
-    the `held_out` set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
+    the `held_out` (validation) set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
     """
     described = getattr(train, "listing", dict)()
     of_held_out = getattr(held_out, "listing", dict)()
@@ -154,7 +154,7 @@ class RunState:
     stats: dict[str, float] | None = None  # averages of that epoch
     evaluated: bool = False  # whether it was evaluated
     meters: list[dict] | None = None  # of the epoch under way, one of each process
-    data: tuple = (None, None)  # training and held-out images
+    data: tuple = (None, None)  # training and validation images
     run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
     started_from: str | None = None  # id of the run whose checkpoint it goes on from
 

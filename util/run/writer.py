@@ -1,7 +1,5 @@
 """Writes checkpoints beside the training: the loop waits for a copy in memory, not for the disk."""
 
-import contextlib
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from util.files import replacing
 from util.processes.fsdp import whole_tensor
 from util.weights.schema import plain
 
@@ -22,30 +21,15 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
         OSError: the folder cannot be written or is full, or the model's weights are not finite; the temporary
             file is removed.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     if not _finite(content.get("model")):
         raise OSError("the model's weights are not finite")
-    room = shutil.disk_usage(path.parent).free
+    room = shutil.disk_usage(Path(path).parent).free
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, RuntimeError):  # what torch makes of the system's error
-            reason = "no space left on device" if _bytes(content) > room else str(error).splitlines()[0]
-            raise OSError(reason) from error
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    except RuntimeError as error:  # what torch makes of the system's error
+        reason = "no space left on device" if _bytes(content) > room else str(error).splitlines()[0]
+        raise OSError(reason) from error
 
 
 def _bytes(content) -> int:

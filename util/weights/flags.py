@@ -8,7 +8,7 @@ from util.errors import UserError
 from util.files import shown, some
 from util.processes.collectives import is_main_process, warn
 from util.sizes import image_size
-from util.weights.schema import real, said_settings
+from util.weights.schema import comparable, in_words, said_settings
 
 # Flags that are also entries of a checkpoint's `model_info`
 FLAGS = ("model", "global_pool", "input_size", "patch_size", "in_chans", "nb_classes", "mean", "std")
@@ -47,8 +47,8 @@ def settle(name: str, given, stored, path: str, override: bool = False):
     """
     if given is None or stored is None or override:
         return stored if given is None else given
-    if _plain(given) != _plain(stored):
-        own, theirs = _text(name, given), _text(name, stored)
+    if comparable(given) != comparable(stored):
+        own, theirs = in_words(name, given), in_words(name, stored)
         raise UserError(f"--{name} {own}: {path} was trained with {theirs}; leave the flag out")
     return stored
 
@@ -68,9 +68,9 @@ def adopt_model_info(args: argparse.Namespace, info: dict, source: str, given: s
         stored, own = info.get(name), getattr(args, name, None)
         if stored is None:
             continue
-        if name in given and own is not None and _plain(own) != _plain(stored):
+        if name in given and own is not None and comparable(own) != comparable(stored):
             flag = "--global_pool/--cls_token" if name == "global_pool" else f"--{name}"
-            own, theirs = _text(name, own), _text(name, stored)
+            own, theirs = in_words(name, own), in_words(name, stored)
             raise UserError(f"{flag}: {own} was given, but {source} was trained with {theirs}; leave the "
                             "flag out")  # fmt: skip
         setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
@@ -81,8 +81,8 @@ def warn_of_other_stats(args: argparse.Namespace, content: dict, source: str) ->
     stored = said_settings(content)
     for name in ("mean", "std"):
         theirs, own = stored.get(name), getattr(args, name)
-        if theirs is not None and _plain(theirs) != _plain(own) and is_main_process():
-            theirs, own = _text(name, theirs), _text(name, own)
+        if theirs is not None and comparable(theirs) != comparable(own) and is_main_process():
+            theirs, own = in_words(name, theirs), in_words(name, own)
             warn(f"{source} was trained with --{name} {theirs}, now it is {own}")
 
 
@@ -107,20 +107,3 @@ def check_class_names(
             f"{source}: its {len(stored)} classes are not the {len(class_names)} of {data_path} "
             f"(differing: {some(differing)})"
         )
-
-
-def _plain(value):
-    """A form that can be compared: one size, mean or deviation stands for all sides or channels."""
-    if isinstance(value, list | tuple) and value and all(map(real(-1e30, 1e30), value)):
-        values = [round(float(v), 6) for v in value]
-        return values[0] if len(set(values)) == 1 else values
-    return value if isinstance(value, int | float | str) else shown(value)
-
-
-def _text(name: str, value) -> str:
-    if name == "global_pool":
-        return "global pooling" if value else "the class token"
-    if name == "input_size" and isinstance(value, int):
-        value = (value, value)
-    separator = "x" if name == "input_size" else " "
-    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value)

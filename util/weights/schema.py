@@ -138,7 +138,7 @@ def _digits(value) -> bool:
 
 
 def _size(value) -> bool:
-    # Other code stores text, or channels first; such a size counts only where it fits the position table
+    # Other code stores text, or channels first; such a size counts only where it fits `pos_embed`
     return whole()(value) or several(whole(), 3)(value) or _digits(value)
 
 
@@ -199,3 +199,23 @@ def said_settings(content: dict) -> dict:
     info = content.get("model_info")
     entries = content.get("settings"), info if isinstance(info, dict) and info else content.get("args")
     return {name: v for entry in entries if isinstance(entry, dict) for name, v in entry.items()}
+
+
+def comparable(value):
+    """A setting in a form that can be compared: one size, mean or deviation stands for all sides or
+    channels.
+    """
+    if isinstance(value, list | tuple) and value and all(map(real(-1e30, 1e30), value)):
+        values = [round(float(v), 6) for v in value]
+        return values[0] if len(set(values)) == 1 else values
+    return value if isinstance(value, int | float | str) else shown(value)
+
+
+def in_words(name: str, value) -> str:
+    """The value of the setting `name` for a message, as it is given on a command line."""
+    if name == "global_pool":
+        return "global pooling" if value else "the class token"
+    if name == "input_size" and isinstance(value, int):
+        value = (value, value)
+    separator = "x" if name == "input_size" else " "
+    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value)

@@ -98,7 +98,7 @@ def foreign_kind(state: dict) -> str:
     if proj is not None and getattr(proj, "ndim", 4) == 5:
         return "a model of videos (its patch embedding is a Conv3d)"
     if proj is not None and "pos_embed" not in state and "cls_token" in state:
-        return "a ViT whose position table (pos_embed) is not in the file"
+        return "a ViT whose positional embedding (pos_embed) is not in the file"
     return ""
 
 
