@@ -260,6 +260,7 @@ def test_auto_takes_the_best_checkpoint_where_no_other_is_left(tmp_path, capsys)
     (tmp_path / "checkpoint-1.pth").write_bytes(b"")
     assert auto(tmp_path) == ("checkpoint-best.pth", run)
     (tmp_path / "checkpoint-1.pth").unlink()
+    (tmp_path / ".run.json").unlink()
     assert auto(tmp_path) == ("checkpoint-best.pth", run)
     resume.load_model(make_args(tmp_path, resume=""), make_model(), None, None)
     assert "--resume " + str(tmp_path / "checkpoint-best.pth") in capsys.readouterr().out

@@ -84,7 +84,7 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
     if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
         source = start if "://" in start else os.path.join(output_dir, start)
         return Checkpoint(source, read_file(source, "--resume", verify))
-    if best and not own:
+    if best and paths and not own:
         _warn_of_later(best, paths)
     if best and passed:
         warn(f"{passed[0]} is another run's, and this one will overwrite what is in its way; if it is to go "
