@@ -257,3 +257,14 @@ def test_a_complete_run_says_so(tmp_path, capsys):
     save(tmp_path, 5)
     resume.load_model(make_args(tmp_path, epochs=3), make_model(), None, None)
     assert "complete: nothing left to do at epoch 6" in capsys.readouterr().out
+
+
+def test_a6_a_record_that_is_marked_as_a_folder_is_noticed(tmp_path):
+    """torch reads nothing then, and the tensor holds what was in memory."""
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {"weight": torch.arange(100.0)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1) + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="was changed after it was written"):
+        files.read_file(path)

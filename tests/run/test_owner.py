@@ -45,13 +45,14 @@ def test_a5_a_second_run_is_refused_with_the_owners_name_until_that_is_dead(tmp_
     with another_run(tmp_path) as process:
         for _ in range(2):
             with pytest.raises(UserError) as error:
-                checkpoint.prepare_output_dir(str(tmp_path), make_model())
+                owner.claim(tmp_path, waits=True)
             expected = f"--output_dir {tmp_path}: another run (process {process.pid} on {HOST}) works there"
             assert str(error.value).startswith(expected) and "remove" not in str(error.value)
         assert "waiting for its end" in capsys.readouterr().err and unfinished.exists()
         # One that is about to end is waited for
         monkeypatch.setattr(owner, "PATIENCE", 30.0)
         monkeypatch.setattr(owner.time, "sleep", lambda _, sleep=time.sleep: (process.kill(), sleep(0.1)))
+        owner.claim(tmp_path, waits=True)
         checkpoint.prepare_output_dir(str(tmp_path), make_model())
     record = owner.read_record(tmp_path)
     assert (record["host"], record["pid"]) == (HOST, os.getpid()) and not unfinished.exists()
@@ -233,3 +234,39 @@ def test_b7_save_model_returns_when_the_file_is_there(tmp_path):
     assert load_model(args, model, optimizer, None) is None
     args.resume = str(path)
     assert load_model(args, model, optimizer, None)["epoch"] == 2 and args.start_epoch == 3
+
+
+def test_a5_one_that_would_overwrite_waits_for_none(tmp_path, capsys, monkeypatch):
+    """What a run that ends in the meantime has saved is then lost."""
+    monkeypatch.setattr(owner, "PATIENCE", 1e9)
+    with another_run(tmp_path), pytest.raises(UserError, match="works there"):
+        checkpoint.prepare_output_dir(str(tmp_path), make_model())
+    assert "waiting" not in capsys.readouterr().err
+
+
+def test_a8_another_runs_further_checkpoint_is_named(tmp_path, capsys):
+    begin(tmp_path, (8, 9))
+    run = begin(tmp_path, (0,))
+    assert auto(tmp_path) == ("checkpoint-0.pth", run)
+    assert "checkpoint-9.pth is another run's, and this one will overwrite" in capsys.readouterr().err
+
+
+def test_auto_takes_the_best_checkpoint_where_no_other_is_left(tmp_path, capsys):
+    """A fresh run would overwrite it."""
+    run = begin(tmp_path, (0, 1))
+    shutil.copy(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-best.pth")
+    assert auto(tmp_path) == ("checkpoint-1.pth", run) and not capsys.readouterr().err
+    (tmp_path / "checkpoint-0.pth").unlink()
+    (tmp_path / "checkpoint-1.pth").write_bytes(b"")
+    assert auto(tmp_path) == ("checkpoint-best.pth", run)
+    (tmp_path / "checkpoint-1.pth").unlink()
+    (tmp_path / ".run.json").unlink()
+    assert auto(tmp_path) == ("checkpoint-best.pth", run)
+    resume.load_model(make_args(tmp_path, resume=""), make_model(), None, None)
+    assert "--resume " + str(tmp_path / "checkpoint-best.pth") in capsys.readouterr().out
+    with pytest.raises(UserError, match="this run would overwrite it"):
+        best = str(tmp_path / "checkpoint-best.pth")
+        resume.load_model(make_args(tmp_path, resume="", finetune=best), make_model(), None, None)
+    (tmp_path / "checkpoint-best.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"can be read \(checkpoint-best.pth\)"):
+        auto(tmp_path)

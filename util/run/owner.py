@@ -31,11 +31,15 @@ _folder: Path | None = None
 _id: str | None = None
 
 
-def claim(output_dir: str | os.PathLike) -> None:
+def claim(output_dir: str | os.PathLike, waits: bool = False) -> None:
     """Makes the folder this process's until `release`; on the first process. Can be called again.
 
     The lock of a process that has ended does not count. On a file system that knows no locks `.run.json`
     stands for one.
+
+    Args:
+        waits: gives a run that works there `PATIENCE` to end. Only for one that goes on from what that has
+            saved, and has not looked for it yet: another would overwrite it.
 
     Raises:
         UserError: the folder cannot be written, or another process works there.
@@ -49,10 +53,10 @@ def claim(output_dir: str | os.PathLike) -> None:
     lock = filelock.FileLock(folder / ".run.lock", mode=0o666, thread_local=False)
     deadline, told = time.monotonic() + PATIENCE, False
     while not _take(lock, folder):
-        if not told:
+        if not told and waits:
             told = True
             note(f"{printable(output_dir)}: {_owner_in_words(folder)} works there; waiting for its end")
-        if time.monotonic() > deadline:
+        if not waits or time.monotonic() > deadline:
             advice = "wait for its end, or pass another folder"
             if read_record(folder).get("host") != socket.gethostname():
                 advice += "; if it is gone for sure, remove .run.lock and .run.json there"
@@ -173,7 +177,8 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     try:
         _write_record(record)
     except OSError as error:  # else the checkpoints to come would count as those of the run before
-        raise UserError(f"--output_dir {_folder}: cannot be written ({error.strerror})") from None
+        where = f"--output_dir {_folder}: .run.json"
+        raise UserError(f"{where} cannot be written ({error.strerror})") from None
     return _id
 
 

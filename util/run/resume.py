@@ -55,11 +55,12 @@ def read_resume(args) -> Checkpoint | None:
 
 
 def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
-    """What "auto" is; what cannot be read is passed over with a warning, another run's files without."""
+    """What "auto" is; what cannot be read is passed over with a warning."""
     record, paths = owner.read_record(output_dir), list_checkpoints(output_dir)
-    own, best, passed, unread = record.get("id"), None, 0, []
-    for path in paths:
-        if best and position_in_name(path) <= owner.position_of(best.content):
+    own, best, passed, unread = record.get("id"), None, [], []
+    for path in _all_there(output_dir):
+        named = position_in_name(path) if path in paths else (0, 0)
+        if best and named <= owner.position_of(best.content):
             break
         if passed and owner.id_at(path) not in (own, ""):
             continue  # where many files are in the way, a look at each is enough
@@ -71,10 +72,10 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
             warn(f"{error}; passed over for the one before")
             unread.append(path.name)
             continue
-        if owner.position_of(content) != position_in_name(path):
+        if path in paths and owner.position_of(content) != named:
             warn(f"{path}: its name says another epoch than its entries, which count")
         if own and owner.id_of(content) != own:
-            passed += 1
+            passed.append(path)
         elif not best or owner.position_of(content) > owner.position_of(best.content):
             best = Checkpoint(str(path), content)
     if best is None and unread:
@@ -86,9 +87,18 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
     if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
         source = start if "://" in start else os.path.join(output_dir, start)
         return Checkpoint(source, read_file(source, "--resume", verify))
-    if best and not own:
+    if best and paths and not own:
         _warn_of_later(best, paths)
+    if best and passed:
+        warn(f"{passed[0]} is another run's, and this one will overwrite what is in its way; if it is to go "
+             f"on from there, pass --resume {passed[0]}")  # fmt: skip
     return best
+
+
+def _all_there(output_dir: str) -> list[Path]:
+    """Checkpoints of a folder, the furthest first, and the best one, which may be all that is left."""
+    best = Path(output_dir, "checkpoint-best.pth")
+    return list_checkpoints(output_dir) + ([best] if best.is_file() else [])
 
 
 def _warn_of_later(best: Checkpoint, paths: list[Path]) -> None:
@@ -164,7 +174,7 @@ def restore_run(
 def _say_what_is_there(args) -> None:
     """Before a start from nothing: what will be overwritten; raises UserError where that may not be."""
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
-    there = list_checkpoints(output_dir) if output_dir else []
+    there = _all_there(output_dir) if output_dir else []
     if there and is_main_process():
         _check_owner(args)
     if resume:
@@ -177,7 +187,7 @@ def _say_what_is_there(args) -> None:
 
 def _check_owner(args) -> None:
     """Raises UserError where a fresh run would overwrite another script's checkpoints or its own start."""
-    newest, given = list_checkpoints(args.output_dir)[0], getattr(args, "finetune", "")
+    newest, given = _all_there(args.output_dir)[0], getattr(args, "finetune", "")
     if given and "://" not in given and Path(given).resolve().parent == Path(args.output_dir).resolve():
         raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
                         "overwrite it; pass another folder")  # fmt: skip

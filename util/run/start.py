@@ -79,7 +79,8 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
     init_distributed_mode(args)
     check_args(args)
     if not getattr(args, "eval", False) and is_main_process() and os.path.isdir(args.output_dir or ""):
-        owner.claim(args.output_dir)  # before anything in it is read; one that is not there is made later
+        # Before anything in it is read; one that is not there is made later
+        owner.claim(args.output_dir, waits=args.resume == "auto")
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
     pin_memory = args.pin_mem and device.type == "cuda"

@@ -116,7 +116,8 @@ def check_archive(path: str | Path) -> None:
 
 
 def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
-    if record.compress_size != record.file_size:
+    as_folder = record.external_attr & 0x10  # torch would leave that tensor's memory as it is
+    if record.compress_size != record.file_size or as_folder:
         raise zipfile.BadZipFile(f"Bad size of {shown(record.filename)}")
     with archive.open(record) as file:  # which compares the checksum at the end
         while file.read(1 << 20):
