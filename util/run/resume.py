@@ -78,15 +78,15 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
             passed.append(path)
         elif not best or owner.position_of(content) > owner.position_of(best.content):
             best = Checkpoint(str(path), content)
+    start = record.get("from", "") if best is None else ""
+    if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
+        source = start if "://" in start else os.path.join(output_dir, start)
+        return Checkpoint(source, read_file(source, "--resume", verify))
     if best is None and unread:
         raise UserError(
             f"--resume auto: no checkpoint of this run in {output_dir} can be read ({some(unread)}), and "
             "nothing is overwritten; pass --resume FILE or another --output_dir, or move what is damaged away"
         )
-    start = record.get("from", "") if best is None else ""
-    if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
-        source = start if "://" in start else os.path.join(output_dir, start)
-        return Checkpoint(source, read_file(source, "--resume", verify))
     if best and paths and not own:
         _warn_of_later(best, paths)
     if best and passed:
