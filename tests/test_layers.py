@@ -132,3 +132,24 @@ def test_sizes():
         name = str(path)
         most = 230 if name.startswith("main_") else 110 if name.startswith("engine_") else 265
         assert lines <= most or name == "models_mae.py", f"{path}: {lines} lines"
+
+
+def test_the_core_stays_small():
+    """What `import main_pretrain` loads of ours: imports inside functions are of optional things."""
+    found, left = {Path("util/__init__.py")}, [Path("main_pretrain.py")]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        nodes = ast.parse((REPO / path).read_text(encoding="utf-8")).body
+        for node in (node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            modules = (
+                [node.module, *(f"{node.module}.{n}" for n in names)] if hasattr(node, "module") else names
+            )
+            paths = (Path(*module.split(".")).with_suffix(".py") for module in modules)
+            left += [path for path in paths if (REPO / path).is_file()]
+    lines = sum(len((REPO / path).read_text(encoding="utf-8").splitlines()) for path in found)
+    assert len(found) <= 44 and lines <= 6500, f"{len(found)} files, {lines} lines"
+    assert len(found) > 30  # they were followed

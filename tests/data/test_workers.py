@@ -159,7 +159,7 @@ def test_d5_page_locked_memory_is_bounded(tmp_path, monkeypatch, capsys):
     dataset = build_pretrain_dataset(make_args(tmp_path, 3))
 
     def options(blocks, pin=True, workers=3):
-        monkeypatch.setattr(loaders, "free_memory", lambda: 2 * POWER * blocks)
+        monkeypatch.setattr("util.compute.memory.free_memory", lambda: 2 * POWER * blocks)
         loader = build_loader(dataset, EpochSampler(8, batch_size=4), 4, workers, pin)
         return loader.num_workers, loader.prefetch_factor, loader.pin_memory
 

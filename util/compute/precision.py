@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from util.compute.blocks import CPU_HAS_MATRIX_UNIT
-from util.compute.memory import keep_freed_memory
 from util.errors import UserError
 from util.processes.collectives import all_reduce_sum, is_main_process, warn
 from util.processes.fsdp import is_sharded, whole_tensor
@@ -79,6 +78,8 @@ def prepare_device(device: torch.device, amp_dtype: torch.dtype | None) -> str:
     """
     text = f"{amp_dtype or torch.float32}"
     if device.type == "cpu":
+        from util.compute.memory import keep_freed_memory  # a GPU does without
+
         keep_freed_memory()
         if amp_dtype is None and CPU_HAS_MATRIX_UNIT:
             text += " (this CPU has a matrix unit for bf16: --amp_dtype bf16 is faster)"

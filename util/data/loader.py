@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.compute.memory import free_memory
 from util.errors import TrainingError, out_of_memory
 from util.processes.collectives import warn
 
@@ -191,6 +190,8 @@ def _that_fit(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool
         free = status.f_bavail * status.f_frsize
         room = free // (batch * processes) - 2
     if pin_mem:
+        from util.compute.memory import free_memory  # a CPU does without
+
         left, block = free_memory(), 1 << (batch - 1).bit_length()  # as torch rounds each up
         locked = left // (2 * block * processes) - IN_USE
     for pin, room_now in ((pin_mem, min(room, locked)), (False, room)):

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from util.cli.progress import progress_bar
 from util.processes.collectives import all_reduce_sum, get_world_size, is_main_process, log
 
 
@@ -154,6 +153,8 @@ class MetricLogger:
         length, header = len(iterable), header or ""
         bar = None
         if is_main_process() and sys.stdout.isatty():
+            from util.cli.progress import progress_bar  # a log file does without
+
             bar = progress_bar(length, "it", sys.stdout, initial=start, desc=header, mininterval=0.5)
         clock = _Clock()
         iterator = iter(iterable)

@@ -12,7 +12,6 @@ from util.processes.collectives import check_agreement, gather, get_world_size, 
 from util.processes.fsdp import load_state, split_optimizer_state
 from util.run import owner
 from util.weights.files import list_checkpoints, position_in_name, read_file
-from util.weights.state import check_entries, check_optimizer, check_state, model_state
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +46,8 @@ def read_resume(args) -> Checkpoint | None:
         checkpoint = Checkpoint(resume, read_file(resume, "--resume", verify))
     else:
         return None
+    from util.weights.state import check_entries  # here and below: only runs that go on need it
+
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
     from util.data.depth import adopt_pixel_range
 
@@ -145,6 +146,8 @@ def restore_run(
         _say_what_is_there(args)
         return
     source, content = checkpoint
+    from util.weights.state import check_state, model_state
+
     state = model_state(content, f"--resume {source}")
     check_state(model, state, f"--resume {source}")
     trains, epochs = "optimizer" in content and "epoch" in content, getattr(args, "epochs", None)
@@ -228,6 +231,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> No
         {**saved, **({"fused": own["fused"]} if "fused" in own else {})}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
     ]
+    from util.weights.state import check_optimizer
+
     try:
         check_optimizer(optimizer, state)
         entries = split_optimizer_state(optimizer, state["state"])
