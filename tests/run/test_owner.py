@@ -276,7 +276,8 @@ def test_a6_a_start_before_a_flipped_bit_can_be_made_twice(tmp_path, capsys):
     """It is another run, as the damaged file still says the old one's id; killed before its first save."""
     begin(tmp_path, (0, 1))
     content = bytearray((tmp_path / "checkpoint-1.pth").read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(len(content) // 4, len(content) // 2):  # one alone may lie between the records
+        content[place] ^= 1
     (tmp_path / "checkpoint-1.pth").write_bytes(content)
     assert [auto(tmp_path)[0] for _ in range(2)] == ["checkpoint-0.pth"] * 2
     assert capsys.readouterr().err.count("passed over") == 2
