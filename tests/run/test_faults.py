@@ -10,7 +10,9 @@ from golden_utils import REPO
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--runs", "1", "--kills", "1", "--epochs", "3", "--spread", "0.5"),
+        pytest.param(
+            ("--runs", "1", "--kills", "1", "--epochs", "3", "--spread", "0.5"), marks=pytest.mark.slow
+        ),
         pytest.param(
             ("--runs", "1", "--kills", "2", "--epochs", "4", "--processes", "2"), marks=pytest.mark.slow
         ),
