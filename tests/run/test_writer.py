@@ -28,3 +28,13 @@ def test_d14_on_a_slow_disk_there_is_one_copy(monkeypatch):
     weight.add_(1)
     background.wait()
     assert events == ["copied", "wrote 0", "copied", "wrote 1"] and not background.failed
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path, capsys):
+    """`rm -r` while a run is at work costs the older checkpoints, and not the run."""
+    path = tmp_path / "gone" / "out" / "checkpoint-3.pth"
+    writer.save_checkpoint(path, {"model": {"w": torch.ones(3)}, "epoch": 3})
+    assert torch.load(path, weights_only=True)["epoch"] == 3
+    assert "out: was removed; made again for checkpoint-3.pth" in capsys.readouterr().err
+    writer.save_checkpoint(path, {"model": {"w": torch.ones(3)}, "epoch": 4})
+    assert "removed" not in capsys.readouterr().err

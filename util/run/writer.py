@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from util.files import replacing
+from util.processes.collectives import warn
 from util.processes.fsdp import whole_tensor
 from util.weights.schema import plain
 
@@ -15,7 +16,7 @@ from util.weights.schema import plain
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Writes `content` to a temporary file in the same folder, flushes it to disk and renames it.
 
-    At any moment `path` holds the old file or the whole new one.
+    At any moment `path` holds the old file or the whole new one. A folder that was removed is made again.
 
     Raises:
         OSError: the folder cannot be written or is full, or the model's weights are not finite; the temporary
@@ -23,7 +24,11 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
     """
     if not _finite(content.get("model")):
         raise OSError("the model's weights are not finite")
-    room = shutil.disk_usage(Path(path).parent).free
+    folder = Path(path).parent
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        warn(f"{folder}: was removed; made again for {Path(path).name}")
+    room = shutil.disk_usage(folder).free
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
