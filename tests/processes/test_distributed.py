@@ -252,7 +252,7 @@ def test_c5_a_killed_loader_worker_of_one_process_has_both_save(images, tmp_path
     code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto")
     assert code == 0 and "going on at epoch 1, step 2" in out, out
     assert same(weights(tmp_path / "whole/checkpoint-1.pth"), weights(tmp_path / "parts/checkpoint-1.pth"))
-    logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
+    logs = [log_of(tmp_path / name) for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
 
