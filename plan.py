@@ -32,6 +32,7 @@ from util.data.find import find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
 from util.data.transforms import channel_stats
 from util.errors import TrainingError, UserError
+from util.evaluate.output import check_output
 from util.files import printable, replacing, some
 from util.processes.collectives import log as say
 from util.recipes.choose import choose, words
@@ -163,6 +164,10 @@ def hours_of(flags: dict, found: dict[str, Survey], cost: dict) -> float:
     return seconds / 3600
 
 
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} min"
+
+
 def fit_hours(flags: dict, found: dict[str, Survey], cost: dict, hours: float) -> None:
     """Fewer epochs in `flags` where the run would take longer than `hours`."""
     whole = hours_of(flags, found, cost)
@@ -189,6 +194,8 @@ def write(path: str, command: list[str], note: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
+    if args.write:
+        check_output("--write", args.write)  # before minutes of looking
     device = resolve_device(args.device)
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
     found = look_at(args)
@@ -223,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
     if cost:
         hours, size = hours_of(flags, found, cost), cost["checkpoint"] / 2**20
         say(
-            f"\nCost, from {TRIAL_STEPS} steps here on {device}: {hours:.1f} hours (a step: "
+            f"\nCost, from {TRIAL_STEPS} steps here on {device}: {_duration(hours)} (a step: "
             f"{cost['step']:.3f} s), {cost['memory']:.0f} MB of memory,\n"
             f"{size * 4:.0f} MB of disk (checkpoints of {size:.0f} MB)"
         )
