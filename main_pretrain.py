@@ -30,7 +30,7 @@ from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size
-from util.processes.fsdp import check_fsdp, wrap_model
+from util.processes.parallel import check_fsdp, wrap_model
 from util.recipes.pretrain_end import EpochEnd
 from util.rng import seed_all
 from util.run.guard import RunGuard

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from util.data.loader import build_loader
 from util.data.sampler import EvalSampler
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log
-from util.processes.fsdp import full_copy
+from util.processes.parallel import full_copy
 from util.run.run_log import write_log
 from util.run.start import Run
 
