@@ -6,11 +6,9 @@ Look at it run, with no data and no GPU (makes a small demo set):
 
 On your images, one GPU:
     python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --norm_pix_loss --batch_size 256
-
 ViT-L on ImageNet as in the paper, 8 GPUs (effective batch 64 x 8 x 8 = 4096):
     torchrun --nproc_per_node 8 main_pretrain.py --data_path IMAGENET --model mae_vit_large_patch16 \
         --norm_pix_loss --batch_size 64 --accum_iter 8 --epochs 800 --warmup_epochs 40 --blr 1.5e-4
-
 Go on after an interruption: the same command with --resume auto.
 """
 
@@ -56,9 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--decoder_depth", type=at_least(1), help="default: the model's")
     flag("--decoder_num_heads", type=at_least(1), help="default: the model's")
 
-    flag = add_schedule_args(
-        parser, batch_size=64, epochs=400, warmup_epochs=40, blr=1e-3, min_lr=0.0, weight_decay=0.05
-    )
+    flag = add_schedule_args(parser, batch_size=64, epochs=400, warmup_epochs=40, blr=1e-3, min_lr=0.0,
+                             weight_decay=0.05)
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
          help="largest gradient norm (default: no clipping)")
 
@@ -74,6 +71,11 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
+    flag = parser.add_argument_group("teacher").add_argument
+    flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
+    flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
+    flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
+    flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
     # fmt: on
 
     add_training_args(parser, fsdp=True)
@@ -85,10 +87,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     check_fsdp(args)
     if args.batch_size % args.repeated_aug:
-        raise UserError(
-            f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a multiple of it, "
-            "so that all crops of an image lie in one batch"
-        )
+        raise UserError(f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a "
+                        "multiple of it, so that all crops of an image lie in one batch")  # fmt: skip
 
 
 def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
@@ -174,7 +174,12 @@ def main(args: argparse.Namespace) -> None:
 
     # Model
     seed_all(args.seed)
-    model_without_ddp = model = build_model(args).to(device)
+    model_without_ddp = model = build_model(args)
+    if any((args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block)):
+        from util.recipes.teacher import make_student  # with readers of weights, which all else does without
+
+        make_student(model, args, device)
+    model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
     if args.distributed:
@@ -196,8 +201,7 @@ def main(args: argparse.Namespace) -> None:
         data=f"{dataset.describe()}; held out: {val_set.describe() if val_set else 'none'}",
         model=f"{millions:.1f} M parameters",
         step=", compiled" if compiled else "",
-        steps_per_epoch=len(loader),
-        metrics=("train_loss", "val_loss", "knn_acc1"),
+        steps_per_epoch=len(loader), metrics=("train_loss", "val_loss", "knn_acc1"),
     )  # fmt: skip
     if args.repeated_aug > 1:
         log(
