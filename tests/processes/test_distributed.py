@@ -16,7 +16,7 @@ from image_utils import make_folder
 
 import models_mae
 from util.errors import UserError
-from util.processes import collectives, fsdp, group
+from util.processes import collectives, group, parallel
 from util.weights.files import read_file
 
 TINY = [
@@ -137,7 +137,7 @@ def test_a12_gradients_keep_their_places_from_the_first_step_on():
         torch.manual_seed(0)
         model = models_mae.mae_vit(TINY_MAE)
         frozen = {name: value.clone() for name, value in model.state_dict().items()}
-        wrapped = fsdp.wrap_model(model, torch.device("cpu"))
+        wrapped = parallel.wrap_model(model, torch.device("cpu"))
         places = []
         for _ in range(3):
             assert all(p.grad is None for p in model.parameters())

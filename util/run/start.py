@@ -231,6 +231,9 @@ def announce(
         f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
         metrics=metrics,
     )  # fmt: skip
+    if (crops := getattr(args, "repeated_aug", 1)) > 1:
+        log(f"repeated augmentation: {crops} crops of each decoded image, each a sample of the batch; "
+            f"{args.epochs} epochs are {args.epochs * crops} effective epochs")  # fmt: skip
 
 
 def close_run(log_writer, guard: RunGuard) -> None:

@@ -7,6 +7,7 @@ fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their nami
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from util.files import shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
+from util.weights.adapt import DECODER, adapt_patch_embed, is_fixed_table, take_decoder
 from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
 from util.weights.schema import stored_settings
@@ -45,12 +47,18 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)  # the file's keys, not in the model: not used
     dropped: list[str] = field(default_factory=list)  # "key: shape" of the file's head: new in every recipe
     resized: tuple | None = None  # ((rows, columns) in the file, in the model) of the positional embedding
+    anew: bool = False  # the positional embedding is fixed, and computed for the model's grid, not resized
+    adapted: list[str] = field(default_factory=list)  # what flags asked to change of the file's tensors
+    decoder: str = ""  # of a masked autoencoder: what became of the decoder
 
     def __str__(self) -> str:
         lines = [f"encoder: {self.source} ({self.kind})"]
         if self.resized:
             (rows, columns), (new_rows, new_columns) = self.resized
-            lines.append(f"  position table: {rows}x{columns} patches, resized to {new_rows}x{new_columns}")
+            way = "fixed, computed anew for" if self.anew else "resized to"
+            lines.append(f"  position table: {rows}x{columns} patches, {way} {new_rows}x{new_columns}")
+        lines += [f"  {text}" for text in self.adapted]
+        lines += [f"  decoder: {self.decoder}"] if self.decoder else []
         lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
         lines.append(f"  unexpected keys, not used ({len(self.unexpected)}): {_shorten(self.unexpected)}")
         if self.dropped:
@@ -65,12 +73,21 @@ def _shorten(keys: list[str]) -> str:
 
 
 def load_into(
-    model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
+    model: torch.nn.Module,
+    source: str,
+    flag: str = "--finetune",
+    content: dict | None = None,
+    asked: Collection[str] = (),
 ) -> LoadReport:
-    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left.
+    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left. A
+    masked autoencoder also gets the decoder, if there is one that fits.
 
-    A positional embedding is resized bicubically when the patch grid differs. `content`: of `source`, where
-    it has been read already.
+    A positional embedding is resized bicubically when the patch grid differs; of a masked autoencoder a fixed
+    one is computed anew.
+
+    Args:
+        content: of `source`, where it has been read already.
+        asked: names of flags that were given, to which the patch embedding is adapted: in_chans, patch_size.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
@@ -87,9 +104,13 @@ def load_into(
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
+    weight, wanted = state["patch_embed.proj.weight"], model.patch_embed.proj.weight.shape
+    state["patch_embed.proj.weight"], report.adapted = adapt_patch_embed(weight, wanted, set(asked))
     _fit_pos_embed(model, state, content, report, flag)
+    if hasattr(model, "decoder_pred"):
+        state = take_decoder(model, state, content, report)
     missing, unexpected, mismatched = compare_state(model, state)
-    lost = [k for k in missing if not k.startswith(_OPTIONAL)]
+    lost = [k for k in missing if not k.startswith((*_OPTIONAL, *DECODER))]
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
@@ -102,7 +123,7 @@ def load_into(
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
-    report.unexpected = unexpected
+    report.unexpected += unexpected
     model.load_state_dict(state, strict=False)
     return report
 
@@ -189,6 +210,8 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         if interpolate_pos_embed(model, state, grid):
             side = round((table.shape[1] - 1) ** 0.5)
             report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
+            if hasattr(model, "decoder_pred") and is_fixed_table(table, report.resized[0]):
+                state["pos_embed"], report.anew = model.state_dict()["pos_embed"], True
     except ValueError as error:
         raise UserError(
             f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "

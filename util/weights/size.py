@@ -9,6 +9,7 @@ from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
+from util.weights.adapt import is_fixed_table
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
 
@@ -61,9 +62,7 @@ def at_size(weights: WeightsFile, input_size: int | tuple[int, int]) -> WeightsF
 
 def fit_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> tuple[torch.Tensor, str]:
     """A position table (1, 1 + rows * columns, D) of the grid `old` for the grid `new`, and in words how."""
-    fixed = [torch.from_numpy(get_2d_sincos_pos_embed(table.shape[2], grid, cls_token=True)).to(table)[None]
-             for grid in (old, new)] if table.shape[2] % 4 == 0 else None  # fmt: skip
-    # 1e-4: tables of float32 and of other programs; one that was trained is farther away
-    if fixed and torch.allclose(table, fixed[0], rtol=0, atol=1e-4):
-        return fixed[1], "computed anew"
+    if is_fixed_table(table, old):
+        fixed = get_2d_sincos_pos_embed(table.shape[2], new, cls_token=True)
+        return torch.from_numpy(fixed).to(table)[None], "computed anew"
     return resize_pos_embed(table, old, new), "resized"

@@ -1,0 +1,110 @@
+"""`--init`: pre-training that starts from weights, with a new optimizer at epoch 0."""
+
+from argparse import Namespace
+from pathlib import PurePath
+
+import torch
+
+from util.data.depth import adopt_pixel_range
+from util.errors import UserError
+from util.files import shown
+from util.processes.collectives import is_main_process, log, note, warn
+from util.run.resume import Checkpoint
+from util.weights.encoder import load_into
+from util.weights.files import read_file
+from util.weights.flags import warn_of_other_stats
+from util.weights.schema import said_settings
+
+
+def check_init(args: Namespace) -> None:
+    """Raises UserError for flags that cannot work together, before anything is read or written."""
+    if args.init and args.resume not in ("", "auto"):
+        raise UserError(
+            f"--init {args.init}, --resume {args.resume}: a run starts from weights (--init) or goes on from "
+            "a checkpoint with its optimizer and epoch (--resume); leave one out"
+        )
+    if args.init_freeze and not args.init and not args.resume:
+        raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold; pass one")
+
+
+class Init:
+    """What a run starts from: `--init FILE`, or nothing more where it goes on from a checkpoint.
+
+    Sets `args.pixel_range` as the file says and, in `load`, `args.init_taken`: what was taken, in words, and
+    which parameters are new. Both stay in all checkpoints of the run.
+
+    Args:
+        checkpoint: that the run goes on from, if any; then `args.init` becomes what it started from.
+        given: names of the flags on the command line.
+
+    Raises:
+        UserError: unreadable; or the checkpoint's run started from something else.
+    """
+
+    def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
+        self.args, self.given, self.content, self.taken = args, given, None, {}
+        if checkpoint is None:
+            self.content = read_file(args.init, "--init", not args.no_verify)
+            if isinstance(args.pixel_range, str | list):
+                adopt_pixel_range(args, self.content, f"--init {args.init}")
+            return
+        saved = checkpoint.content.get("args")
+        saved = saved if isinstance(saved, dict) else {}
+        stored, taken = saved.get("init"), saved.get("init_taken")
+        stored = stored if isinstance(stored, str) else ""
+        if args.init and PurePath(stored).name != PurePath(args.init).name:
+            began = f"started from {shown(stored)}" if stored else "started without --init"
+            raise UserError(f"--init {args.init}: {checkpoint.source} goes on, and its run {began}; for a "
+                            "new run pass another --output_dir")  # fmt: skip
+        if args.init and is_main_process():
+            note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
+        args.init, self.taken = stored, taken if isinstance(taken, dict) else {}
+
+    def load(self, model: torch.nn.Module) -> None:
+        """Gives `model`, on the CPU, the weights of the file, and says what was taken."""
+        args, content = self.args, self.content
+        if content is None:
+            args.init_taken = self.taken
+            return
+        report = load_into(model, args.init, "--init", content, self.given)
+        log(str(report))
+        warn_of_other_stats(args, content, args.init)
+        targets = said_settings(content).get("norm_pix_loss")
+        if report.decoder.startswith("taken") and targets in (not args.norm_pix_loss,) and is_main_process():
+            kinds = ("plain", "normalised") if args.norm_pix_loss else ("normalised", "plain")
+            warn(
+                f"{args.init}: its decoder predicts {kinds[0]} patches, and is to predict {kinds[1]} ones now"
+            )
+        new = [name for name, p in model.named_parameters() if p.requires_grad and name in report.missing]
+        if args.init_freeze and not new:
+            raise UserError(f"--init_freeze {args.init_freeze}: {args.init} holds all of the model, so "
+                            "nothing would train; leave it out")  # fmt: skip
+        args.init_taken = self.taken = {"report": str(report).splitlines(), "new": new}
+        self.content = None
+
+    def groups(self, groups: list[dict], model: torch.nn.Module) -> list[dict]:
+        """With `--init_freeze` the optimizer's parameter groups, each split in what is new and the rest."""
+        if not self.args.init_freeze:
+            return groups
+        new = self.taken.get("new")
+        new = new if isinstance(new, list) else []
+        names = {id(p): name for name, p in model.named_parameters()}
+        parts = [
+            {
+                **group,
+                "params": [p for p in group["params"] if (names[id(p)] in new) != taken],
+                "taken": taken,
+            }
+            for group in groups
+            for taken in (False, True)
+        ]
+        return [part for part in parts if part["params"]]
+
+    def freeze(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Sets which groups learn in this epoch: all of them after the first `--init_freeze`.
+
+        The others have a learning rate of 0. Processes exchange gradients and checkpoints hold moments of all
+        parameters in every epoch, so that nothing else changes when they begin to learn.
+        """
+        for group in optimizer.param_groups if self.args.init_freeze else ():
+            group["lr_scale"] = 0.0 if group["taken"] and epoch < self.args.init_freeze else 1.0
