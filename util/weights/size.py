@@ -52,9 +52,12 @@ def at_size(weights: WeightsFile, input_size: int | tuple[int, int]) -> WeightsF
     old, new = (tuple(side // patch for side in size) for size in (weights.input_size, (height, width)))
     tables = {name: fit_table(weights.state[name], old, new) for name in TABLES if name in weights.state}
     if is_main_process():
-        trained, ways = "x".join(map(str, weights.input_size)), ", ".join({way for _, way in tables.values()})
+        trained, ways = (
+            "x".join(map(str, weights.input_size)),
+            dict.fromkeys(way for _, way in tables.values()),
+        )
         warn(f"{weights.path} was trained at {trained} pixels, now it is {height}x{width}: its position "
-             f"table is {ways}, and it may do worse")  # fmt: skip
+             f"table is {' and '.join(ways)}, and it may do worse")  # fmt: skip
     state = weights.state | {name: table for name, (table, _) in tables.items()}
     sizes = weights.sizes | {"img_size": (height, width)}
     return replace(weights, state=state, sizes=sizes, input_size=(height, width))
