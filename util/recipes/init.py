@@ -44,7 +44,7 @@ class Init:
     def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
         self.args, self.given, self.content, self.taken = args, given, None, {}
         if checkpoint is None:
-            self.content = read_file(args.init, "--init", not args.no_verify)
+            self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
             if isinstance(args.pixel_range, str | list):
                 adopt_pixel_range(args, self.content, f"--init {args.init}")
             return
@@ -58,6 +58,7 @@ class Init:
                             "new run pass another --output_dir")  # fmt: skip
         if args.init and is_main_process():
             note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
+        args.weights_key = str(saved.get("weights_key", ""))
         args.init, self.taken = stored, taken if isinstance(taken, dict) else {}
 
     def load(self, model: torch.nn.Module) -> None:

@@ -18,8 +18,8 @@ GROUPS = {
     "reprob remode recount",
     "recipe": "mask_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr min_lr "
     "weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
-    "mixup_switch_prob mixup_mode amp_dtype seed finetune init teacher teacher_loss teacher_weight "
-    "teacher_block",
+    "mixup_switch_prob mixup_mode amp_dtype seed finetune init weights_key teacher teacher_loss "
+    "teacher_weight teacher_block",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir resume no_verify start_epoch max_steps "
     "save_freq save_minutes keep_checkpoints vis_freq knn_freq print_freq skip_nonfinite bad_images eval "
@@ -87,8 +87,8 @@ def check_changes(
     if changed and finished:
         raise UserError(
             f"--resume {source}: is complete, so nothing is left to do, and this command differs: "
-            f"{', '.join(changed)}; to train on, pass more --epochs; for a new run, another --output_dir "
-            "(classifiers start from this file with --finetune)"
+            f"{', '.join(changed)}; to train on, pass more --epochs; for a new run from its weights, --init "
+            f"{source} (classifiers: --finetune) and another --output_dir"
         )
     if changed and is_main_process():
         warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")

@@ -24,10 +24,10 @@ class Checkpoint(NamedTuple):
     content: dict
 
 
-def _read(source: str | Path, flag: str = "", verify: bool = True) -> dict:
+def _read(source: str | Path, flag: str = "", verify: bool = True, weights_key: str | None = None) -> dict:
     from util.weights.files import read_file  # here and below: only runs that go on need it
 
-    return read_file(source, flag, verify)
+    return read_file(source, flag, verify, weights_key)
 
 
 def read_resume(args) -> Checkpoint | None:
@@ -42,6 +42,7 @@ def read_resume(args) -> Checkpoint | None:
     """
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     verify = not getattr(args, "no_verify", False)
+    key = getattr(args, "weights_key", "") if getattr(args, "eval", False) else None  # else all of a run
     if resume == "auto":
         chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
         source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
@@ -49,7 +50,7 @@ def read_resume(args) -> Checkpoint | None:
             return None
         checkpoint = chosen or Checkpoint(source, _read(source, "--resume", verify=False))
     elif resume:
-        checkpoint = Checkpoint(resume, _read(resume, "--resume", verify))
+        checkpoint = Checkpoint(resume, _read(resume, "--resume", verify, key))
     else:
         return None
     from util.weights.state import check_entries

@@ -171,7 +171,12 @@ class RunState:
         restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler, listing)
         source, content = checkpoint or (None, {})
         self.started_from = owner.id_of(content)
-        self.run = {"id": owner.begin(source, content, anew=not self.args.resume), **listing}
+        saved = content.get("run") if isinstance(content.get("run"), dict) else {}
+        others = (
+            listing and saved.get("files", listing["files"]) != listing["files"]
+        )  # a run has one data set
+        began = owner.begin(source, {} if others else content, anew=not self.args.resume)
+        self.run = {"id": began, **listing}
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))

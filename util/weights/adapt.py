@@ -52,13 +52,16 @@ def adapt_patch_embed(
     return weight, told
 
 
-def is_fixed_table(table: torch.Tensor, grid: tuple[int, int]) -> bool:
-    """Whether a position table (1, 1 + rows * columns, D) is the fixed one of `grid`, as 16 bits round it."""
-    width = table.shape[-1]
-    if width % 4 or table.shape[1] != 1 + grid[0] * grid[1]:
-        return False
-    fixed = torch.from_numpy(get_2d_sincos_pos_embed(width, grid, cls_token=True))
-    return torch.allclose(table[0].double(), fixed, rtol=0, atol=5e-3)  # bfloat16 is off by 4e-3 at most
+def fit_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> tuple[torch.Tensor, str]:
+    """A position table (1, 1 + rows * columns, D) of the grid `old` for the grid `new`, and in words how: the
+    fixed one is computed anew, a learned one is resized bicubically.
+    """
+    width = table.shape[2]
+    if width % 4 == 0:
+        fixed, own = (torch.from_numpy(get_2d_sincos_pos_embed(width, g, cls_token=True)) for g in (old, new))
+        if torch.allclose(table[0].double(), fixed, rtol=0, atol=5e-3):  # bfloat16 is off by 4e-3 at most
+            return own.to(table.dtype)[None], "computed anew"
+    return resize_pos_embed(table, old, new), "resized"
 
 
 def take_decoder(model: torch.nn.Module, state: dict, content: dict, report) -> dict:
@@ -78,10 +81,7 @@ def take_decoder(model: torch.nn.Module, state: dict, content: dict, report) -> 
     table, wanted = theirs.get("decoder_pos_embed"), own["decoder_pos_embed"]
     rows, columns = report.resized[0] if report.resized else (0, 0)
     if report.resized and table is not None and table.shape == (1, 1 + rows * columns, wanted.shape[-1]):
-        if is_fixed_table(table, report.resized[0]):
-            theirs["decoder_pos_embed"] = wanted
-        else:
-            theirs["decoder_pos_embed"] = resize_pos_embed(table, *report.resized)
+        theirs["decoder_pos_embed"], _ = fit_table(table, *report.resized)
     new = []
     if report.adapted:  # it predicts patches of another size
         new = [k for k in own if k.startswith("decoder_pred.") and k in theirs and _differ(theirs[k], own[k])]

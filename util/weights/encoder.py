@@ -17,9 +17,10 @@ from util.files import shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
-from util.weights.adapt import DECODER, adapt_patch_embed, is_fixed_table, take_decoder
+from util.weights.adapt import DECODER, adapt_patch_embed, fit_table, take_decoder
 from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
+from util.weights.layouts import own_names, take_weights
 from util.weights.schema import stored_settings
 from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite
 
@@ -34,7 +35,7 @@ _LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_bl
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
 # the encoder computes (register tokens, a norm before the blocks, ...)
-_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier", "teacher_map")
+_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier", "beside.", "teacher_map")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)  # the file's keys, not in the model: not used
     dropped: list[str] = field(default_factory=list)  # "key: shape" of the file's head: new in every recipe
     resized: tuple | None = None  # ((rows, columns) in the file, in the model) of the positional embedding
-    anew: bool = False  # the positional embedding is fixed, and computed for the model's grid, not resized
+    way: str = "resized"  # or "computed anew": how it was brought there
     adapted: list[str] = field(default_factory=list)  # what flags asked to change of the file's tensors
     decoder: str = ""  # of a masked autoencoder: what became of the decoder
 
@@ -55,8 +56,8 @@ class LoadReport:
         lines = [f"encoder: {self.source} ({self.kind})"]
         if self.resized:
             (rows, columns), (new_rows, new_columns) = self.resized
-            way = "fixed, computed anew for" if self.anew else "resized to"
-            lines.append(f"  position table: {rows}x{columns} patches, {way} {new_rows}x{new_columns}")
+            way = f"{self.way} {'to' if self.way == 'resized' else 'for'} {new_rows}x{new_columns}"
+            lines.append(f"  position table: {rows}x{columns} patches, {way}")
         lines += [f"  {text}" for text in self.adapted]
         lines += [f"  decoder: {self.decoder}"] if self.decoder else []
         lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
@@ -114,11 +115,18 @@ def load_into(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
+    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
+        size, own = (_pixels(grid, model) for grid in report.resized)
+        raise UserError(f"{flag} {source}: its positional embedding is for {size} pixels; pass --input_size "
+                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
     if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
         raise UserError(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
         )
+    heads = stored_settings(content, f"{flag} {source}", "num_heads").get("num_heads")
+    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
+        raise UserError(f"{flag} {source} ({kind}): its encoder has {heads} attention heads, the model {own}")
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
@@ -141,8 +149,8 @@ def encoder_state(content: dict, source: str = "the checkpoint") -> tuple[dict[s
     Raises:
         UserError: as `model_state`; or tensors of Hugging Face's that belong together do not fit each other.
     """
-    state = model_state(content, source)
-    kind = describe_kind(state)
+    state, told = own_names(model_state(take_weights(content), source))
+    kind = describe_kind(state) + told
     if not state and {"param_groups", "state"} <= content.keys():
         kind = "an optimizer's state"
     try:
@@ -157,7 +165,7 @@ def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Ten
     What stands beside that part and changes nothing of what it computes is left out; all else is there.
     """
     beside = {"full": (), "classifier": ("decoder", "mask_token")}.get(part, _BESIDE)
-    beside += ("pooler", "teacher_map")
+    beside += ("pooler", "beside.", "teacher_map")
     return {
         key: value.float() if value.is_floating_point() else value
         for key, value in state.items()
@@ -210,13 +218,17 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         if interpolate_pos_embed(model, state, grid):
             side = round((table.shape[1] - 1) ** 0.5)
             report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
-            if hasattr(model, "decoder_pred") and is_fixed_table(table, report.resized[0]):
-                state["pos_embed"], report.anew = model.state_dict()["pos_embed"], True
+            if hasattr(model, "decoder_pred"):
+                state["pos_embed"], report.way = fit_table(table, *report.resized)
     except ValueError as error:
         raise UserError(
             f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
             "training arguments or the --input_size it was trained with"
         ) from None
+
+
+def _pixels(grid: tuple[int, int], model) -> str:
+    return "x".join(str(n * side) for n, side in zip(grid, model.patch_embed.patch_size, strict=True))
 
 
 def _misfit_text(model, state, where, kind, differences) -> str:
@@ -233,7 +245,7 @@ def _misfit_text(model, state, where, kind, differences) -> str:
     words = "{} blocks, width {}, {} channels, patch {}"
     hints = ["--model"] if theirs[:2] != ours[:2] else []
     pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)
-    hints += [f"--{flag} {their}" for flag, their, our in pairs if their != our]
+    hints += [f"--{flag} {their} (--{flag} {our} adapts it)" for flag, their, our in pairs if their != our]
     return (
         f"{where} ({kind}): its encoder ({words.format(*theirs)}) does not fit the model "
         f"({words.format(*ours)}): {some(differences, 2, '; ')}. Check {' and '.join(hints) or '--model'}"

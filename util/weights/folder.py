@@ -1,11 +1,15 @@
 """Folders of models that Hugging Face's transformers, timm or this code wrote."""
 
+import difflib
 from pathlib import Path
 
+import timm
+
 from util.errors import UserError
-from util.files import read_json, some
+from util.files import read_json, shown, some
 from util.weights.hugging_face import settings_of_folder
 
+_SETTINGS = ("config.json", "preprocessor_config.json")
 _NAMES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 
 
@@ -17,11 +21,7 @@ def weights_files(folder: Path, named: str) -> list[Path]:
     """
     index = next((path for name in _NAMES if (path := folder / f"{name}.index.json").exists()), None)
     if index is not None:
-        parts = read_json(index).get("weight_map")
-        names = list(parts.values()) if isinstance(parts, dict) else []
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise UserError(f"{named}: its {index.name} names no files of the folder")
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in _parts(index, named)]
     if file := next((path for name in _NAMES if (path := folder / name).exists()), None):
         return [file]
     if own := sorted(folder.glob("checkpoint-*.pth")):
@@ -32,16 +32,85 @@ def weights_files(folder: Path, named: str) -> list[Path]:
     raise UserError(f"{named}: is a folder without {' or '.join(_NAMES)}; it holds {there}")
 
 
+def _parts(index: Path, named: str) -> list[str]:
+    """The files that hold a large model, as the file `index` says."""
+    parts = read_json(index).get("weight_map")
+    names = list(parts.values()) if isinstance(parts, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{named}: its {index.name} names no files of the folder")
+    return sorted(set(names))
+
+
 def read_settings(folder: Path, named: str) -> dict[str, dict]:
     """'config' and 'preprocessor', the JSON files of a folder, where they are there, and 'settings'.
 
     Raises:
         UserError: they describe a model that this code does not have, or are damaged.
     """
-    names = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
+    names = dict(zip(("config", "preprocessor"), _SETTINGS, strict=True))
     found = {entry: read_json(folder / name) for entry, name in names.items() if (folder / name).exists()}
     try:
         settings = settings_of_folder(found.get("config", {}), found.get("preprocessor", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{named}: its config.json {error}") from None
     return {**found, "settings": settings}
+
+
+def hub_folder(source: str, flag: str = "") -> Path:
+    """The folder in Hugging Face's cache of hf://OWNER/NAME[@REVISION] or timm:NAME; what it lacks of weights
+    and settings is downloaded.
+
+    Raises:
+        UserError: no such model; or not in the cache, and there is no network.
+    """
+    from huggingface_hub import constants, hf_hub_download, utils  # comes with timm
+
+    named = f"{flag} {source}".strip()
+    name = _timm_home(source[5:], named) if source.startswith("timm:") else source[5:]
+    repository, _, revision = name.partition("@")
+    found, reason = [], None
+
+    def get(file: str) -> Path | None:
+        nonlocal reason
+        try:
+            found.append(Path(hf_hub_download(repository, file, revision=revision or None)))
+            return found[-1]
+        except (
+            utils.EntryNotFoundError
+        ) as error:  # also where it is not in the cache, and there is no network
+            reason = error
+        except (utils.RepositoryNotFoundError, utils.RevisionNotFoundError, utils.HFValidationError) as error:
+            raise UserError(f"{named}: is no model of the hub that can be read ({_line(error)})") from None
+        except Exception as error:  # of the network, the disk, a proxy
+            raise UserError(f"{named}: cannot be downloaded: {_line(error)}") from None
+
+    for file in _NAMES[:2]:  # of a large model an index names the parts
+        if get(file) or ((index := get(f"{file}.index.json")) and all(map(get, _parts(index, named)))):
+            break
+    else:
+        cached = isinstance(reason, utils.LocalEntryNotFoundError)
+        where = f"are not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
+        raise UserError(f"{named}: its weights {where if cached else 'are not on the hub'} "
+                        f"({' or '.join(_NAMES[:2])}); pass a file or folder, or download it where "
+                        f"there is a network: hf download {repository}")  # fmt: skip
+    for file in _SETTINGS:
+        get(file)
+    return found[0].parent
+
+
+def _timm_home(name: str, named: str) -> str:
+    """OWNER/NAME on the hub of one of timm's pretrained models."""
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    try:
+        home = getattr(get_pretrained_cfg(name), "hf_hub_id", None)
+    except RuntimeError:
+        home = None
+    if not home:
+        near = some(difflib.get_close_matches(name, list_pretrained("vit_*"), 3)) or "timm.list_pretrained()"
+        raise UserError(f"{named}: timm {timm.__version__} has no weights of that name; it has {near}")
+    return home
+
+
+def _line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()), 200)

@@ -88,8 +88,6 @@ def not_finite(state: dict) -> str:
 def foreign_kind(state: dict) -> str:
     """What kind of transformer, other than a plain ViT, a state dict belongs to, in words; "" for no such."""
     for key in state:
-        if key.removeprefix("backbone.").startswith("patch_embed.projection."):
-            return "a model under the names of mmpretrain (OpenMMLab), which are not known here"
         if match := re.match(r"(\w+)\.embeddings\.", key):
             return f"a model of Hugging Face's {shown(match[1], 30)}, no ViT or ViTMAE"
         if key.endswith((".attn.q_bias", ".attn.relative_position_bias_table")):
@@ -97,8 +95,9 @@ def foreign_kind(state: dict) -> str:
     proj = state.get("patch_embed.proj.weight")
     if proj is not None and getattr(proj, "ndim", 4) == 5:
         return "a model of videos (its patch embedding is a Conv3d)"
-    if proj is not None and "pos_embed" not in state and "cls_token" in state:
-        return "a ViT whose positional embedding (pos_embed) is not in the file"
+    for name, what in ("cls_token", "class token"), ("pos_embed", "positional embedding"):
+        if proj is not None and name not in state:
+            return f"a transformer whose {what} ({name}) is not in the file"
     return ""
 
 
