@@ -63,7 +63,7 @@ def read_teacher(model: MaskedAutoencoderViT, args: Namespace) -> VisionTransfor
     """The encoder in the file `args.teacher`, frozen, in eval mode, for the model's images; of its blocks
     those up to the one that stands where `args.teacher_block` stands in the model.
     """
-    content = read_file(args.teacher, "--teacher", not args.no_verify)
+    content = read_file(args.teacher, "--teacher", not args.no_verify, "")
     try:
         weights = at_size(describe(content, args.teacher, Namespace(), "encoder"), model.img_size)
         teacher = build(weights)

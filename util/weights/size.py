@@ -3,13 +3,10 @@
 from argparse import Namespace
 from dataclasses import replace
 
-import torch
-
 from util.errors import UserError
-from util.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
-from util.weights.adapt import is_fixed_table
+from util.weights.adapt import fit_table
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
 
@@ -20,13 +17,13 @@ def describe_file(flags: Namespace, *parts: str) -> WeightsFile:
     """Reads and describes the file of `--resume`, at another size if `--input_size` says so.
 
     Args:
-        flags: resume, no_verify, input_size, and what else `describe` takes.
+        flags: resume, no_verify, weights_key, input_size, and what else `describe` takes.
         parts: as `describe` takes them.
 
     Raises:
         UserError: as `read_file`, `describe` and `at_size`.
     """
-    content = read_file(flags.resume, "--resume", not flags.no_verify)
+    content = read_file(flags.resume, "--resume", not flags.no_verify, flags.weights_key)
     try:
         return describe(content, flags.resume, flags, *parts)
     except UserError:
@@ -61,11 +58,3 @@ def at_size(weights: WeightsFile, input_size: int | tuple[int, int]) -> WeightsF
     state = weights.state | {name: table for name, (table, _) in tables.items()}
     sizes = weights.sizes | {"img_size": (height, width)}
     return replace(weights, state=state, sizes=sizes, input_size=(height, width))
-
-
-def fit_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> tuple[torch.Tensor, str]:
-    """A position table (1, 1 + rows * columns, D) of the grid `old` for the grid `new`, and in words how."""
-    if is_fixed_table(table, old):
-        fixed = get_2d_sincos_pos_embed(table.shape[2], new, cls_token=True)
-        return torch.from_numpy(fixed).to(table)[None], "computed anew"
-    return resize_pos_embed(table, old, new), "resized"
