@@ -76,7 +76,7 @@ def one_process(request, tmp_path_factory):
     "processes, batch, accum_iter, launcher",
     [
         (1, 4, 4, None),
-        (2, 8, 1, "torch.distributed.run"),
+        pytest.param(2, 8, 1, "torch.distributed.run", marks=pytest.mark.slow),
         (2, 4, 2, "torch.distributed.launch"),
     ],
 )
@@ -284,6 +284,7 @@ run_script(main, ArgumentParser())
 """
 
 
+@pytest.mark.slow
 def test_torchrun_tries_again(tmp_path):
     """Both tries meet at the launcher's store, where the first one has left its addresses and its reason."""
     script = tmp_path / "script.py"

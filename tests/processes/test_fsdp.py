@@ -123,6 +123,7 @@ def read_log(folder):
     return [{key: value for key, value in record.items() if key != "run"} for record in records]
 
 
+@pytest.mark.slow
 def test_pictures_held_out_loss_and_neighbours_wait_for_nobody(images, tmp_path):
     """Two processes with different numbers of batches; one process measures the same on their checkpoint."""
     flags = ("--vis_freq", "1", "--knn_freq", "1", "--epochs", "1", "--clip_grad", "1")

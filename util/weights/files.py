@@ -192,6 +192,8 @@ def _reason(error: Exception, path: Path) -> str:
         where = f" ({shown(found[1])}{_place(path, found[1])})" if found else ""
         return f"it is no checkpoint of tensors, or asks to execute code, which is refused{where}"
     reason = text.splitlines()[0] if text else type(error).__name__
+    if found := re.match("a numpy value of kind (.+)", reason):
+        reason += _place(path, found[1])
     # "101" and "EOFError" is what rubbish and empty files give
     return "it is no checkpoint, or damaged" if len(reason.split()) == 1 else shown(reason, 200)
 
@@ -203,6 +205,8 @@ def _place(path: Path, name: str) -> str:
         record = next(r for r in archive.namelist() if r.endswith("/data.pkl"))
         for code, value, _ in pickletools.genops(archive.read(record)):
             if code.name == "GLOBAL" and value.replace(" ", ".").endswith(name):
+                return f" in '{shown(last)}'" if last else ""
+            if "UNICODE" in code.name and value == name:
                 return f" in '{shown(last)}'" if last else ""
             if "UNICODE" in code.name:
                 last = fresh = value

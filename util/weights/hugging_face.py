@@ -49,7 +49,12 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def decoder_from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `from_hugging_face` left of a ViTMAE's decoder brought under this code's names."""
-    return _rename(state, _HF_DECODER_LAYER, "decoder_blocks", lambda key: key.removeprefix("decoder."))
+    known = ("decoder.decoder_", "decoder.mask_token")  # other code's decoder may have blocks of that name
+
+    def rename(key: str) -> str:
+        return key.removeprefix("decoder.") if key.startswith(known) else key
+
+    return _rename(state, _HF_DECODER_LAYER, "decoder_blocks", rename)
 
 
 def _rename(state: dict, layer: re.Pattern, blocks: str, rename: Callable[[str], str]) -> dict:

@@ -16,7 +16,7 @@ _PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder", "vit", "stud
 _ANCHOR = re.compile(
     r"((?:.+\.)??)(?:patch_embed\.proj(?:ection)?|(?:vit\.)?embeddings\.patch_embeddings\.projection)\.weight"
 )
-_OUTSIDE = ("head.", "norm.", "fc_norm.", "decoder", "mask_token", "neck.", "classifier.")  # and yet meant
+_OUTSIDE = ("head.", "decoder", "mask_token", "neck.", "classifier.")  # of the prefix, and yet of the model
 # mmpretrain (OpenMMLab), its backbone's prefix removed
 _RULES = [
     (r"neck\.ln1\.", "decoder_norm."),
@@ -92,7 +92,7 @@ def own_names(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     if there and not found:
         told = f"; a vision transformer stands under {some(map(repr, there))} (--weights_key)"
     if prefix:
-        others = [name for name in found if name != prefix]
+        others = [name for name in there if name != prefix]
         told = f", under '{prefix}.'" + (f", not {some(map(repr, others))} (--weights_key)" if others else "")
         inside = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
         outside = {k: v for k, v in state.items() if not k.startswith(f"{prefix}.")}

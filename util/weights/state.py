@@ -96,7 +96,7 @@ def foreign_kind(state: dict) -> str:
     if proj is not None and getattr(proj, "ndim", 4) == 5:
         return "a model of videos (its patch embedding is a Conv3d)"
     for name, what in ("cls_token", "class token"), ("pos_embed", "positional embedding"):
-        if proj is not None and name not in state:
+        if hasattr(proj, "ndim") and name not in state:
             return f"a transformer whose {what} ({name}) is not in the file"
     return ""
 
