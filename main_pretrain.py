@@ -80,6 +80,12 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
+
+    flag = parser.add_argument_group("teacher").add_argument
+    flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
+    flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
+    flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
+    flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
     # fmt: on
 
     add_training_args(parser, fsdp=True)
@@ -141,6 +147,10 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     if init:
         init.load(model)
+    if any((args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block)):
+        from util.recipes.teacher import make_student
+
+        make_student(model, args, device)
     model_without_ddp = model = model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)

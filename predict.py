@@ -30,9 +30,8 @@ from util.files import printable, some
 from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
-from util.weights.describe import describe
-from util.weights.files import read_file
 from util.weights.flags import add_weights_args
+from util.weights.size import describe_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -100,8 +99,7 @@ def main(args: argparse.Namespace) -> None:
     resolve_amp_dtype(args.amp_dtype, device)
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, part)
+    weights = describe_file(args, part)
     model, names, name = build(weights), [], printable(args.resume)
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes

@@ -41,9 +41,9 @@ from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe
-from util.weights.files import read_file
+from util.weights.describe import WeightsFile
 from util.weights.flags import add_decoder_args, add_weights_args
+from util.weights.size import describe_file
 
 DEMO_ROWS = 5  # when no image is named
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones
@@ -178,8 +178,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     parts = ["full", "encoder"] if args.attention else ["full"]
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, *parts)
+    weights = describe_file(args, *parts)
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:

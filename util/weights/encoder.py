@@ -35,7 +35,7 @@ _LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_bl
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
 # the encoder computes (register tokens, a norm before the blocks, ...)
-_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier", "beside.")
+_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier", "beside.", "teacher_map")
 
 
 @dataclass
@@ -165,7 +165,7 @@ def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Ten
     What stands beside that part and changes nothing of what it computes is left out; all else is there.
     """
     beside = {"full": (), "classifier": ("decoder", "mask_token")}.get(part, _BESIDE)
-    beside += ("pooler", "beside.")
+    beside += ("pooler", "beside.", "teacher_map")
     return {
         key: value.float() if value.is_floating_point() else value
         for key, value in state.items()
