@@ -87,7 +87,8 @@ def test_same_shapes_train_as_a_fresh_run_given_the_same_weights(images, out, wh
     assert f"encoder: {path} (full MAE (encoder and decoder))\n  decoder: taken\n" in text and not err
     content = content_of(out / "checkpoint-0-step2.pth")
     assert content["epoch"] == -1 and content["args"]["init"] == str(path)
-    assert content["args"]["init_taken"]["new"] == []
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(content["args"]["init_taken"]["parameters"]) == trained
     assert "  decoder: taken" in content["args"]["init_taken"]["report"]
     build_model = main_pretrain.build_model
 
@@ -110,8 +111,8 @@ def test_an_encoder_alone_gets_a_new_decoder_and_says_so(images, out, encoder, w
     assert "decoder: none in the file (encoder only); a new one, as initialised here" in text
     content = content_of(out / "checkpoint-0-step1.pth")
     assert all(torch.equal(content["model"][k], v) for k, v in encoder_only(whole[1]).items())
-    new = content["args"]["init_taken"]["new"]
-    assert new and all(name.startswith(("decoder_", "mask_token")) for name in new)
+    taken = content["args"]["init_taken"]["parameters"]
+    assert {*taken, "pos_embed"} == encoder_only(whole[1]).keys()
 
 
 def test_freezing_trains_only_what_is_new_and_resumes_exactly(images, out, encoder, whole):
@@ -128,7 +129,7 @@ def test_freezing_trains_only_what_is_new_and_resumes_exactly(images, out, encod
     for steps, resume in ((2, ""), (4, "auto"), (0, "auto")):  # inside the first and the second epoch
         run(images, cut, *flags, "--max_steps", str(steps), "--resume", resume)
     assert_same(weights(out / "checkpoint-2.pth"), weights(cut / "checkpoint-2.pth"))
-    assert content_of(cut / "checkpoint-2.pth")["args"]["init_taken"]["new"]
+    assert content_of(cut / "checkpoint-2.pth")["args"]["init_taken"]["parameters"]
     with pytest.raises(UserError, match=r"--init_freeze 0: .* was trained with 1"):
         run(images, cut, *flags[4:], "--epochs", "4", "--resume", "auto")
 
@@ -145,7 +146,7 @@ def test_a_resumed_run_does_not_read_the_file_again(images, out, encoder, capsys
     err = capsys.readouterr().err
     assert not err
     args = content_of(out / "checkpoint-1.pth")["args"]
-    assert args["init"] == str(encoder) and args["init_taken"]["new"]
+    assert args["init"] == str(encoder) and args["init_taken"]["parameters"]
 
 
 def test_what_cannot_have_been_meant_is_an_error_and_harms_nothing(images, out, encoder, whole, capsys):
@@ -175,7 +176,7 @@ def test_what_cannot_have_been_meant_is_an_error_and_harms_nothing(images, out, 
     other = out.with_name("b")
     run(images, other, "--init", file, "--norm_pix_loss", "--max_steps", "1", "--std", "0.2")
     err = capsys.readouterr().err
-    assert "its decoder predicts plain patches, and is to predict normalised ones now" in err
+    assert "its decoder does not predict normalised patches, as it is to do now" in err
     assert "was trained with --std 0.229 0.224 0.225, now it is 0.2" in err
     with pytest.raises(UserError, match=r"its run started from \S+start.pth; for a new run pass another"):
         run(images, other, "--init", str(encoder), "--resume", "auto")
