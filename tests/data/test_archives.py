@@ -16,6 +16,7 @@ import pytest
 import torch
 from archive_utils import files_of, make_parquet, make_shards, make_tar, make_zip, serve
 from image_utils import make_folder
+from PIL import Image
 
 from util.data import archives, members, stores
 from util.data.dataset import build_pretrain_dataset
@@ -88,10 +89,12 @@ def test_the_same_files_in_a_folder_and_in_archives_are_the_same_data(tmp_path, 
 
 
 def batches(path, workers=0, shuffle="full", **more):
-    args = argparse.Namespace(data_path=str(path), input_size=16, seed=3, **more)
-    dataset = build_pretrain_dataset(args)
-    columns = getattr(dataset.files.paths, "columns", {})
-    near = (columns["shard"], columns["start"]) if shuffle == "near" else None
+    args = argparse.Namespace(data_path=path, input_size=16, seed=3, **more)
+    return batches_of(build_pretrain_dataset(args), workers, shuffle)
+
+
+def batches_of(dataset, workers=0, shuffle="full"):
+    near = dataset.files.paths.places if shuffle == "near" else None
     sampler = EpochSampler(len(dataset), seed=3, batch_size=4, near=near)
     sampler.set_epoch(1)
     return list(build_loader(dataset, sampler, 4, workers, drop_last=True))
@@ -282,11 +285,62 @@ def test_near_reads_neighbours_together(tmp_path, folder, monkeypatch):
     assert same(found, batches(tmp_path / "shards", shuffle="near"))
 
 
+def test_several_archives_are_one_set_as_a_pattern_of_them_is(tmp_path, folder):
+    make_shards(tmp_path / "shards", folder)
+    several = sorted(map(str, (tmp_path / "shards").iterdir()))
+    for split in ("train", "val"):
+        same_files(find_images(several, split), find_images(folder, split))
+    found, pattern = (find_images(path) for path in (several, f"{tmp_path}/shards/*.tar"))
+    assert found.paths.digest() == pattern.paths.digest() and len(found.paths.places[0]) == TRAIN
+    assert (
+        find_images(several).describe().endswith(f"{several[0]} and 3 more (1 other files ignored: 1 .txt)")
+    )
+    with pytest.raises(UserError, match=r"000\.tar: is given twice"):
+        find_images([*several, several[0]])
+
+
+def test_archives_that_are_named_after_splits_are_splits_also_one_by_one(tmp_path, folder):
+    """As `shards/*.tar` arrives from a shell: val's images must not be trained on."""
+    for split in ("train", "val"):
+        make_tar(tmp_path / f"{split}-0.tar", folder / split)
+    both = [str(tmp_path / f"{split}-0.tar") for split in ("train", "val")]
+    for split in ("train", "val"):
+        same_files(find_images(both, split), find_images(folder, split))
+
+
+def test_data_sets_in_an_archive_each_keep_their_splits(tmp_path, folder):
+    both = [make_tar(tmp_path / f"{name}.tar", folder, wrapper=f"{name}/") for name in ("one", "two")]
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        files = find_images(both, split)
+        assert len(files.paths) == 2 * count and files.classes == find_images(folder, split).classes
+
+
+def test_sets_of_archives_and_their_pages_are_read_near(tmp_path, folder, monkeypatch):
+    """A folder of archives is a set, others another; each page is an image; all of it is read ahead."""
+    monkeypatch.setattr(archives, "_GAP", 2048)
+    make_shards(tmp_path / "a", folder / "train", 2)
+    pages = [Image.new("RGB", (16, 12), (60 * i,) * 3) for i in range(4)]
+    (tmp_path / "pages" / "c0").mkdir(parents=True)
+    for name in ("p.tif", "q.tif"):
+        pages[0].save(tmp_path / "pages" / "c0" / name, save_all=True, append_images=pages[1:])
+    here = [tmp_path / "a", make_tar(tmp_path / "b.tar", tmp_path / "pages")]
+    with serve(tmp_path) as server:
+        places = [tmp_path / "a", f"{server.address}/b.tar"]
+        args = argparse.Namespace(data_path=places, input_size=16, seed=3, pages="all", pixel_range=None)
+        dataset = build_pretrain_dataset(args)
+        server.requests.clear()
+        found = batches_of(dataset, shuffle="near")
+        assert same(found, batches(here, pages="all", pixel_range=None, shuffle="near"))
+        assert len(found) == 30 // 4 and 0 < len(server.requests) < 5
+
+
 def test_near_is_for_archives_and_warns_of_sorted_classes(tmp_path, folder, capsys):
     from util.run.start import near_places
 
-    with pytest.raises(UserError, match="--shuffle near"):
-        near_places(build_pretrain_dataset(argparse.Namespace(data_path=folder, input_size=16)))
+    one = make_tar(tmp_path / "one.tar", folder)
+    for path in (folder, [folder, one]):
+        with pytest.raises(UserError, match=r"--shuffle near: .* not all of these are"):
+            near_places(build_pretrain_dataset(argparse.Namespace(data_path=path, input_size=16)))
     args = argparse.Namespace(data_path=make_tar(tmp_path / "all.tar", folder), input_size=16)
     near_places(build_pretrain_dataset(args))
     assert "of one class" in capsys.readouterr().err

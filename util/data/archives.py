@@ -50,7 +50,7 @@ class Member(Place):
         """Its bytes, from one read; raises OSError."""
         if self.kind == PARQUET:
             return _Bytes(parquet_image(self.shard, self.start))
-        run = _ahead.pop((self.shard, self.start), None)
+        run = _ahead.get((self.shard, self.start))
         read = run.read if run else functools.partial(stores.read, self.shard)
         data = read(self.start, self.span)
         if self.kind != RAW:
@@ -113,6 +113,7 @@ class Members(Sequence):
     ):
         self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
         self._firsts = np.cumsum([0] + [folder.count for folder in folders])
+        self.far = any(stores.is_far(shard.address) for shard in shards)
 
     def __len__(self) -> int:
         return len(self.columns["name"])
@@ -189,23 +190,34 @@ class Members(Sequence):
 
     def plan(self, indices: Sequence[int]) -> None:
         """Says which images will be opened next: neighbours in an archive far away are read together."""
-        _ahead.clear()
-        _waiting.clear()
-        if not stores.is_far(self.shards[0].address):  # nor are the others, as one data path names all
-            return
-        far = [member for member in map(self.__getitem__, indices) if member.kind != PARQUET]
-        group: list[Member] = []
-        for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
-            if group and (member is None or not _joins(group, member)):
-                stop = max(m.start + m.span for m in group)
-                run = _Run(group[0].shard, group[0].start, stop)
-                _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
-                group = []
-            group.append(member)
-        runs = dict.fromkeys(_ahead[m.shard, m.start] for m in far if (m.shard, m.start) in _ahead)
-        _waiting.extend(runs)  # in the order in which they are wanted
-        for _ in range(min(READS_AHEAD, len(_waiting))):
-            _waiting.popleft().begin()
+        if self.far:
+            read_ahead(map(self.__getitem__, indices))
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, starts), (n,) each: which archive each image lies in, and where."""
+        return self.columns["shard"], self.columns["start"]
+
+
+def read_ahead(places: Iterable[str]) -> None:
+    """Starts reading what will be opened next, and forgets what was to be: see `Members.plan`."""
+    _ahead.clear()
+    _waiting.clear()
+    members = [place if isinstance(place, Member) else getattr(place, "file", None) for place in places]
+    far = [member for member in members if isinstance(member, Member)
+           and member.kind != PARQUET and stores.is_far(member.shard.address)]  # fmt: skip
+    group: list[Member] = []
+    for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
+        if group and (member is None or not _joins(group, member)):
+            stop = max(m.start + m.span for m in group)
+            run = _Run(group[0].shard, group[0].start, stop)
+            _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
+            group = []
+        group.append(member)
+    runs = dict.fromkeys(_ahead[m.shard, m.start] for m in far if (m.shard, m.start) in _ahead)
+    _waiting.extend(runs)  # in the order in which they are wanted
+    for _ in range(min(READS_AHEAD, len(_waiting))):
+        _waiting.popleft().begin()
 
 
 def _joins(group: list[Member], member: Member) -> bool:

@@ -109,7 +109,7 @@ def ask(shard: Shard | str, question: Callable):
 
 def find_shards(data_path: str, place: str) -> list[Shard]:
     """The archives that a data path names: addresses, patterns, folders of them; raises UserError."""
-    pieces, addresses = [data_path], []
+    pieces, addresses = list(getattr(data_path, "paths", [data_path])), []
     while any(braced := [_BRACES.search(piece) for piece in pieces]):
         pieces = [piece[: m.start()] + inner + piece[m.end() :] if m else piece
                   for piece, m in zip(pieces, braced, strict=True)

@@ -118,9 +118,9 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     Raises UserError for images that lie in no archives.
     """
     files = dataset.files
-    if not hasattr(files.paths, "columns"):
-        raise UserError("--shuffle near: is for images in archives, and these are files; leave it out")
-    shards, starts = files.paths.columns["shard"], files.paths.columns["start"]
+    if (places := getattr(files.paths, "places", None)) is None:
+        raise UserError("--shuffle near: is for images in archives, and not all of these are; leave it out")
+    shards, starts = places
     if files.labels is not None:
         labels = files.labels[np.lexsort((starts, shards))]
         alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
