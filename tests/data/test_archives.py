@@ -18,7 +18,7 @@ from archive_utils import files_of, make_parquet, make_shards, make_tar, make_zi
 from image_utils import make_folder
 from PIL import Image
 
-from util.data import archives, members, stores
+from util.data import archives, members, parquet, stores
 from util.data.dataset import build_pretrain_dataset
 from util.data.find import find_images
 from util.data.inputs import find_inputs
@@ -27,6 +27,7 @@ from util.data.loader import build_loader
 from util.data.read import BadImage, read_image
 from util.data.sampler import EpochSampler, near_order
 from util.errors import UserError
+from util.run.start import near_places, train_loader
 
 TRAIN, VAL = 22, 6
 
@@ -134,7 +135,26 @@ def test_parquet_is_the_same_data(tmp_path, folder):
         assert same(batches(f"{server.address}/parquet/train-00000-of-00001.parquet"), expected)
 
 
-def test_a_store_of_fsspec(tmp_path, folder):
+@pytest.mark.extra
+def test_row_groups_are_kept_and_sets_that_are_too_large_are_warned_of(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import ParquetFile
+
+    make_folder(tmp_path / "set" / "train", TRAIN, classes=2)
+    path, reads, read = make_parquet(tmp_path / "parquet", tmp_path / "set"), [], ParquetFile.read_row_group
+    monkeypatch.setattr(ParquetFile, "read_row_group", lambda *a, **more: reads.append(0) or read(*a, **more))
+    args = argparse.Namespace(data_path=path, input_size=16, seed=3, batch_size=4, num_workers=0)
+    counts, args.pixel_range = [], None
+    for room, args.shuffle in ((1 << 20, "full"), (0, "full"), (0, "near")):
+        monkeypatch.setattr(parquet, "KEPT", room)
+        parquet._groups.clear(), reads.clear()
+        assert len(list(train_loader(build_pretrain_dataset(args), args, False)[0])) == TRAIN // 4
+        counts.append((len(reads), "pass --shuffle near" in capsys.readouterr().err))
+    groups = 1 + (TRAIN - 1) // 5
+    assert counts[0] == (groups, False) and counts[1][0] > groups and counts[1][1] and not counts[2][1]
+
+
+def test_a_store_of_fsspec(tmp_path, folder, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
     for path in make_shards(tmp_path / "shards", folder).iterdir():
@@ -145,6 +165,13 @@ def test_a_store_of_fsspec(tmp_path, folder):
         find_images("memory://bucket/9.tar")
     with pytest.raises(UserError, match="nosuch"):
         find_images("nosuch://bucket/9.tar")
+
+    def refuse(*_, **__):
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(type(system), "glob", refuse)
+    with pytest.raises(UserError, match=r"memory://bucket/\*\.tar: no credentials"):
+        find_images("memory://bucket/*.tar")
 
 
 @pytest.mark.slow
@@ -176,6 +203,9 @@ def test_webdatasets_labels(tmp_path):
         found = zip(files.paths, files.labels, strict=True)
         assert {os.path.basename(path)[:3]: label for path, label in found} == numbers
         assert files.paths[0].endswith(".tar/000.jpg")  # the member's own name
+    hidden = {**cls, "000.cls": b".x/..", "000.json": b"[" * 60_000}
+    files = find_images(make_tar(tmp_path / "hidden.tar", tmp_path / "flat", **hidden))
+    assert files.classes[-1] == "_x_.." and files.paths.name(len(files.paths) - 1) == "_x_../000.jpg"
     captions = {name: json.dumps({"caption": "x"}).encode() for name in text}
     files = find_images(make_tar(tmp_path / "captions.tar", tmp_path / "flat", **captions))
     assert files.labels is None and files.ignored == 13
@@ -335,8 +365,6 @@ def test_sets_of_archives_and_their_pages_are_read_near(tmp_path, folder, monkey
 
 
 def test_near_is_for_archives_and_warns_of_sorted_classes(tmp_path, folder, capsys):
-    from util.run.start import near_places
-
     one = make_tar(tmp_path / "one.tar", folder)
     for path in (folder, [folder, one]):
         with pytest.raises(UserError, match=r"--shuffle near: .* not all of these are"):
@@ -424,6 +452,9 @@ def test_paths_that_name_no_archives(tmp_path, folder):
     for path in (tmp_path / "b.tar", tmp_path / "*.zip", tmp_path / "{a,b}.tar"):
         with pytest.raises(UserError, match="does not exist"):
             find_images(path)
+    for inner, count in (("3..1", -1), ("0..99999999999", 100_000_000_000)):
+        with pytest.raises(UserError, match=f"stands for {max(0, count):,} archives"):
+            find_images(f"{tmp_path}/{{{inner}}}.tar")
     with pytest.raises(UserError, match=r"no archives .*README"):
         (tmp_path / "README").touch()
         find_images(tmp_path / "R*")

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from util.data import stores
+from util.data import parquet, stores
 from util.data.folders import SPLITS, Folder
 from util.data.members import DEFLATED, PARQUET, RAW, kept_table
-from util.data.parquet import parquet_image
 from util.data.read import Place
 from util.processes.collectives import is_main_process, warn
 
@@ -49,7 +48,7 @@ class Member(Place):
     def open(self) -> io.BytesIO:
         """Its bytes, from one read; raises OSError."""
         if self.kind == PARQUET:
-            return _Bytes(parquet_image(self.shard, self.start))
+            return _Bytes(parquet.parquet_image(self.shard, self.start))
         run = _ahead.get((self.shard, self.start))
         read = run.read if run else functools.partial(stores.read, self.shard)
         data = read(self.start, self.span)
@@ -100,7 +99,8 @@ class Members(Sequence):
     folders: in the order of the images. names: uint8, file names of all images that there are in the archives
     and more, zero bytes behind each. columns: name, shard, start, length, kind, (n,) each: where in `names`,
     which archive, first byte there and bytes, what it is. bad: (index, reason) of those whose first bytes are
-    no image's.
+    no image's. far: whether some archives are. in_groups: whether an image costs reading many,
+    as of Parquet files that are too large to be kept.
     """
 
     def __init__(
@@ -114,6 +114,8 @@ class Members(Sequence):
         self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
         self._firsts = np.cumsum([0] + [folder.count for folder in folders])
         self.far = any(stores.is_far(shard.address) for shard in shards)
+        in_groups = bool((columns["kind"] == PARQUET).any())
+        self.in_groups = in_groups and sum(shard.size for shard in shards) > parquet.KEPT
 
     def __len__(self) -> int:
         return len(self.columns["name"])
@@ -178,11 +180,6 @@ class Members(Sequence):
             numbers = enumerate(itertools.chain(*parts))
             bad = [(new, reasons[old]) for new, old in numbers if old in reasons]
         return Members(self.shards, list(folders), self.names, columns, bad)
-
-    @property
-    def probes(self) -> int:
-        """How many images a look before the start may open: a Parquet file's cost a row group each."""
-        return 16 if (self.columns["kind"][:1] == PARQUET).any() else len(self)
 
     @property
     def nbytes(self) -> int:

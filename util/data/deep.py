@@ -150,6 +150,9 @@ def _decode_dicom(file: BinaryIO, number: int) -> np.ndarray:
     data = _dicom(file)
     if "PixelData" not in data:
         raise ValueError("a DICOM file without pixels")
+    needed = "Rows", "Columns", "BitsStored", "PixelRepresentation", "PhotometricInterpretation"
+    if missing := [name for name in needed if name not in data]:
+        raise ValueError(f"a damaged DICOM file: without {', '.join(missing)}")
     check_size(data.Rows, data.Columns)
     if data.PhotometricInterpretation == "PALETTE COLOR":
         raise ValueError("a DICOM file of palette colours; save it as PNG")

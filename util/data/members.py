@@ -115,7 +115,7 @@ def _walk_parquet(shard: Shard, file) -> Iterator[Entry]:
 def _class_name(label: object) -> str:
     """The class folder that a label stands for: numbers are filled up, so that they sort as numbers."""
     text = str(label).strip()
-    return f"{int(text):05d}" if re.fullmatch(r"\d+", text) else text.replace("/", "_")
+    return f"{int(text):05d}" if re.fullmatch(r"\d+", text) else re.sub(r"/|^\.", "_", text)  # not hidden
 
 
 def _label(entry: Entry) -> str | None:
@@ -126,7 +126,7 @@ def _label(entry: Entry) -> str | None:
             content = json.loads(value)
             value = next((content[k] for k in ("label", "cls", "class") if k in content), None)
         return _class_name(value) if isinstance(value, int | str) and value != "" else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

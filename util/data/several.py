@@ -72,6 +72,10 @@ class Selection(Sequence):
     def far(self) -> bool:
         return any(getattr(names, "far", False) for names in self.lists)
 
+    @property
+    def in_groups(self) -> bool:
+        return any(getattr(names, "in_groups", False) for names in self.lists)
+
     def plan(self, indices: Sequence[int]) -> None:
         """As `Members.plan`, for the images that lie in archives."""
         if self.far:

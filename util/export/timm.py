@@ -67,6 +67,11 @@ def write(source: Source, folder: Path) -> None:
         },
         "model_args": {"global_pool": pooling, "num_heads": info["num_heads"], **args},
     }
+    if info["pixel_range"]:  # beside pretrained_cfg, where timm passes over what it does not know
+        config["pixel_range"] = list(info["pixel_range"])
+        limits = " ".join(f"{v:g}" for v in info["pixel_range"])
+        text = f"pixel range {limits} (low high): mean and std are of (value - low) / (high - low), clipped"
+        config["pretrained_cfg"]["notes"] = [text]
     if names := list(info.get("class_names") or []):
         config["label_names"] = names + [f"LABEL_{i}" for i in range(len(names), classes)]
     write_json(folder / "config.json", config)

@@ -98,9 +98,14 @@ def train_loader(
     """
     world_size, batch_size = get_world_size(), args.batch_size
     repeats = getattr(args, "repeated_aug", 1)
+    near = getattr(args, "shuffle", "full") == "near"
+    paths = getattr(getattr(dataset, "files", None), "paths", None)
+    if getattr(paths, "in_groups", False) and not near and is_main_process():
+        text = "of large Parquet files, each image in random order costs reading hundreds of others"
+        warn(f"{text}: pass --shuffle near, or make tars of them with tools/make_shards.py")
     sampler = EpochSampler(
         len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats,
-        near=near_places(dataset) if getattr(args, "shuffle", "full") == "near" else None,
+        near=near_places(dataset) if near else None,
     )  # fmt: skip
     loader = build_loader(dataset, sampler, batch_size, args.num_workers, pin_memory, drop_last=True)
     if len(loader) == 0:
