@@ -338,6 +338,22 @@ def test_archives_that_are_named_after_splits_are_splits_also_one_by_one(tmp_pat
         same_files(find_images(both, split), find_images(folder, split))
 
 
+def test_images_in_no_split_or_in_one_of_two_are_told(tmp_path, folder, capsys):
+    make_tar(tmp_path / "t" / "train-0.tar", folder / "train")
+    make_tar(tmp_path / "t" / "more.tar", folder / "val")
+    make_tar(tmp_path / "t" / "val-0.tar", folder / "val")
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        assert len(find_images(tmp_path / "t", split).paths) == count
+    warned = capsys.readouterr().err
+    assert (
+        warned.count("no split") == 1 and f"{VAL} images beside train/ are in no split and left out" in warned
+    )
+    for name in ("Training", "TRAIN"):
+        shutil.copytree(folder / "train", tmp_path / "two" / name)
+    with pytest.raises(UserError, match="TRAIN and Training could both be train/"):
+        find_images(make_tar(tmp_path / "two.tar", tmp_path / "two"))
+
+
 def test_data_sets_in_an_archive_each_keep_their_splits(tmp_path, folder):
     both = [make_tar(tmp_path / f"{name}.tar", folder, wrapper=f"{name}/") for name in ("one", "two")]
     for split, count in (("train", TRAIN), ("val", VAL)):

@@ -20,6 +20,8 @@ from util.data import parquet, stores
 from util.data.folders import SPLITS, Folder
 from util.data.members import DEFLATED, PARQUET, RAW, kept_table
 from util.data.read import Place
+from util.errors import UserError
+from util.files import printable, some
 from util.processes.collectives import is_main_process, warn
 
 _GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
@@ -103,14 +105,7 @@ class Members(Sequence):
     as of Parquet files that are too large to be kept.
     """
 
-    def __init__(
-        self,
-        shards: list[stores.Shard],
-        folders: list[ArchiveFolder],
-        names: np.ndarray,
-        columns: dict[str, np.ndarray],
-        bad: list[tuple[int, str]],
-    ):
+    def __init__(self, shards: list[stores.Shard], folders: list[ArchiveFolder], names, columns: dict, bad):
         self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
         self._firsts = np.cumsum([0] + [folder.count for folder in folders])
         self.far = any(stores.is_far(shard.address) for shard in shards)
@@ -248,12 +243,19 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     bad = list(map(tuple, about["bad"]))
     members = Members(shards, folders, columns.pop("names"), columns, bad)
     tops = {folder.name.split("/")[0] for folder in folders}
-    aliases = sorted(top for top in tops if top.lower() in SPLITS.get(split, ()) and top != split)
-    inside = f"{split if split in tops or not aliases else aliases[0]}/"
-    if split and any((folder.name + "/").startswith(inside) for folder in folders):
-        folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
-        for folder in folders:
-            folder.name = folder.name[len(inside) :]
-    elif split not in ("", "train"):
-        return None
+    aliases = sorted(top for top in tops if top.lower() in SPLITS.get(split, ()))
+    if len(aliases) > 1 and split not in tops:
+        names = printable(" and ".join(aliases))
+        raise UserError(f"{place}: {names} could both be {split}/; name the archives of one")
+    if not aliases:
+        return None if split not in ("", "train") else (members, folders)
+    inside = f"{split if split in tops else aliases[0]}/"
+    known = {name for names in SPLITS.values() for name in names}
+    outside = [f for f in folders if f.count and f.name.split("/")[0].lower() not in known]
+    if split == "train" and outside and is_main_process():
+        count, names = sum(f.count for f in outside), some((printable(f.real or ".") for f in outside), 2)
+        warn(f"{place}: {count:,} images beside {printable(inside)} are in no split and left out, in {names}")
+    folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
+    for folder in folders:
+        folder.name = folder.name[len(inside) :]
     return members, folders
