@@ -321,6 +321,7 @@ def test_several_archives_are_one_set_as_a_pattern_of_them_is(tmp_path, folder):
     for split in ("train", "val"):
         same_files(find_images(several, split), find_images(folder, split))
     found, pattern = (find_images(path) for path in (several, f"{tmp_path}/shards/*.tar"))
+    assert pickle.loads(pickle.dumps(found)).describe() == found.describe()
     assert found.paths.digest() == pattern.paths.digest() and len(found.paths.places[0]) == TRAIN
     assert (
         find_images(several).describe().endswith(f"{several[0]} and 3 more (1 other files ignored: 1 .txt)")

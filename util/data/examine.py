@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.data.depth import Depth, depth_of, make_reader, parse_range, read_deep
+from util.data.depth import Depth, depth_of, make_reader, parse_range, range_text, read_deep
 from util.data.find import ImageFiles
 from util.data.folders import ask_all
 from util.data.headers import HEAD, why_no_image
@@ -40,7 +40,7 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     if given is None or isinstance(given, tuple):
         depth, paths = depth_of(args), [files.paths[i] for i in range(min(FLAT, len(files.paths)))]
         if depth and is_main_process() and _all_constant(paths, getattr(args, "in_chans", 3), depth):
-            text = f"within --pixel_range {_text(given)}, the checkpoint's"
+            text = f"within --pixel_range {range_text(given)}, the checkpoint's"
             warn(f"{_names(paths)}: all images looked at have one value only {text}")
         return depth
     channels = getattr(args, "in_chans", 3)
@@ -119,11 +119,11 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
         given, constant = None, _all_constant(flat[:FLAT], channels)
     elif given is None:
         given, how, constant = _measure(deep[:: max(1, len(deep) // PICTURES)][:PICTURES], channels)
-        notes.append(f"deeper than 8 bits, --pixel_range {_text(given)} ({how})")
+        notes.append(f"deeper than 8 bits, --pixel_range {range_text(given)} ({how})")
     else:
         constant = _all_constant(paths[:FLAT], channels, Depth(given, channels))
     if constant:
-        within = f", within --pixel_range {_text(given)}" if given else ""
+        within = f", within --pixel_range {range_text(given)}" if given else ""
         warnings.append(
             f"all images looked at have one value only{within} ({_names(paths)}): nothing to learn"
         )
@@ -144,10 +144,6 @@ def _look_inside(path: str) -> Header | None:
         raise
     except Exception:  # on broken files parsers raise whatever they run into
         return None
-
-
-def _text(pixel_range: tuple[float, ...]) -> str:
-    return " ".join(f"{v:g}" for v in pixel_range)
 
 
 def _all_constant(paths: list[str], channels: int, depth: Depth | None = None) -> bool:

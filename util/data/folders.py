@@ -32,10 +32,13 @@ def is_archive(name: str) -> bool:
 class Archives(str):
     """Several archives as one data path, under the text that is shown of them. paths: their names."""
 
-    def __new__(cls, paths: Sequence[str]):
-        text = super().__new__(cls, paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
-        text.paths = paths
-        return text
+    paths: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> "Archives":
+        several = cls(paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+        several.paths = paths
+        return several
 
 
 def names_archives(path: str) -> bool:

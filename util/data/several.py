@@ -94,7 +94,7 @@ def sets_of(paths: Iterable[str | os.PathLike]) -> list[str]:
     archives = [path for path in paths if is_archive(path) and not os.path.isdir(path)]
     if twice := [path for path in archives if archives.count(path) > 1]:
         raise UserError(f"--data_path {printable(twice[0])}: is given twice")
-    return [Archives(archives) if path in archives else path for path in paths if path not in archives[1:]]
+    return [Archives.of(archives) if path in archives else path for path in paths if path not in archives[1:]]
 
 
 def join(found: list):
