@@ -88,7 +88,7 @@ class Init:
         if not self.args.init_freeze:
             return groups
         new = self.taken.get("new")
-        new = new if isinstance(new, list) else []
+        new = [*(new if isinstance(new, list) else []), "teacher_map.weight", "teacher_map.bias"]
         names = {id(p): name for name, p in model.named_parameters()}
         parts = [
             {
