@@ -311,7 +311,9 @@ def test_models_and_modes_that_cannot_learn_of_one(teacher):
         make_student(models_mae.mae_vit(TINY_MAE), flags(teacher, fsdp=True), CPU)
     student = models_mae.mae_vit(TINY_MAE)
     student.blocks[1].attn = torch.nn.Linear(24, 24)
-    with pytest.raises(UserError, match="attention of its own; pass --teacher_loss features"):
+    with pytest.raises(
+        UserError, match="needs --teacher_loss features, as a block has an attention of its own"
+    ):
         make_student(student, flags(teacher), CPU)
 
 
