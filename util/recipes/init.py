@@ -28,20 +28,17 @@ def check_init(args: Namespace) -> None:
 
 
 class Init:
-    """What a run starts from: `--init FILE`, or nothing more where it goes on from a checkpoint.
+    """What a run starts from: `--init FILE` or, where it goes on from a checkpoint, what that started from.
 
-    Sets `args.pixel_range` as the file says and, in `load`, `args.init_taken`: what was taken, in words, and
-    which parameters are new. Both stay in all checkpoints of the run.
-
-    Args:
-        checkpoint: that the run goes on from, if any; then `args.init` becomes what it started from.
-        given: names of the flags on the command line.
+    Sets `args.pixel_range` as the file says and, in `load`, `args.init_taken`: the report, and which
+    parameters were taken. Both stay in all checkpoints of the run.
 
     Raises:
         UserError: unreadable; or the checkpoint's run started from something else.
     """
 
     def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
+        """`given`: names of the flags on the command line."""
         self.args, self.given, self.content, self.taken = args, given, None, {}
         if checkpoint is None:
             self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
@@ -50,7 +47,7 @@ class Init:
             return
         saved = checkpoint.content.get("args")
         saved = saved if isinstance(saved, dict) else {}
-        stored, taken = saved.get("init"), saved.get("init_taken")
+        stored, taken = (saved.get(name) for name in ("init", "init_taken"))
         stored = stored if isinstance(stored, str) else ""
         if args.init and PurePath(stored).name != PurePath(args.init).name:
             began = f"started from {shown(stored)}" if stored else "started without --init"
@@ -58,54 +55,48 @@ class Init:
                             "new run pass another --output_dir")  # fmt: skip
         if args.init and is_main_process():
             note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
-        args.weights_key = str(saved.get("weights_key", ""))
-        args.init, self.taken = stored, taken if isinstance(taken, dict) else {}
+        args.init, args.weights_key = stored, str(saved.get("weights_key", ""))
+        self.taken = taken if isinstance(taken, dict) else {}
 
     def load(self, model: torch.nn.Module) -> None:
         """Gives `model`, on the CPU, the weights of the file, and says what was taken."""
-        args, content = self.args, self.content
-        if content is None:
-            args.init_taken = self.taken
-            return
-        report = load_into(model, args.init, "--init", content, self.given)
-        log(str(report))
-        warn_of_other_stats(args, content, args.init)
-        targets = said_settings(content).get("norm_pix_loss")
-        if report.decoder.startswith("taken") and targets in (not args.norm_pix_loss,) and is_main_process():
-            kinds = ("plain", "normalised") if args.norm_pix_loss else ("normalised", "plain")
-            warn(
-                f"{args.init}: its decoder predicts {kinds[0]} patches, and is to predict {kinds[1]} ones now"
-            )
-        new = [name for name, p in model.named_parameters() if p.requires_grad and name in report.missing]
-        if args.init_freeze and not new:
-            raise UserError(f"--init_freeze {args.init_freeze}: {args.init} holds all of the model, so "
-                            "nothing would train; leave it out")  # fmt: skip
-        args.init_taken = self.taken = {"report": str(report).splitlines(), "new": new}
-        self.content = None
+        args, content, self.content = self.args, self.content, None
+        if content is not None:
+            report = load_into(model, args.init, "--init", content, self.given)
+            log(str(report))
+            warn_of_other_stats(args, content, args.init)
+            target = said_settings(content).get("norm_pix_loss")
+            if (
+                report.decoder.startswith("taken")
+                and target is (not args.norm_pix_loss)
+                and is_main_process()
+            ):
+                now = "normalised" if args.norm_pix_loss else "plain"
+                warn(f"{args.init}: its decoder does not predict {now} patches, as it is to do now")
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            self.taken = {"report": str(report).splitlines(), "parameters": sorted(names - {*report.missing})}
+            if args.init_freeze and names == {*self.taken["parameters"]}:
+                raise UserError(f"--init_freeze {args.init_freeze}: {args.init} holds all of the model, so "
+                                "nothing would train; leave it out")  # fmt: skip
+        args.init_taken = self.taken
 
     def groups(self, groups: list[dict], model: torch.nn.Module) -> list[dict]:
         """With `--init_freeze` the optimizer's parameter groups, each split in what is new and the rest."""
         if not self.args.init_freeze:
             return groups
-        new = self.taken.get("new")
-        new = [*(new if isinstance(new, list) else []), "teacher_map.weight", "teacher_map.bias"]
-        names = {id(p): name for name, p in model.named_parameters()}
+        taken, names = self.taken.get("parameters"), {id(p): name for name, p in model.named_parameters()}
+        taken = set(taken) if isinstance(taken, list) and all(isinstance(t, str) for t in taken) else set()
         parts = [
-            {
-                **group,
-                "params": [p for p in group["params"] if (names[id(p)] in new) != taken],
-                "taken": taken,
-            }
+            {**group, "params": [p for p in group["params"] if (names[id(p)] in taken) == old], "taken": old}
             for group in groups
-            for taken in (False, True)
+            for old in (False, True)
         ]
         return [part for part in parts if part["params"]]
 
     def freeze(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        """Sets which groups learn in this epoch: all of them after the first `--init_freeze`.
+        """Sets the learning rate of what was taken to 0 in the first `--init_freeze` epochs.
 
-        The others have a learning rate of 0. Processes exchange gradients and checkpoints hold moments of all
-        parameters in every epoch, so that nothing else changes when they begin to learn.
+        All gradients are exchanged and all moments kept as ever, so that nothing else changes after them.
         """
         for group in optimizer.param_groups if self.args.init_freeze else ():
             group["lr_scale"] = 0.0 if group["taken"] and epoch < self.args.init_freeze else 1.0

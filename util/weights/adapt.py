@@ -15,40 +15,31 @@ DECODER = ("decoder_", "mask_token")  # what a masked autoencoder's decoder is c
 
 
 def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """A patch embedding (D, C, p, p) for another number of channels, as timm's `adapt_input_conv` of colour.
-
-    For one channel the weights are summed, so that a grey image gives what it gave as C equal channels. For
-    more they are repeated, and scaled by C / `channels`.
+    """A patch embedding (D, C, p, p) for other `channels`, as timm's `adapt_input_conv` does it from colour:
+    for one they are summed, for more repeated and scaled by C / `channels`.
     """
-    own = weight.shape[1]
-    if channels == own:
-        return weight
-    kind, weight = weight.dtype, weight.float()
-    if channels == 1:
-        return weight.sum(dim=1, keepdim=True).to(kind)
-    weight = weight.repeat(1, math.ceil(channels / own), 1, 1)[:, :channels]
+    own, kind = weight.shape[1], weight.dtype
+    if channels == 1:  # a grey image gives what it gave as C equal channels
+        return weight.float().sum(dim=1, keepdim=True).to(kind)
+    weight = weight.float().repeat(1, math.ceil(channels / own), 1, 1)[:, :channels]
     return (weight * (own / float(channels))).to(kind)
 
 
 def adapt_patch_embed(
     weight: torch.Tensor, wanted: torch.Size, asked: Collection[str]
 ) -> tuple[torch.Tensor, list[str]]:
-    """A patch embedding (D, C, p, p) in the shape `wanted` as far as flags ask for it, and what was done.
-
-    Args:
-        asked: names of the flags that were given; in_chans and patch_size allow a change each.
+    """A patch embedding (D, C, p, p) in the shape `wanted`, as far as the flags `asked` for (in_chans,
+    patch_size) allow it, and what was done.
     """
-    told = []
-    _, own, *patch = weight.shape
-    _, channels, *new_patch = wanted
+    told, (_, own, *patch), (_, channels, *new_patch) = [], weight.shape, wanted
     if own != channels and "in_chans" in asked:
         weight = adapt_channels(weight, channels)
         how = "summed" if channels == 1 else "repeated and scaled"
         told.append(f"patch embedding: {own} channels, {how} for {channels}")
     if patch != new_patch and "patch_size" in asked:
         weight = resample_patch_embed(weight, new_patch)
-        sizes = ["x".join(map(str, size)) for size in (patch, new_patch)]
-        told.append(f"patch embedding: patches of {sizes[0]} pixels, resampled for {sizes[1]}")
+        old, new = ("x".join(map(str, size)) for size in (patch, new_patch))
+        told.append(f"patch embedding: patches of {old} pixels, resampled for {new}")
     return weight, told
 
 
@@ -70,34 +61,24 @@ def take_decoder(model: torch.nn.Module, state: dict, content: dict, report) -> 
     Args:
         content: of the file. report: `util.weights.encoder.LoadReport` of the encoder, which is told.
     """
-    if "decoder.mask_token" in state:
-        state = decoder_from_hugging_face(state)
+    state = decoder_from_hugging_face(state) if "decoder.mask_token" in state else state
     own = {key: value for key, value in model.state_dict().items() if key.startswith(DECODER)}
     theirs = {key: value for key, value in state.items() if key.startswith(DECODER)}
-    others = {key: value for key, value in state.items() if key not in theirs}
     if not theirs.keys() & {"mask_token", "decoder_embed.weight"}:
         report.decoder = f"none in the file ({report.kind}); a new one, as initialised here"
-        return others | theirs
-    table, wanted = theirs.get("decoder_pos_embed"), own["decoder_pos_embed"]
-    rows, columns = report.resized[0] if report.resized else (0, 0)
-    if report.resized and table is not None and table.shape == (1, 1 + rows * columns, wanted.shape[-1]):
-        theirs["decoder_pos_embed"], _ = fit_table(table, *report.resized)
-    new = []
-    if report.adapted:  # it predicts patches of another size
-        new = [k for k in own if k.startswith("decoder_pred.") and k in theirs and _differ(theirs[k], own[k])]
-        report.unexpected = [key for key in new if theirs.pop(key) is not None]
-    odd = [key for key in own if key not in new and _differ(theirs.get(key), own[key])]
-    odd += [key for key in theirs if key not in own]
+        return state
+    table, ((rows, columns), grid) = theirs.get("decoder_pos_embed"), report.resized or ((0, 0), None)
+    if grid and table is not None and table.shape == (1, 1 + rows * columns, own["mask_token"].shape[-1]):
+        theirs["decoder_pos_embed"], _ = fit_table(table, (rows, columns), grid)
+    odd = [key for key in own if key not in theirs or theirs[key].shape != own[key].shape]
+    # After the patch embedding was adapted it predicts patches of another size
+    new = [k for k in odd if k in theirs and k.startswith("decoder_pred.")] if report.adapted else []
+    odd = [key for key in odd if key not in new] + [key for key in theirs if key not in own]
     heads = stored_settings(content, report.source, "decoder_num_heads").get("decoder_num_heads")
-    if heads not in (None, model.decoder_blocks[0].attn.num_heads):
-        odd.append(f"{heads} heads")
+    odd += [] if heads in (None, model.decoder_blocks[0].attn.num_heads) else [f"{heads} heads"]
+    left = theirs if odd else new
+    report.decoder = f"taken, but for {some(new)}, new for other patches" if new else "taken"
     if odd:
         report.decoder = f"the file's does not fit ({some(odd, 2)}); a new one, as initialised here"
-        report.unexpected += theirs
-        return others
-    report.decoder = f"taken, but for {some(new)}, new for other patches" if new else "taken"
-    return others | theirs
-
-
-def _differ(tensor: torch.Tensor | None, own: torch.Tensor) -> bool:
-    return tensor is None or tensor.shape != own.shape
+    report.unexpected += left
+    return {key: value for key, value in (state | theirs).items() if key not in left}

@@ -105,8 +105,8 @@ def load_into(
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
-    weight, wanted = state["patch_embed.proj.weight"], model.patch_embed.proj.weight.shape
-    state["patch_embed.proj.weight"], report.adapted = adapt_patch_embed(weight, wanted, set(asked))
+    proj, wanted = "patch_embed.proj.weight", model.patch_embed.proj.weight.shape
+    state[proj], report.adapted = adapt_patch_embed(state[proj], wanted, asked)
     _fit_pos_embed(model, state, content, report, flag)
     if hasattr(model, "decoder_pred"):
         state = take_decoder(model, state, content, report)
@@ -116,7 +116,8 @@ def load_into(
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
     if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
-        size, own = (_pixels(grid, model) for grid in report.resized)
+        side, _ = model.patch_embed.patch_size
+        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
         raise UserError(f"{flag} {source}: its positional embedding is for {size} pixels; pass --input_size "
                         f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
     if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
@@ -147,13 +148,13 @@ def encoder_state(content: dict, source: str = "the checkpoint") -> tuple[dict[s
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint.
 
     Raises:
-        UserError: as `model_state`; or tensors of Hugging Face's that belong together do not fit each other.
+        UserError: as `model_state`; or tensors of other code that belong together do not fit each other.
     """
-    state, told = own_names(model_state(take_weights(content), source))
-    kind = describe_kind(state) + told
-    if not state and {"param_groups", "state"} <= content.keys():
-        kind = "an optimizer's state"
     try:
+        state, told = own_names(model_state(take_weights(content), source))
+        kind = describe_kind(state) + told
+        if not state and {"param_groups", "state"} <= content.keys():
+            kind = "an optimizer's state"
         return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
     except RuntimeError:  # of torch.cat
         raise UserError(f"{source}: is damaged: its query, key and value have other shapes") from None
@@ -225,10 +226,6 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
             f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
             "training arguments or the --input_size it was trained with"
         ) from None
-
-
-def _pixels(grid: tuple[int, int], model) -> str:
-    return "x".join(str(n * side) for n, side in zip(grid, model.patch_embed.patch_size, strict=True))
 
 
 def _misfit_text(model, state, where, kind, differences) -> str:

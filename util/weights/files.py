@@ -60,8 +60,11 @@ def read_file(
             content = {"model": {key: value for part in parts for key, value in part.items()}}
         return content | read_settings(path, named)
     try:
-        if verify:
-            _check_blob(path)
+        blob = path.resolve()  # of Hugging Face's cache, which names them by their SHA-256
+        if verify and path.is_symlink() and re.fullmatch(r".*/blobs/[0-9a-f]{64}", blob.as_posix()):
+            with open(blob, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                    raise ValueError(f"{_FLIPPED}; remove {blob}")
         if path.suffix == ".safetensors":
             content = _read_safetensors(path, verify)
         else:
@@ -113,15 +116,6 @@ def fetch(source: str | Path, flag: str = "") -> Path:
     except Exception as error:  # of the network, the server, the disk, the hash
         raise UserError(f"{flag} {source}: cannot be downloaded: {shown(str(error), 200)}".strip()) from None
     return path
-
-
-def _check_blob(path: Path) -> None:
-    """Compares a file of Hugging Face's cache with the SHA-256 that it is named by; ValueError."""
-    blob = path.resolve()
-    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        with open(blob, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-                raise ValueError(f"{_FLIPPED}; remove {blob}")
 
 
 def check_archive(path: str | Path) -> None:

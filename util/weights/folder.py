@@ -1,9 +1,8 @@
 """Folders of models that Hugging Face's transformers, timm or this code wrote."""
 
+import contextlib
 import difflib
 from pathlib import Path
-
-import timm
 
 from util.errors import UserError
 from util.files import read_json, shown, some
@@ -60,57 +59,45 @@ def hub_folder(source: str, flag: str = "") -> Path:
     """The folder in Hugging Face's cache of hf://OWNER/NAME[@REVISION] or timm:NAME; what it lacks of weights
     and settings is downloaded.
 
-    Raises:
-        UserError: no such model; or not in the cache, and there is no network.
+    Raises UserError: no such model; or not in the cache, and there is no network.
     """
     from huggingface_hub import constants, hf_hub_download, utils  # comes with timm
 
-    named = f"{flag} {source}".strip()
-    name = _timm_home(source[5:], named) if source.startswith("timm:") else source[5:]
+    named, name = f"{flag} {source}".strip(), source[5:]
+    name = _timm_home(name, named) if source.startswith("timm:") else name
     repository, _, revision = name.partition("@")
-    found, reason = [], None
+    reasons = []
 
     def get(file: str) -> Path | None:
-        nonlocal reason
         try:
-            found.append(Path(hf_hub_download(repository, file, revision=revision or None)))
-            return found[-1]
+            return Path(hf_hub_download(repository, file, revision=revision or None))
         except (
             utils.EntryNotFoundError
         ) as error:  # also where it is not in the cache, and there is no network
-            reason = error
-        except (utils.RepositoryNotFoundError, utils.RevisionNotFoundError, utils.HFValidationError) as error:
-            raise UserError(f"{named}: is no model of the hub that can be read ({_line(error)})") from None
-        except Exception as error:  # of the network, the disk, a proxy
-            raise UserError(f"{named}: cannot be downloaded: {_line(error)}") from None
+            reasons.append(error)
+        except Exception as error:  # of the name, the server, the network, the disk
+            text = shown(" ".join(str(error).split()), 200)
+            raise UserError(f"{named}: is no model that can be had from the hub ({text})") from None
 
-    for file in _NAMES[:2]:  # of a large model an index names the parts
-        if get(file) or ((index := get(f"{file}.index.json")) and all(map(get, _parts(index, named)))):
-            break
-    else:
-        cached = isinstance(reason, utils.LocalEntryNotFoundError)
-        where = f"are not in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached"
-        raise UserError(f"{named}: its weights {where if cached else 'are not on the hub'} "
-                        f"({' or '.join(_NAMES[:2])}); pass a file or folder, or download it where "
-                        f"there is a network: hf download {repository}")  # fmt: skip
     for file in _SETTINGS:
         get(file)
-    return found[0].parent
+    for file in _NAMES[:2]:
+        if path := get(file):
+            return path.parent
+        if (index := get(f"{file}.index.json")) and all([get(part) for part in _parts(index, named)]):
+            return index.parent
+    away = isinstance(reasons[-1], utils.LocalEntryNotFoundError)
+    where = f"the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached" if away else "the hub"
+    raise UserError(f"{named}: its weights ({' or '.join(_NAMES[:2])}) are not in {where}; pass a file or "
+                    f"folder, or download it where there is a network: hf download {repository}")  # fmt: skip
 
 
 def _timm_home(name: str, named: str) -> str:
     """OWNER/NAME on the hub of one of timm's pretrained models."""
     from timm.models import get_pretrained_cfg, list_pretrained
 
-    try:
-        home = getattr(get_pretrained_cfg(name), "hf_hub_id", None)
-    except RuntimeError:
-        home = None
-    if not home:
-        near = some(difflib.get_close_matches(name, list_pretrained("vit_*"), 3)) or "timm.list_pretrained()"
-        raise UserError(f"{named}: timm {timm.__version__} has no weights of that name; it has {near}")
-    return home
-
-
-def _line(error: Exception) -> str:
-    return shown(" ".join(str(error).split()), 200)
+    with contextlib.suppress(RuntimeError):  # a model of that name, but no such tag
+        if home := getattr(get_pretrained_cfg(name), "hf_hub_id", None):
+            return home
+    near = some(difflib.get_close_matches(name, list_pretrained("vit_*"), 3)) or "timm.list_pretrained()"
+    raise UserError(f"{named}: timm has no weights of that name; it has {near}")

@@ -129,7 +129,7 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
     if alone and any(key.startswith("decoder_") for key in missing):
         raise UserError(
             f"{source}: holds an encoder only; to go on with pre-training the decoder is needed too "
-            "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
+            "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth); --init starts a new run from it"
         )
     parts = [("different shapes", mismatched), ("missing keys", missing), ("unexpected keys", unexpected)]
     details = "; ".join(f"{len(keys)} {name} ({some(keys, 3)})" for name, keys in parts if keys)
