@@ -35,7 +35,8 @@ _LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_bl
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
 # the encoder computes (register tokens, a norm before the blocks, ...)
-_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier", "beside.", "teacher_map")
+_BESIDE = ("decoder", "mask_token", "masked_embed", "head", "pre_logits", "pooler", "classifier", "beside.",
+           "teacher_map")  # fmt: skip
 
 
 @dataclass
@@ -102,6 +103,12 @@ def load_into(
             f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {keys}). Pass a "
             "pre-training checkpoint or a mae_pretrain_*.pth"
         )
+    beside, own = (*_BESIDE, *_ENCODER, "norm.", "fc_norm"), model.state_dict()
+    if strange := [key for key in state if not _bare(key).startswith(beside) and key not in own]:
+        raise UserError(
+            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
+            "its encoder computes something else; only plain ViTs with a class token can be used"
+        )
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
@@ -115,19 +122,7 @@ def load_into(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
-        side, _ = model.patch_embed.patch_size
-        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
-        raise UserError(f"{flag} {source}: its positional embedding is for {size} pixels; pass --input_size "
-                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
-    if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
-        raise UserError(
-            f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
-            "its encoder computes something else; only plain ViTs with a class token can be used"
-        )
-    heads = stored_settings(content, f"{flag} {source}", "num_heads").get("num_heads")
-    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
-        raise UserError(f"{flag} {source} ({kind}): its encoder has {heads} attention heads, the model {own}")
+    _check_settings(model, content, report, f"{flag} {source}", asked)
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
@@ -135,6 +130,18 @@ def load_into(
     report.unexpected += unexpected
     model.load_state_dict(state, strict=False)
     return report
+
+
+def _check_settings(model, content: dict, report: LoadReport, where: str, asked: Collection[str]) -> None:
+    """Raises UserError for what no shape shows: another number of heads, a grid that no flag asked for."""
+    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
+        side, _ = model.patch_embed.patch_size
+        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
+        raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
+                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
+    heads = stored_settings(content, where, "num_heads").get("num_heads")
+    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
+        raise UserError(f"{where} ({report.kind}): its encoder has {heads} attention heads, the model {own}")
 
 
 def check_final_norm(report: LoadReport) -> None:
@@ -155,7 +162,8 @@ def encoder_state(content: dict, source: str = "the checkpoint") -> tuple[dict[s
         kind = describe_kind(state) + told
         if not state and {"param_groups", "state"} <= content.keys():
             kind = "an optimizer's state"
-        return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
+        state = from_hugging_face(state) if kind.startswith("Hugging Face") else state
+        return state, kind + (f", of odd shapes: {odd}" if (odd := _odd_shapes(state)) else "")
     except RuntimeError:  # of torch.cat
         raise UserError(f"{source}: is damaged: its query, key and value have other shapes") from None
 
@@ -182,10 +190,13 @@ def has_encoder(state: dict) -> bool:
     """Whether a state dict with this code's key names has the encoder of a vision transformer."""
     if foreign_kind(state) or not count_blocks(state) or not _RANKS.keys() <= state.keys():
         return False
-    sizes = [(key, state[key].ndim, state[key].numel()) for key in (*_RANKS, *_LATER) if key in state]
-    return all(ndim == {**_RANKS, **_LATER}[key] and numbers for key, ndim, numbers in sizes) and (
-        state["pos_embed"].shape[1] > 1
-    )
+    return not _odd_shapes(state) and state["pos_embed"].shape[1] > 1
+
+
+def _odd_shapes(state: dict) -> str:
+    """Of the tensors that sizes are read off, those of which that is not possible, in words."""
+    ranks = [(key, rank, state[key]) for key, rank in (_RANKS | _LATER).items() if key in state]
+    return some(f"{k} {shown(tuple(v.shape), 40)}" for k, n, v in ranks if v.ndim != n or not v.numel())
 
 
 def count_blocks(state: dict, name: str = "blocks") -> int:

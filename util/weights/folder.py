@@ -5,7 +5,8 @@ import difflib
 from pathlib import Path
 
 from util.errors import UserError
-from util.files import read_json, shown, some
+from util.files import printable, read_json, shown, some
+from util.processes.collectives import log
 from util.weights.hugging_face import settings_of_folder
 
 _SETTINGS = ("config.json", "preprocessor_config.json")
@@ -66,30 +67,34 @@ def hub_folder(source: str, flag: str = "") -> Path:
     named, name = f"{flag} {source}".strip(), source[5:]
     name = _timm_home(name, named) if source.startswith("timm:") else name
     repository, _, revision = name.partition("@")
-    reasons = []
+    wanted = " or ".join(_NAMES[:2])
 
-    def get(file: str) -> Path | None:
+    def get(file: str, cached: bool) -> Path | None:
         try:
-            return Path(hf_hub_download(repository, file, revision=revision or None))
-        except (
-            utils.EntryNotFoundError
-        ) as error:  # also where it is not in the cache, and there is no network
-            reasons.append(error)
-        except Exception as error:  # of the name, the server, the network, the disk
+            found = hf_hub_download(repository, file, revision=revision or None, local_files_only=cached)
+            return Path(found)
+        except utils.EntryNotFoundError as error:
+            if isinstance(error, utils.LocalEntryNotFoundError) and not cached:
+                raise UserError(
+                    f"{named}: its weights ({wanted}) are not in the cache ({constants.HF_HUB_CACHE}), and "
+                    "the hub cannot be reached; pass a file or folder, or download it where there is a "
+                    f"network: hf download {repository}"
+                ) from None
+        except Exception as error:  # of the name, the server, the disk
             text = shown(" ".join(str(error).split()), 200)
             raise UserError(f"{named}: is no model that can be had from the hub ({text})") from None
 
-    for file in _SETTINGS:
-        get(file)
-    for file in _NAMES[:2]:
-        if path := get(file):
-            return path.parent
-        if (index := get(f"{file}.index.json")) and all([get(part) for part in _parts(index, named)]):
-            return index.parent
-    away = isinstance(reasons[-1], utils.LocalEntryNotFoundError)
-    where = f"the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached" if away else "the hub"
-    raise UserError(f"{named}: its weights ({' or '.join(_NAMES[:2])}) are not in {where}; pass a file or "
-                    f"folder, or download it where there is a network: hf download {repository}")  # fmt: skip
+    for cached in (True, False):
+        for file in _NAMES[:2]:
+            path = get(file, cached)
+            if path is None and (index := get(f"{file}.index.json", cached)):
+                path = index if all([get(part, cached) for part in _parts(index, named)]) else None
+            if path is not None:
+                for settings in _SETTINGS:
+                    get(settings, cached)
+                log(f"{source}: taken from {printable(path.parent)}")
+                return path.parent
+    raise UserError(f"{named}: the hub has no {wanted} of it")
 
 
 def _timm_home(name: str, named: str) -> str:
