@@ -57,6 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
     flag("--num_workers", default=default_workers(), type=at_least(0),
          help="loader processes (default: one per core, at most 16)")
+    flag("--pages", default="first", choices=["first", "all"],
+         help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
@@ -112,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     if kind in ("cls", "patches") and model.global_pool:
         note(f"note: {name} has a norm for the mean of its patches only: {kind} come without a norm")
 
-    files, _ = find_inputs(args.images, args.bad_images)
+    files, _ = find_inputs(args.images, args.bad_images, args.pages)
     loader = prediction_loader(files, weights, args, pin_memory=device.type == "cuda")
     size = "x".join(map(str, weights.input_size))
     note(f"{name}: {printable(weights.kind)}, {size} pixels; {len(files.paths)} images; {device}")

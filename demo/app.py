@@ -54,7 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_decoder_args(parser)
     flag = parser.add_argument_group("page").add_argument
     flag("--samples", nargs="+", default=[], metavar="IMAGE|FOLDER",
-         help=f"pictures to choose from, the first {SAMPLES}; default: some of the demo set")
+         help=f"pictures to choose from, the first {SAMPLES}, of files with pages the first page; default: "
+              "some of the demo set")
     flag("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens the page to the network")
     flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
     flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")

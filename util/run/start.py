@@ -98,9 +98,14 @@ def train_loader(
     """
     world_size, batch_size = get_world_size(), args.batch_size
     repeats = getattr(args, "repeated_aug", 1)
+    near = getattr(args, "shuffle", "full") == "near"
+    paths = getattr(getattr(dataset, "files", None), "paths", None)
+    if getattr(paths, "in_groups", False) and not near and is_main_process():
+        text = "of large Parquet files, each image in random order costs reading hundreds of others"
+        warn(f"{text}: pass --shuffle near, or make tars of them with tools/make_shards.py")
     sampler = EpochSampler(
         len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats,
-        near=near_places(dataset) if getattr(args, "shuffle", "full") == "near" else None,
+        near=near_places(dataset) if near else None,
     )  # fmt: skip
     loader = build_loader(dataset, sampler, batch_size, args.num_workers, pin_memory, drop_last=True)
     if len(loader) == 0:
@@ -118,9 +123,9 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     Raises UserError for images that lie in no archives.
     """
     files = dataset.files
-    if not hasattr(files.paths, "columns"):
-        raise UserError("--shuffle near: is for images in archives, and these are files; leave it out")
-    shards, starts = files.paths.columns["shard"], files.paths.columns["start"]
+    if (places := getattr(files.paths, "places", None)) is None:
+        raise UserError("--shuffle near: is for images in archives, and not all of these are; leave it out")
+    shards, starts = places
     if files.labels is not None:
         labels = files.labels[np.lexsort((starts, shards))]
         alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
