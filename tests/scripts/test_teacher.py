@@ -221,8 +221,28 @@ def test_what_others_take_of_a_student_is_without_map_and_teacher(images, teache
     model = build(describe(read_file(path), path, make_args(), "full"))
     assert "teacher_map" not in dict(model.named_children())
     assert log[0]["val_loss"] != pytest.approx(log[0]["train_loss"])
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError, match=r"holds --teacher .*checkpoint-0\.pth, and this run would overwrite it"
+    ):
+        run(images, tmp_path, *SMALL, "--teacher", str(path))
+    assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"2 unexpected keys \(teacher_map"):
         run(images, tmp_path, *SMALL, "--epochs", "2", "--resume", str(path))
+
+
+def test_what_a_new_run_freezes_is_not_the_map(images, teacher, tmp_path):
+    """--init_freeze trains what --init does not hold: a new decoder, and the map to the teacher."""
+    encoder = write_teacher(tmp_path / "encoder.pth", **TINY)
+    own = [*SMALL, "--epochs", "1", "--init", str(encoder), "--init_freeze", "1", "--teacher", str(teacher)]
+    ends = []
+    for lr in ("0.01", "0.02"):
+        run(images, tmp_path / lr, *own, "--teacher_loss", "features", "--lr", lr)
+        ends.append(weights(tmp_path / lr / "checkpoint-0.pth"))
+    for name, value in weights(encoder).items():
+        assert torch.equal(value, ends[0][name]) and torch.equal(value, ends[1][name])
+    for name in ("teacher_map.weight", "teacher_map.bias", "decoder_embed.weight"):
+        assert not torch.equal(ends[0][name], ends[1][name])
 
 
 def test_without_a_teacher_nothing_knows_of_one(images, tmp_path):
@@ -291,7 +311,9 @@ def test_models_and_modes_that_cannot_learn_of_one(teacher):
         make_student(models_mae.mae_vit(TINY_MAE), flags(teacher, fsdp=True), CPU)
     student = models_mae.mae_vit(TINY_MAE)
     student.blocks[1].attn = torch.nn.Linear(24, 24)
-    with pytest.raises(UserError, match="attention of its own; pass --teacher_loss features"):
+    with pytest.raises(
+        UserError, match="needs --teacher_loss features, as a block has an attention of its own"
+    ):
         make_student(student, flags(teacher), CPU)
 
 
