@@ -23,8 +23,6 @@ def check_init(args: Namespace) -> None:
             f"--init {args.init}, --resume {args.resume}: a run starts from weights (--init) or goes on from "
             "a checkpoint with its optimizer and epoch (--resume); leave one out"
         )
-    if args.init_freeze and not args.init and not args.resume:
-        raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold; pass one")
 
 
 class Init:
@@ -40,22 +38,33 @@ class Init:
     def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
         """`given`: names of the flags on the command line."""
         self.args, self.given, self.content, self.taken = args, given, None, {}
-        if checkpoint is None:
+        if checkpoint is None and args.init:
             self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
             if isinstance(args.pixel_range, str | list):
                 adopt_pixel_range(args, self.content, f"--init {args.init}")
-            return
-        saved = checkpoint.content.get("args")
+        elif checkpoint:
+            self._follow(checkpoint)
+        if args.init_freeze and not args.init:
+            raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold, and "
+                            "this run starts without one")  # fmt: skip
+
+    def _follow(self, checkpoint: Checkpoint) -> None:
+        """Takes over what the run of a checkpoint started from."""
+        args, saved = self.args, checkpoint.content.get("args")
         saved = saved if isinstance(saved, dict) else {}
-        stored, taken = (saved.get(name) for name in ("init", "init_taken"))
-        stored = stored if isinstance(stored, str) else ""
-        if args.init and PurePath(stored).name != PurePath(args.init).name:
-            began = f"started from {shown(stored, 300)}" if stored else "started without --init"
-            raise UserError(f"--init {args.init}: {checkpoint.source} goes on, and its run {began}; for a "
-                            "new run pass another --output_dir")  # fmt: skip
+        stored, key, taken = (saved.get(name, "") for name in ("init", "weights_key", "init_taken"))
+        stored, key = (value if isinstance(value, str) else "" for value in (stored, key))
+        began = "started without --init"
+        if stored:
+            began = f"started from {shown(stored, 300)}" + (f", --weights_key {shown(key)}" if key else "")
+        if args.init and (PurePath(stored).name, key) != (PurePath(args.init).name, args.weights_key):
+            own = f"--init {args.init}" + (f" --weights_key {args.weights_key}" if args.weights_key else "")
+            raise UserError(f"{own}: {checkpoint.source} goes on, and its run {began}; for a new run pass "
+                            "another --output_dir")  # fmt: skip
         if args.init and is_main_process():
-            note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
-        args.init, args.weights_key = stored, str(saved.get("weights_key", ""))
+            tell = note if stored == args.init else warn  # another folder's file of the same name
+            tell(f"--init {args.init}: not read, as {checkpoint.source} goes on, and its run {began}")
+        args.init, args.weights_key = stored, key
         self.taken = taken if isinstance(taken, dict) else {}
 
     def load(self, model: torch.nn.Module) -> None:
@@ -67,7 +76,7 @@ class Init:
             warn_of_other_stats(args, content, args.init)
             target = said_settings(content).get("norm_pix_loss")
             if (
-                report.decoder.startswith("taken")
+                report.decoder == "taken"
                 and target is (not args.norm_pix_loss)
                 and is_main_process()
             ):
@@ -99,4 +108,4 @@ class Init:
         All gradients are exchanged and all moments kept as ever, so that nothing else changes after them.
         """
         for group in optimizer.param_groups if self.args.init_freeze else ():
-            group["lr_scale"] = 0.0 if group["taken"] and epoch < self.args.init_freeze else 1.0
+            group["lr_scale"] = 0.0 if group.get("taken") and epoch < self.args.init_freeze else 1.0

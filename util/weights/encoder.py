@@ -112,9 +112,9 @@ def load_into(
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
+    _fit_pos_embed(model, state, content, report, flag)  # first, as the grid shows in the file's own patches
     proj, wanted = "patch_embed.proj.weight", model.patch_embed.proj.weight.shape
     state[proj], report.adapted = adapt_patch_embed(state[proj], wanted, asked)
-    _fit_pos_embed(model, state, content, report, flag)
     if hasattr(model, "decoder_pred"):
         state = take_decoder(model, state, content, report)
     missing, unexpected, mismatched = compare_state(model, state)
