@@ -5,9 +5,9 @@ from pathlib import PurePath
 
 import torch
 
-from util.data.depth import adopt_pixel_range
+from util.data.depth import adopt_pixel_range, parse_range, range_text, same_range
 from util.errors import UserError
-from util.files import shown
+from util.files import printable, shown
 from util.processes.collectives import is_main_process, log, note, warn
 from util.run.resume import Checkpoint
 from util.weights.encoder import load_into
@@ -40,13 +40,24 @@ class Init:
         self.args, self.given, self.content, self.taken = args, given, None, {}
         if checkpoint is None and args.init:
             self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
-            if isinstance(args.pixel_range, str | list):
-                adopt_pixel_range(args, self.content, f"--init {args.init}")
+            self._take_range()
         elif checkpoint:
             self._follow(checkpoint)
         if args.init_freeze and not args.init:
             raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold, and "
                             "this run starts without one")  # fmt: skip
+
+    def _take_range(self) -> None:
+        """Takes the file's `pixel_range` as the default of images that may be others than the file's."""
+        args, own = self.args, self.args.pixel_range
+        args.pixel_range, given = "auto", parse_range(own, args.in_chans)
+        adopt_pixel_range(args, self.content, f"--init {args.init}", args.in_chans)
+        theirs = args.pixel_range
+        if given or theirs is None:  # None: 8 bits, which the images will show if they have them
+            args.pixel_range = own
+        if given and isinstance(theirs, tuple) and not same_range(given, theirs) and is_main_process():
+            theirs, own = range_text(theirs), range_text(given)
+            warn(f"{args.init} was trained with --pixel_range {theirs}, now it is {own}")
 
     def _follow(self, checkpoint: Checkpoint) -> None:
         """Takes over what the run of a checkpoint started from."""
@@ -63,7 +74,8 @@ class Init:
                             "another --output_dir")  # fmt: skip
         if args.init and is_main_process():
             tell = note if stored == args.init else warn  # another folder's file of the same name
-            tell(f"--init {args.init}: not read, as {checkpoint.source} goes on, and its run {began}")
+            own = f"--init {printable(args.init)}"
+            tell(f"{own}: not read, as the run goes on from {printable(checkpoint.source)}, and {began}")
         args.init, args.weights_key = stored, key
         self.taken = taken if isinstance(taken, dict) else {}
 
@@ -75,11 +87,7 @@ class Init:
             log(str(report))
             warn_of_other_stats(args, content, args.init)
             target = said_settings(content).get("norm_pix_loss")
-            if (
-                report.decoder == "taken"
-                and target is (not args.norm_pix_loss)
-                and is_main_process()
-            ):
+            if report.decoder == "taken" and target is (not args.norm_pix_loss) and is_main_process():
                 now = "normalised" if args.norm_pix_loss else "plain"
                 warn(f"{args.init}: its decoder does not predict {now} patches, as it is to do now")
             names = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from util.errors import UserError
-from util.files import shown, some
+from util.files import printable, shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
@@ -54,7 +54,7 @@ class LoadReport:
     decoder: str = ""  # of a masked autoencoder: what became of the decoder
 
     def __str__(self) -> str:
-        lines = [f"encoder: {self.source} ({self.kind})"]
+        lines = [f"encoder: {printable(self.source)} ({self.kind})"]
         if self.resized:
             (rows, columns), (new_rows, new_columns) = self.resized
             way = f"{self.way} {'to' if self.way == 'resized' else 'for'} {new_rows}x{new_columns}"
