@@ -129,6 +129,10 @@ def test_only_what_a_flag_asks_for_is_changed(tmp_path, change, flag):
         load_into(target, path, asked={flag})
     with pytest.raises(UserError, match=r"for 32x32 pixels; pass --input_size 32x32, or --input_size 48x48"):
         load_into(fresh(img_size=48), path, "--init", asked={"in_chans"})
+    for changes in ({"img_size": 48}, {"img_size": 48, "patch_size": 12}):  # another grid; the same one
+        with pytest.raises(UserError, match=r"for 32x32 pixels; pass --input_size 32x32, or --input_size 48"):
+            load_into(fresh(**changes), path, "--init", asked={"patch_size"})
+    assert load_into(fresh(patch_size=16), path, asked={"patch_size"}).resized == ((4, 4), (2, 2))
 
 
 @pytest.mark.parametrize(("patch", "size"), [(4, (16, 64)), (16, (32, 128))])
@@ -146,7 +150,7 @@ def test_the_grid_of_a_rectangle_is_read_before_its_patches_change(tmp_path, pat
 def test_a_prediction_of_other_pixels_is_new_though_of_as_many(tmp_path):
     mae, target = make_mae(patch_size=4, in_chans=4, img_size=16), fresh(in_chans=1)  # 64 numbers a patch
     before = target.decoder_pred.weight.detach().clone()
-    report = load_into(target, save(tmp_path, mae), asked={"patch_size", "in_chans"})
+    report = load_into(target, save(tmp_path, mae), asked={"patch_size", "in_chans", "input_size"})
     assert report.missing == report.unexpected == ["decoder_pred.weight", "decoder_pred.bias"]
     assert torch.equal(target.decoder_pred.weight, before)
     assert torch.equal(target.decoder_embed.weight, mae.decoder_embed.weight)

@@ -114,6 +114,7 @@ def load_into(
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
     _fit_pos_embed(model, state, content, report, flag)  # first, as the grid shows in the file's own patches
     proj, wanted = "patch_embed.proj.weight", model.patch_embed.proj.weight.shape
+    patch = state[proj].shape[2:]
     state[proj], report.adapted = adapt_patch_embed(state[proj], wanted, asked)
     if hasattr(model, "decoder_pred"):
         state = take_decoder(model, state, content, report)
@@ -122,7 +123,11 @@ def load_into(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    _check_settings(model, content, report, f"{flag} {source}", asked)
+    if report.decoder and "input_size" not in asked:
+        _check_size(model, report, patch, f"{flag} {source}")
+    heads = stored_settings(content, f"{flag} {source}", "num_heads").get("num_heads")
+    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
+        raise UserError(f"{flag} {source} ({kind}): its encoder has {heads} attention heads, the model {own}")
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
@@ -132,16 +137,14 @@ def load_into(
     return report
 
 
-def _check_settings(model, content: dict, report: LoadReport, where: str, asked: Collection[str]) -> None:
-    """Raises UserError for what no shape shows: another number of heads, a grid that no flag asked for."""
-    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
-        side, _ = model.patch_embed.patch_size
-        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
+def _check_size(model, report: LoadReport, patch: tuple[int, int], where: str) -> None:
+    """Raises UserError where a file, its patches of size `patch`, is for another image size than the model."""
+    grids = report.resized or (model.patch_embed.grid_size,) * 2
+    sides = zip(grids, (patch, model.patch_embed.patch_size), strict=True)
+    size, own = ("x".join(str(n * side) for n, side in zip(*pair, strict=True)) for pair in sides)
+    if size != own:
         raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
                         f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
-    heads = stored_settings(content, where, "num_heads").get("num_heads")
-    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
-        raise UserError(f"{where} ({report.kind}): its encoder has {heads} attention heads, the model {own}")
 
 
 def check_final_norm(report: LoadReport) -> None:

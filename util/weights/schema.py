@@ -218,4 +218,4 @@ def in_words(name: str, value) -> str:
     if name == "input_size" and isinstance(value, int):
         value = (value, value)
     separator = "x" if name == "input_size" else " "
-    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value)
+    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value) or "none"
