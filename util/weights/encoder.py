@@ -123,11 +123,7 @@ def load_into(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    if report.decoder and "input_size" not in asked:
-        _check_size(model, report, patch, f"{flag} {source}")
-    heads = stored_settings(content, f"{flag} {source}", "num_heads").get("num_heads")
-    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
-        raise UserError(f"{flag} {source} ({kind}): its encoder has {heads} attention heads, the model {own}")
+    _check_settings(model, content, report, f"{flag} {source}", None if "input_size" in asked else patch)
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
@@ -137,14 +133,20 @@ def load_into(
     return report
 
 
-def _check_size(model, report: LoadReport, patch: tuple[int, int], where: str) -> None:
-    """Raises UserError where a file, its patches of size `patch`, is for another image size than the model."""
-    grids = report.resized or (model.patch_embed.grid_size,) * 2
-    sides = zip(grids, (patch, model.patch_embed.patch_size), strict=True)
-    size, own = ("x".join(str(n * side) for n, side in zip(*pair, strict=True)) for pair in sides)
-    if size != own:
-        raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
-                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
+def _check_settings(model, content: dict, report: LoadReport, where: str, patch: tuple | None) -> None:
+    """Raises UserError for what no shape shows: another number of heads or, of a masked autoencoder, another
+    size of images. `patch`: of the file; None: the size may be another.
+    """
+    if report.decoder and patch:
+        grids = report.resized or (model.patch_embed.grid_size,) * 2
+        sides = zip(grids, (patch, model.patch_embed.patch_size), strict=True)
+        size, own = ("x".join(str(n * side) for n, side in zip(*pair, strict=True)) for pair in sides)
+        if size != own:
+            raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
+                            f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
+    heads = stored_settings(content, where, "num_heads").get("num_heads")
+    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
+        raise UserError(f"{where} ({report.kind}): its encoder has {heads} attention heads, the model {own}")
 
 
 def check_final_norm(report: LoadReport) -> None:
