@@ -27,6 +27,7 @@ from util.recipes.init import Init
 from util.weights.build import build
 from util.weights.describe import describe
 from util.weights.files import read_file
+from util.weights.flags import warn_of_other_stats
 
 
 def encoder_only(model):
@@ -326,8 +327,13 @@ def test_the_range_of_deep_images_is_a_default(tmp_path, capsys):
     assert settled("auto", **grey) == settled("auto", 3, **grey) == (0, 9)
     assert settled("auto", 2, **bands) == (0, 9, 1, 5) and settled("auto", 3, **bands) == "auto"
     assert settled("auto") == "auto" and settled([0.0, 8.0]) == [0.0, 8.0]  # the file's are of 8 bits
-    assert settled([0.0, 9.0], **grey) == [0.0, 9.0] and not capsys.readouterr().err
     assert settled([0.0, 8.0], **grey) == [0.0, 8.0]
-    assert "was trained with --pixel_range 0 9, now it is 0 8" in capsys.readouterr().err
+    flags = Namespace(mean=(0.5,), std=(0.2,), pixel_range=(0.0, 9.0))
+    warn_of_other_stats(flags, {"args": {**grey, "mean": [0.5]}}, "a.pth")
+    assert not capsys.readouterr().err
+    for own, told in (((0.0, 8.0), "0.0 8.0"), (None, "that of 8 bits")):
+        flags.pixel_range = own
+        warn_of_other_stats(flags, {"args": grey}, "a.pth")
+        assert f"a.pth was trained with --pixel_range 0 9, now it is {told}\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="is damaged"):
         settled("auto", pixel_range=(3, 1))

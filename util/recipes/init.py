@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 import torch
 
-from util.data.depth import adopt_pixel_range, parse_range, range_text, same_range
+from util.data.depth import adopt_pixel_range, parse_range
 from util.errors import UserError
 from util.files import printable, shown
 from util.processes.collectives import is_main_process, log, note, warn
@@ -52,12 +52,8 @@ class Init:
         args, own = self.args, self.args.pixel_range
         args.pixel_range, given = "auto", parse_range(own, args.in_chans)
         adopt_pixel_range(args, self.content, f"--init {args.init}", args.in_chans)
-        theirs = args.pixel_range
-        if given or theirs is None:  # None: 8 bits, which the images will show if they have them
+        if given or args.pixel_range is None:  # None: 8 bits, which the images will show if they have them
             args.pixel_range = own
-        if given and isinstance(theirs, tuple) and not same_range(given, theirs) and is_main_process():
-            theirs, own = range_text(theirs), range_text(given)
-            warn(f"{args.init} was trained with --pixel_range {theirs}, now it is {own}")
 
     def _follow(self, checkpoint: Checkpoint) -> None:
         """Takes over what the run of a checkpoint started from."""
