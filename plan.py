@@ -26,7 +26,7 @@ import torch
 
 from util.cli.flags import above, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
-from util.compute.precision import resolve_device
+from util.compute.precision import CPU_HAS_MATRIX_UNIT, resolve_device
 from util.data.examine import settle_range
 from util.data.find import find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
@@ -206,7 +206,8 @@ def main(args: argparse.Namespace) -> None:
     heights, widths = zip(*(look.size for look in looks), strict=True)
     shape = statistics.median_low(heights), statistics.median_low(widths)
     channels = max(look.channels for look in looks)
-    flags, reasons = choose(len(train.files.paths), shape, channels, memory)
+    matrix_unit = device.type == "cpu" and CPU_HAS_MATRIX_UNIT
+    flags, reasons = choose(len(train.files.paths), shape, channels, memory, matrix_unit)
     settings = argparse.Namespace(in_chans=channels, seed=0, bad_images="skip", pixel_range="auto")
     depth = settle_range(settings, train.files)
     if depth is not None:

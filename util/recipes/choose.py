@@ -27,7 +27,7 @@ def input_size(height: int, width: int, gpu: bool) -> tuple[tuple[int, int], int
 
 
 def choose(
-    images: int, shape: tuple[int, int], channels: int, gpu_memory: float | None
+    images: int, shape: tuple[int, int], channels: int, gpu_memory: float | None, matrix_unit: bool = False
 ) -> tuple[dict, list[str]]:
     """Flags of main_pretrain.py by name, and reasons, a line each.
 
@@ -36,6 +36,7 @@ def choose(
         shape: the median (height, width), in pixels.
         channels: that the files have.
         gpu_memory: in GB; None: there is no GPU.
+        matrix_unit: of the CPU, for bf16.
     """
     size, patch = input_size(*shape, gpu_memory is not None)
     text = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
@@ -52,6 +53,9 @@ def choose(
         batch, rate, kind = 32, 1e-3, "cpu"
         flags.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
         reasons.append("tiny encoder, two decoder blocks: there is no GPU")
+        if matrix_unit:
+            flags["amp_dtype"] = "bf16"
+            reasons.append("--amp_dtype bf16: this CPU has a matrix unit for it, which float32 leaves idle")
     else:
         *_, name, batch, rate = next(row for row in MODELS if images >= row[0] and gpu_memory >= row[1])
         flags["model"], kind = f"mae_vit_{name}_patch16", "gpu"
