@@ -86,10 +86,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
         looked = f", {len(part.rows):,} of them looked at" if len(part.rows) < len(part.files.paths) else ""
         lines.append(f"{split}: {part.files.describe()}{looked}")
         if part.files.labels is not None:
-            counts = Counter(part.files.labels.tolist())
-            lines.append(
-                f"  classes: {len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} images"
-            )
+            counts = Counter(part.files.labels.tolist()).values()
+            lines.append(f"  images a class: {min(counts):,} to {max(counts):,}")
         lines.append(f"  height x width: median {middle}, heights {min(heights)} to {max(heights)}, "
                      f"widths {min(widths)} to {max(widths)}")  # fmt: skip
         lines.append("  pixels: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(6)))
@@ -229,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     depth = settle_range(settings, train.files)
     if depth is not None:
         flags["pixel_range"] = settings.pixel_range
-        reasons.append(f"--pixel_range: {'; '.join(train.files.notes) or 'of the images looked at'}")
+        reasons.append("--pixel_range: what becomes 0 and 1, as the files are deeper than 8 bits")
     mean, std = pixel_statistics(train, channels, image_size(flags["input_size"]), depth)
     usual = channel_stats(channels)
     if any(abs(a - b) > 0.03 for a, b in zip([*mean, *std], [*usual[0], *usual[1]], strict=True)):

@@ -71,7 +71,8 @@ def choose(
     flags.update(epochs=epochs, warmup_epochs=min(40, math.ceil(epochs / 20)))
     flags.update(blr=float(f"{rate * 256 / effective:.2g}"), norm_pix_loss=True)
     reasons += [
-        f"effective batch {effective}: {updates:,} updates an epoch; learning rate {rate:.1e}",
+        f"--batch_size, --blr: effective batch {effective}, which gives {updates:,} updates an epoch; "
+        f"learning rate {rate:.1e}",
         f"--epochs {epochs}: {epochs * updates:,} updates; a tenth would do to see that it learns",
         "--norm_pix_loss: better features; losses are then near 1 and fall slowly",
     ]
@@ -87,5 +88,5 @@ def words(flags: dict) -> list[str]:
         if value is None or value is False or (name == "accum_iter" and value == 1):
             continue
         values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-        found += [f"--{name}", *map(str, values)]
+        found += [f"--{name}", *(f"{v:.9g}" if isinstance(v, float) else str(v) for v in values)]
     return found
