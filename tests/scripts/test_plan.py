@@ -150,7 +150,7 @@ def test_every_choice_is_a_command_that_the_script_takes(images, memory):
     args = parse(main_pretrain.get_args_parser, words(flags))
     main_pretrain.check_args(args)
     main_pretrain.build_model(args) if "large" not in args.model else None
-    assert args.batch_size * args.accum_iter <= max(8, images)
+    assert args.batch_size * args.accum_iter <= images
     assert 50 <= args.epochs <= 1600 and 0 < args.warmup_epochs < args.epochs
     assert any("effective batch" in reason for reason in reasons)
 

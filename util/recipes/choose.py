@@ -61,7 +61,8 @@ def choose(
         flags["model"], kind = f"mae_vit_{name}_patch16", "gpu"
         reasons.append(f"{name} encoder: {images:,} images, a GPU of {gpu_memory:.0f} GB")
     # A power of two, so that an epoch has some updates and a GPU works on full batches
-    effective = 2 ** int(math.log2(max(8, min(images / UPDATES_PER_EPOCH, 4096 if kind == "gpu" else 64))))
+    most = min(images, max(8, min(images / UPDATES_PER_EPOCH, 4096 if kind == "gpu" else 64)))
+    effective = 2 ** int(math.log2(most))
     flags["batch_size"] = min(batch, effective)
     flags["accum_iter"] = effective // flags["batch_size"]
     updates = max(1, images // effective)
