@@ -127,31 +127,27 @@ def trial(command: list[str], steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         extra = ["--max_steps", str(steps), "--print_freq", "1", "--vis_freq", "1000", "--log_dir", folder]
         words = [sys.executable, str(REPO / "main_pretrain.py"), *command, *extra, "--output_dir", folder]
-        lines, stamps = [], [time.perf_counter()]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        lines, done, begin = [], [], time.perf_counter()  # done: (when, epoch) of each micro-step
         with subprocess.Popen(words, **pipes, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
             for line in process.stdout:
                 lines.append(line)
-                stamps.append(time.perf_counter())
-        stamps.append(time.perf_counter())
+                if match := re.match(r"Epoch: \[(\d+)\] +\[", line):
+                    done.append((time.perf_counter(), match[1]))
+        end = time.perf_counter()
         if process.returncode:
-            last = "".join(lines).strip().splitlines()[-1:]
-            if "memory" in "".join(last):
+            last = "".join("".join(lines).strip().splitlines()[-1:])
+            if "memory" in last:
                 return {}
-            raise TrainingError(
-                f"the trial run failed: {''.join(last)}; its command: {shlex.join(words[1:])}"
-            )
+            raise TrainingError(f"the trial run failed: {last}; its command: {shlex.join(words[1:])}")
         written = next(Path(folder).glob("checkpoint-*.pth")).stat().st_size
-    done = [
-        (re.match(r"Epoch: \[(\d+)\] +\[.* max mem: ([\d.]+)", line), n) for n, line in enumerate(lines, 1)
-    ]
-    done = [(stamps[n], int(match[1]), float(match[2])) for match, n in done if match]
-    pairs = list(itertools.pairwise(done))
-    times = [there - here for (here, epoch, _), (there, other, _) in pairs if epoch == other]
+    gaps = [(there - here, epoch == other) for (here, epoch), (there, other) in itertools.pairwise(done)]
+    times = [seconds for seconds, same in gaps if same] or [seconds for seconds, _ in gaps]
     step = statistics.median(times[len(times) // 2 :])
-    turns = [there - here - step for (here, epoch, _), (there, other, _) in pairs if epoch != other]
-    return {"start": done[0][0] - stamps[0], "step": step, "turn": max(0, min(turns, default=0)),
-            "look": stamps[-1] - done[-1][0], "memory": done[-1][2], "checkpoint": written}  # fmt: skip
+    turn = min((seconds for seconds, same in gaps if not same), default=step) - step
+    memory = re.findall(r"max mem: ([\d.]+)", "".join(lines))
+    return {"start": done[0][0] - begin, "step": step, "turn": max(turn, 0), "look": end - done[-1][0],
+            "memory": float(memory[-1]), "checkpoint": written}  # fmt: skip
 
 
 def try_out(flags: dict, common: list[str], images: int) -> dict[str, float]:
@@ -246,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
     if cost:
         hours, size = hours_of(flags, images, cost), cost["checkpoint"] / 2**20
         say(
-            f"\nCost, from {TRIAL_STEPS} steps here on {device}: {_duration(hours)} (a step: "
+            f"\nCost, from a short run here on {device}: {_duration(hours)} (a step: "
             f"{cost['step']:.3f} s), {cost['memory']:.0f} MB of memory,\n"
             f"{size * 4:.0f} MB of disk (checkpoints of {size:.0f} MB)"
         )
