@@ -118,8 +118,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
 
 
 def trial(command: list[str], steps: int) -> dict[str, float]:
-    """Runs `command` for some updates. Seconds until the first micro-step is done (start), of a micro-step
-    (step), from one epoch to the next (turn), of validation, figures and a checkpoint (look); MB of memory;
+    """Runs `command` for some updates. Seconds to the first micro-step and of leaving (start), of a
+    micro-step (step), from an epoch to the next (turn), of validation, figures and a checkpoint (look); MB of memory;
     bytes of a checkpoint.
 
     Empty where the memory did not suffice. Raises TrainingError where it fails otherwise.
@@ -132,8 +132,9 @@ def trial(command: list[str], steps: int) -> dict[str, float]:
         with subprocess.Popen(words, **pipes, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
             for line in process.stdout:
                 lines.append(line)
+                now = time.perf_counter()
                 if match := re.match(r"Epoch: \[(\d+)\] +\[", line):
-                    done.append((time.perf_counter(), match[1]))
+                    done.append((now, match[1]))
         end = time.perf_counter()
         if process.returncode:
             last = "".join("".join(lines).strip().splitlines()[-1:])
@@ -146,8 +147,8 @@ def trial(command: list[str], steps: int) -> dict[str, float]:
     step = statistics.median(times[len(times) // 2 :])
     turn = min((seconds for seconds, same in gaps if not same), default=step) - step
     memory = re.findall(r"max mem: ([\d.]+)", "".join(lines))
-    return {"start": done[0][0] - begin, "step": step, "turn": max(turn, 0), "look": end - done[-1][0],
-            "memory": float(memory[-1]), "checkpoint": written}  # fmt: skip
+    return {"start": done[0][0] - begin + end - now, "step": step, "turn": max(turn, 0),
+            "look": now - done[-1][0], "memory": float(memory[-1]), "checkpoint": written}  # fmt: skip
 
 
 def try_out(flags: dict, common: list[str], images: int) -> dict[str, float]:
@@ -166,7 +167,7 @@ def try_out(flags: dict, common: list[str], images: int) -> dict[str, float]:
 def hours_of(flags: dict, images: int, cost: dict[str, float]) -> float:
     """Hours that the run takes, with a look in every `vis_freq` epochs and at the end."""
     epoch = images // flags["batch_size"] * cost["step"] + cost["turn"]
-    looks = 1 + math.ceil(flags["epochs"] / flags["vis_freq"])
+    looks = math.ceil(flags["epochs"] / flags["vis_freq"]) + ((flags["epochs"] - 1) % flags["vis_freq"] > 0)
     return (cost["start"] + flags["epochs"] * epoch + looks * cost["look"]) / 3600
 
 
