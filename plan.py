@@ -27,7 +27,8 @@ import torch
 
 from util.cli.flags import above, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
-from util.compute.precision import CPU_HAS_MATRIX_UNIT, resolve_device
+from util.compute.blocks import CPU_HAS_MATRIX_UNIT
+from util.compute.precision import resolve_device
 from util.data.examine import settle_range
 from util.data.find import find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
@@ -119,8 +120,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
 
 def trial(command: list[str], steps: int) -> dict[str, float]:
     """Runs `command` for some updates. Seconds to the first micro-step and of leaving (start), of a
-    micro-step (step), from an epoch to the next (turn), of validation, figures and a checkpoint (look); MB of memory;
-    bytes of a checkpoint.
+    micro-step (step), from an epoch to the next (turn), of validation, figures and a checkpoint (look); MB
+    of memory; bytes of a checkpoint.
 
     Empty where the memory did not suffice. Raises TrainingError where it fails otherwise.
     """
