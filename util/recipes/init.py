@@ -50,7 +50,7 @@ class Init:
         stored, taken = (saved.get(name) for name in ("init", "init_taken"))
         stored = stored if isinstance(stored, str) else ""
         if args.init and PurePath(stored).name != PurePath(args.init).name:
-            began = f"started from {shown(stored)}" if stored else "started without --init"
+            began = f"started from {shown(stored, 300)}" if stored else "started without --init"
             raise UserError(f"--init {args.init}: {checkpoint.source} goes on, and its run {began}; for a "
                             "new run pass another --output_dir")  # fmt: skip
         if args.init and is_main_process():
