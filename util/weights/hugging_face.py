@@ -136,6 +136,9 @@ def mae_config(info: dict) -> dict:
     }
 
 
+_PROBLEMS = {"labels": "multi_label_classification", "numbers": "regression"}
+
+
 def classifier_config(info: dict) -> dict:
     """`config.json` of Hugging Face's ViTForImageClassification, `architectures` left out."""
     names = list(info.get("class_names") or [])
@@ -145,6 +148,7 @@ def classifier_config(info: dict) -> dict:
         **vit_config(info),
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
+        **({"problem_type": _PROBLEMS[info["task"]]} if "task" in info else {}),
     }
 
 
