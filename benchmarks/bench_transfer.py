@@ -5,8 +5,8 @@
 
 For every seed it fine-tunes, probes (features cached) and classifies by nearest neighbours, from the
 pre-trained encoder and from a freshly initialised one, by calling the scripts as a user would, and prints
-mean and spread (sample standard deviation) of the accuracy, or of another --metric, after the LAST epoch. Without --checkpoint it
-pre-trains one encoder per seed first; fewer checkpoints than seeds are used in turn.
+mean and spread (sample standard deviation) of the accuracy, or of another --metric, after the LAST epoch.
+Without --checkpoint it pre-trains one encoder per seed first; fewer checkpoints than seeds are used in turn.
 """
 
 import argparse
@@ -122,8 +122,8 @@ def row_of(task: str, kinds: dict[str, list[float]]) -> tuple[str, ...]:
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in kinds.values()]
     means = [statistics.mean(values) for values in kinds.values()]
     gap = min(kinds["pre-trained"]) - max(kinds["random encoder"])
-    cells = (f"{mean:.2f} ± {spread:.2f}" for mean, spread in zip(means, spreads, strict=True))
-    return task, *cells, f"{gap:+.2f}"
+    cells = (f"{mean:.3f} ± {spread:.3f}" for mean, spread in zip(means, spreads, strict=True))
+    return task, *cells, f"{gap:+.3f}"
 
 
 def main(args: argparse.Namespace) -> int:

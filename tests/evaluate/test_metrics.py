@@ -8,7 +8,6 @@ from util.errors import UserError
 from util.evaluate import metrics as ours
 from util.evaluate.metrics import METRICS, measure, undefined
 
-
 # 200 random cases, of which the slow tests take most
 SEEDS = [range(15), pytest.param(range(15, 200), marks=pytest.mark.slow)]
 
