@@ -182,7 +182,7 @@ BAD = {
     "no path": (ROWS, ("kind", "old"), "no column is named path or file"),
     "no rows": ([], BOTH, "has no rows; a header"),
     "a name twice": (ROWS, ("path", "kind", "kind"), "two columns are named kind"),
-    "no labels": (ROWS, ("path", "split"), "has no label column beside (path, split|split, path)"),
+    "no labels": (ROWS, ("path", "split"), "has no label column beside path, split"),
 }
 
 

@@ -81,13 +81,13 @@ def parse_labels(
 
     Raises UserError for columns that are not there, empty cells, and text where numbers are.
     """
-    others = {table.named(*PATH), table.named("split"), group}
+    others = [name for name in (table.named(*PATH), table.named("split"), group) if name]
     asked = [*(wanted or ()), *([group] if group else [])]
     if missing := [name for name in asked if name not in table.header]:
         raise UserError(f"{table.place}: has no column {some(missing)}; it has {some(table.header, 20)}")
     names = list(wanted or [name for name in table.header if name not in others])
     if not names:
-        raise UserError(f"{table.place}: has no label column beside {some(filter(None, others))}")
+        raise UserError(f"{table.place}: has no label column beside {some(others)}")
     columns = [table.column(name) for name in names]
     for name, cells in zip(names, columns, strict=True):
         if "" in cells:

@@ -64,5 +64,5 @@ def write_target_predictions(path: Path, predictions: Predictions, dataset: Labe
             cells = []
             for k, (label, value) in enumerate(zip(labels[row].tolist(), values[row].tolist(), strict=True)):
                 own = [int(label), f"{value:.6f}", int(value >= targets.thresholds[k])] if labelled else None
-                cells += own or [f"{label:.9g}", f"{value:.9g}"]
+                cells += own or [f"{label:.15g}", f"{value:.12g}"]
             writer.writerow([dataset.files.paths[index], *cells])

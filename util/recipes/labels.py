@@ -113,6 +113,9 @@ def prepare_targets(
                 f"--thresholds: {len(given)} values for {len(targets.names)} labels; pass one, or one each"
             )
         targets.thresholds = given * len(targets.names) if len(given) == 1 else given
+        args.thresholds = targets.thresholds
+    if args.labels:  # as a run that is resumed finds them
+        args.task, args.label_columns = task, args.label_columns if task == "class" else targets.names
     if train is not None and hasattr(train.files, "targets"):
         train.files.targets = targets
     if measures_all(args):
