@@ -14,7 +14,7 @@ from util.data.labelled import LabelledImages
 from util.evaluate.metrics import SMALLER_IS_BETTER, best_metric
 from util.evaluate.report import evaluate_and_report
 from util.processes.collectives import get_world_size, log
-from util.processes.fsdp import full_copy
+from util.processes.parallel import full_copy
 from util.run.run_log import write_log
 from util.run.start import RunState
 
