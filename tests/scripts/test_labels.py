@@ -149,6 +149,26 @@ def test_evaluation_and_prediction_need_no_further_flags(trained, data, tmp_path
         run(main_finetune, "--eval", data_path=data, **paths)
 
 
+def test_an_evaluation_of_some_of_the_classes(trained, data, tmp_path):
+    rows = (data / "labels.csv").read_text().splitlines()
+    some = [row for row in rows if not row.startswith("val/dark")]
+    root = shutil.copytree(data, tmp_path / "data", ignore=lambda *_: {"dark"})
+    table = root / "labels.csv"
+    table.write_text("\n".join(row for row in some if "dark" not in row) + "\n")
+    paths = {"data_path": root, "labels": table, "output_dir": tmp_path / "out"}
+    resume = trained["class"] / "checkpoint-1.pth"
+    run(main_finetune, "--eval --save_predictions", TASKS["class"], resume=resume, **paths)
+    whole = {os.path.relpath(row.pop("path"), data): row for row in rows_of(trained["class"])}
+    found = {os.path.relpath(row.pop("path"), root): row for row in rows_of(tmp_path / "out")}
+    assert len(found) == 16
+    for name, row in found.items():  # other groups of 32: to rounding
+        assert row["label"] == whole[name]["label"] == name.split("/")[1]
+        assert abs(float(row["dark"]) - float(whole[name]["dark"])) < 2e-6
+    table.write_text(table.read_text().replace(",red,0,1", ",wine,0,1"))
+    with pytest.raises(UserError, match=r"its 3 classes are not the 2 of .*wine"):
+        run(main_finetune, "--eval", TASKS["class"], resume=resume, **paths)
+
+
 @pytest.mark.parametrize("task", ["labels", "numbers"])
 def test_an_export_says_what_its_outputs_are(trained, tmp_path, task):
     call(

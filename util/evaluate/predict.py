@@ -81,6 +81,13 @@ def _part(tokens: torch.Tensor, kind: str) -> torch.Tensor:
     return tokens[:, 0] if kind == "cls" else tokens[:, 1:]
 
 
+def _best(values: torch.Tensor, task: str, top_k: int) -> list[torch.Tensor]:
+    """Places and values (N, K) of the best classes, best first, or of all labels or numbers."""
+    if task == "class":
+        return list(values.topk(top_k, dim=1)[::-1])
+    return [torch.arange(values.shape[1], device=values.device).expand_as(values), values]
+
+
 @torch.no_grad()
 def predict(
     model: torch.nn.Module,
@@ -120,12 +127,7 @@ def predict(
                     logits = model(images) if top_k else None
                 if not plain and feature_kind == way:
                     values = model.forward_features(images)
-            columns = []
-            if top_k:
-                shares = targets.values(logits.float())
-                best = shares.topk(top_k, dim=1) if targets.task == "class" else None
-                places = torch.arange(shares.shape[1], device=device).expand_as(shares)
-                columns = [best.indices, best.values] if best else [places, shares]
+            columns = _best(targets.values(logits.float()), targets.task, top_k) if top_k else []
             yield [indices, *columns, *([values.float()] if feature_kind else [])]
 
     with casting_once(device, dtype, model):

@@ -96,7 +96,8 @@ def prepare_targets(
     names = info.get("class_names") or []
     if getattr(args, "eval", False) and args.labels and task == "class" and set(val.classes) <= set(names):
         places = np.array([names.index(name) for name in val.classes], np.int32)
-        val.files.labels, val.files.classes = places[val.files.labels], list(names)
+        val.files.labels = places[val.files.labels]
+        val.files.classes = targets.names = list(names)
     if task == "numbers":
         stored = targets_of(info if "target_mean" in info else {}, val.classes)
         if "target_mean" not in info and train is not None:
