@@ -188,6 +188,26 @@ def test_an_export_says_what_its_outputs_are(trained, tmp_path, task):
         assert info.get(name) == own["model_info"].get(name)
 
 
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"task": "music"}, "task is music, which is not class, labels or numbers"),
+        ({"thresholds": [0.5]}, "is damaged: 1 values of thresholds for 3 labels"),
+        ({"thresholds": [0.5, 2, 0.5]}, "thresholds is .* which is not a list of probabilities"),
+        ({"task": "numbers", "target_mean": [0.0, 0.0]}, "2 values of target_mean for 3 numbers"),
+        ({"task": "numbers", "target_std": [1.0, 0.0, 1.0]}, "which is not a list of numbers above 0"),
+    ],
+)
+def test_targets_of_a_damaged_file_are_refused(trained, data, tmp_path, entry, text):
+    content = torch.load(trained["labels"] / "checkpoint-1.pth", weights_only=True)
+    content["model_info"] |= entry
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=text):
+        call(predict, "--resume", tmp_path / "a.pth", data / "val")
+    with pytest.raises(UserError, match=text):
+        start(main_finetune, data, "--eval", resume=tmp_path / "a.pth")
+
+
 def test_stopped_inside_an_epoch_and_resumed_is_undisturbed(trained, data, tmp_path):
     for max_steps in (2, 4):
         start(
