@@ -2,7 +2,7 @@
 
     python demo/make_shapes.py labels.csv
     python main_finetune.py --labels labels.csv --label_columns round living hollow covered blurred ...
-    python main_finetune.py --labels labels.csv --label_columns size grain ...
+    python main_finetune.py --labels labels.csv --label_columns size fill ...
 
 Each picture is painted anew to learn what is in it, which takes about half a minute on 2 cores.
 """
@@ -31,7 +31,7 @@ KINDS = {  # labels that follow from the class
     "living": ("fish", "leaf", "tree"),
     "hollow": ("gear", "ring", "wheel"),
 }
-HEADER = ["path", "split", "group", "class", *KINDS, "covered", "blurred", "x", "y", "size", "grain"]
+HEADER = ["path", "split", "group", "class", *KINDS, "covered", "blurred", "size", "fill"]
 ALBUM = 5  # pictures of a class in a row that make a group
 
 
@@ -43,7 +43,7 @@ def describe(key: tuple[int, int, int]) -> list:
     row = [f"{folder}/{name}/{name}_{number:04d}.jpg", folder, f"{folder}-{name}-{number // ALBUM}", name]
     row += [int(name in classes) for classes in KINDS.values()]
     row += [int(facts["covers"] > 0), int(facts["blurred"])]
-    return row + [f"{facts[fact]:.4f}" for fact in ("x", "y", "size", "grain")]
+    return row + [f"{facts[fact]:.4f}" for fact in ("size", "fill")]
 
 
 def main(args: argparse.Namespace) -> None:

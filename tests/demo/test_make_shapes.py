@@ -17,7 +17,7 @@ def test_facts_leave_the_picture_as_it_is():
     facts = {}
     plain, told = (render("gear", np.random.default_rng([1, 2]), into) for into in (None, facts))
     assert np.array_equal(plain, told)
-    assert 0.38 <= facts["size"] <= 0.53 and 0.5 <= facts["grain"] <= 5 and 0 < facts["x"] < 1
+    assert 0.38 <= facts["size"] <= 0.53 and 0.1 < facts["fill"] < 1 and 0 < facts["x"] < 1
 
 
 def test_a_table_of_every_picture_that_the_scripts_take(tmp_path):
@@ -35,7 +35,7 @@ def test_a_table_of_every_picture_that_the_scripts_take(tmp_path):
     args.label_columns = ["round", "living", "hollow", "covered", "blurred"]
     files = read_labels(args, "train")
     assert files.targets.task == "labels" and files.labels[0].tolist()[:3] == [1, 0, 0]  # a ball
-    args.label_columns = ["size", "grain"]
+    args.label_columns = ["size", "fill"]
     assert read_labels(args, "train").targets.task == "numbers"
     folder = [sys.executable, "demo/make_shapes.py", str(tmp_path)]
     done = subprocess.run(folder, cwd=REPO, capture_output=True, text=True)

@@ -107,7 +107,7 @@ def pose(rng, angle, radius, squash) -> np.ndarray:
     return turn(tilt) @ np.diag([1, squash]) @ turn(-tilt) @ turn(angle) @ mirror * radius
 
 
-def expose(picture, rng, facts: dict | None = None) -> np.ndarray:
+def expose(picture, rng) -> np.ndarray:
     """A float picture as uint8 (H, W, 3): uneven light, white balance, contrast, lens blur, sensor noise."""
     height, width = picture.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
@@ -133,19 +133,16 @@ def expose(picture, rng, facts: dict | None = None) -> np.ndarray:
     image = to_image(picture * lamp[..., None] * balance).point(curve * 3)
     if rng.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
-    grain = rng.standard_normal(picture.shape, np.float32)
-    strength = rng.uniform(0.5, 5)
-    if facts is not None:
-        facts["grain"] = strength
-    return np.clip(np.asarray(image, np.float32) + grain * strength + 0.5, 0, 255).astype(np.uint8)
+    grain = rng.standard_normal(picture.shape, np.float32) * rng.uniform(0.5, 5)
+    return np.clip(np.asarray(image, np.float32) + grain + 0.5, 0, 255).astype(np.uint8)
 
 
 def render(name, rng, facts: dict | None = None) -> np.ndarray:
     """One picture uint8 (H, W, 3) of class `name`, 96 to 160 px a side; depends on `name` and `rng` only.
 
     `facts`, a dict, gets what is in it: x, y (centre of the object over width and height), size (its radius
-    over the shorter side), clutter and covers (small things behind and before it), blurred (the background),
-    grain (standard deviation of the sensor's noise, of 255).
+    over the shorter side), fill (its area over that of a circle of this radius), clutter and covers (numbers
+    of small things behind and before it), blurred (the background).
     """
     height, width = np.clip(rng.integers(96, 161) * rng.uniform(0.75, 1.34, 2), 96, 160).astype(int).tolist()
     short, middle = min(height, width), np.array([width, height]) / 2
@@ -174,15 +171,19 @@ def render(name, rng, facts: dict | None = None) -> np.ndarray:
     tones = [first, contrasting(rng, first), contrasting(rng, first, 0.5)]
     angle = rng.normal(0, TURN[name]) if name in TURN else rng.uniform(0, TAU)
     squash = 1 if name == "ball" else rng.uniform(0.62, 1)
-    paint(picture, FAMILIES[name](rng), pose(rng, angle, radius, squash), centre, tones, light, rng)
+    parts = FAMILIES[name](rng)
+    matrix = pose(rng, angle, radius, squash)
+    paint(picture, parts, matrix, centre, tones, light, rng)
     bearing = rng.uniform(0, TAU)
     edge = centre + radius * rng.uniform(0.65, 1.0) * np.array([math.cos(bearing), math.sin(bearing)])
     covers = (0, 0, 1, 1, 2)[rng.integers(5)]
     if facts is not None:
-        facts |= {"x": centre[0] / width, "y": centre[1] / height, "size": radius / short}
+        loops = [(points @ matrix.T + centre, fill) for part in parts for points, fill in part.loops]
+        fill = rasterise(loops, (0, 0), height, width).sum() / (math.pi * radius**2)
+        facts |= {"x": centre[0] / width, "y": centre[1] / height, "size": radius / short, "fill": fill}
         facts |= {"clutter": int(behind_it), "covers": covers, "blurred": blurred}
     scatter(covers, edge, 0.25 * radius, 0.15 * radius, 0.45 * radius)
-    return expose(picture, rng, facts)
+    return expose(picture, rng)
 
 
 def encode(picture, rng) -> bytes:
