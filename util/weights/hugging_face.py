@@ -136,7 +136,10 @@ def mae_config(info: dict) -> dict:
     }
 
 
-_PROBLEMS = {"labels": "multi_label_classification", "numbers": "regression"}
+def problem_type(info: dict) -> dict[str, str]:
+    """The entry of a classifier's `config.json` for several labels or numbers; none for one class."""
+    words = {"labels": "multi_label_classification", "numbers": "regression"}
+    return {"problem_type": words[info["task"]]} if "task" in info else {}
 
 
 def classifier_config(info: dict) -> dict:
@@ -148,7 +151,7 @@ def classifier_config(info: dict) -> dict:
         **vit_config(info),
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        **({"problem_type": _PROBLEMS[info["task"]]} if "task" in info else {}),
+        **problem_type(info),
     }
 
 
