@@ -26,6 +26,7 @@ from util.errors import UserError
 from util.evaluate.knn import knn_values
 from util.recipes.labels import LabelMixup, TargetLoss, target_loss
 from util.weights.describe import read_model_info
+from util.weights.files import read_file
 
 RECIPE = "--batch_size 8 --epochs 2 --warmup_epochs 0 --blr 0.05 --save_predictions"
 LABELS, NUMBERS = "--label_columns bright red odd", "--label_columns light place"
@@ -182,7 +183,7 @@ def test_an_export_says_what_its_outputs_are(trained, tmp_path, task):
     )
     card = (tmp_path / "a" / "README.md").read_text()
     assert ("sigmoid" in card) == (task == "labels") and ("standardised" in card) == (task == "numbers")
-    again = predict.read_file(str(tmp_path / "a" / "model.safetensors"), "--resume", True)
+    again = read_file(str(tmp_path / "a" / "model.safetensors"), "--resume", True)
     info, own = read_model_info(again), torch.load(trained[task] / "checkpoint-best.pth", weights_only=True)
     for name in ("task", "thresholds", "target_mean", "target_std"):
         assert info.get(name) == own["model_info"].get(name)
