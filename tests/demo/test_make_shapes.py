@@ -22,10 +22,10 @@ def test_facts_leave_the_picture_as_it_is():
 
 def test_a_table_of_every_picture_that_the_scripts_take(tmp_path):
     table, root = tmp_path / "labels.csv", tmp_path / "set"
-    command = [sys.executable, "demo/make_shapes.py", str(table), "--counts", "3", "2"]
+    command = [sys.executable, "demo/make_shapes.py", str(table), "--counts", "2", "1"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0 and "50 pictures" in done.stdout, done.stderr
-    ensure_demo_data(root, train=3, val=2, workers=1)
+    assert done.returncode == 0 and "30 pictures" in done.stdout, done.stderr
+    ensure_demo_data(root, train=2, val=1, workers=1)
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["path"] for row in rows} == {str(path.relative_to(root)) for path in root.rglob("*.jpg")}
