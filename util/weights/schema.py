@@ -165,6 +165,10 @@ SETTINGS = {
     "pixel_range": (several(real(-1e300, 1e300), 2**16), "pairs of numbers"),
     **dict.fromkeys(("norm_pix_loss", "global_pool"), (_flag, "true or false")),
     "layer_norm_eps": (real(0, 1), "a small number"),
+    "task": (lambda v: _text(v) and v in ("class", "labels", "numbers"), "class, labels or numbers"),
+    "thresholds": (several(real(0, 1)), "a list of probabilities"),
+    "target_mean": (several(real(-1e300, 1e300)), "a list of numbers"),
+    "target_std": (several(real(1e-300, 1e300)), "a list of numbers above 0"),
 }  # fmt: skip
 
 
