@@ -2,7 +2,7 @@
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,25 +62,47 @@ def knn_from_features(
     train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
 ) -> dict[str, float]:
     """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
-    memory = torch.empty_like(train_features, device=device)
-    for unit, features in zip(memory.split(ROWS), train_features.split(ROWS), strict=True):
-        unit.copy_(F.normalize(features.to(device), dim=1))
-    memory_labels = train_labels.to(device)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
-    k = min(k, len(memory))
-    rows = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
     hits1 = hits5 = 0
-    for queries, labels in zip(val_features.split(rows), val_labels.split(rows), strict=True):
-        similarity = F.normalize(queries.to(device), dim=1) @ memory.T  # (rows, n)
-        nearest, ids = similarity.topk(k, dim=1)
-        votes = nearest.new_zeros(len(queries), num_classes)
-        # Relative to the nearest: the same ranking, and no overflow at small temperatures
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        votes.scatter_add_(1, memory_labels[ids], weights)
-        best = votes.topk(min(5, num_classes), dim=1).indices == labels.to(device)[:, None]
+    votes = knn_votes(train_features, train_labels, val_features, [(k, temperature)], num_classes, device)
+    for rows, vote in votes:
+        best = vote.topk(min(5, num_classes), dim=1).indices == val_labels[rows].to(device)[:, None]
         hits1 += int(best[:, 0].sum())
         hits5 += int(best.any(dim=1).sum())
     return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
+
+
+@torch.no_grad()
+def knn_votes(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    queries: torch.Tensor,
+    settings: Sequence[tuple[int, float]],
+    num_classes: int,
+    device="cpu",
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (rows of the queries, their votes (rows, num_classes)) on `device`, for each of `settings` in
+    turn and then for further rows.
+
+    Args:
+        features, labels: (n, D) and int64 (n,) of the memory. queries: (m, D).
+        settings: (k, temperature); where there are fewer neighbours than k, all vote.
+    """
+    memory = torch.empty_like(features, device=device)
+    for unit, part in zip(memory.split(ROWS), features.split(ROWS), strict=True):
+        unit.copy_(F.normalize(part.to(device), dim=1))
+    labels = labels.to(device)
+    most = min(max(k for k, _ in settings), len(memory))
+    step = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        similarity = F.normalize(queries[rows].to(device), dim=1) @ memory.T  # (rows, n)
+        nearest, ids = similarity.topk(most, dim=1)
+        for k, temperature in settings:
+            votes = nearest.new_zeros(len(nearest), num_classes)
+            # Relative to the nearest: the same ranking, and no overflow at small temperatures
+            weights = ((nearest[:, :k] - nearest[:, :1]) / temperature).exp()
+            yield rows, votes.scatter_add_(1, labels[ids[:, :k]], weights)
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:
