@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--token_blocks", type=at_least(0), nargs="+", metavar="N",
          help="blocks, counted from 1, whose patch tokens are kept for attentive probing; 0: none (default: "
               "the last, and the one at three quarters)")
-    flag("--steps", default=500, type=at_least(1), help="of 256 images, that a probe learns for")
+    flag("--steps", default=300, type=at_least(1), help="of 256 images, that a probe learns for")
     flag("--memory", default=16.0, type=at_least(0, float), metavar="GB",
          help="that the features may take at most")
     flag("--batch_size", default=64, type=at_least(1), help="images per loader batch; changes no figure")

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE, Colour
 
-WIDTH, HEIGHT, ENTRY, MARGIN = 460, 330, 225, 18  # of a panel and of an entry of the legend, in pixels
+WIDTH, HEIGHT, ENTRY, MARGIN = 560, 380, 278, 18  # of a panel and of an entry of the legend, in pixels
 COLOURS: list[Colour] = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (120, 94, 20)]
 DASHED = ", class token"  # ends the names of dashed lines
 Series = dict[str, list[tuple[int, float]]]  # {name: (block, value) of each point}
