@@ -11,7 +11,7 @@ from util.compute.prefetch import DevicePrefetcher
 from util.data.loader import open_batch
 from util.evaluate.exact import closing_line, predict_samples, summarize
 from util.processes.collectives import log
-from util.processes.fsdp import without_gradient_traffic
+from util.processes.parallel import without_gradient_traffic
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves

@@ -11,7 +11,7 @@ from util.compute.precision import autocast
 from util.compute.prefetch import DevicePrefetcher
 from util.data.loader import open_batch
 from util.processes.collectives import gather
-from util.processes.fsdp import without_gradient_traffic
+from util.processes.parallel import without_gradient_traffic
 from util.rng import fixed_noise, masked_by
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics

@@ -33,8 +33,8 @@ from util.evaluate.report import evaluate_and_report
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size
-from util.processes.fsdp import check_fsdp, wrap_model
 from util.processes.group import shut_down
+from util.processes.parallel import check_fsdp, wrap_model
 from util.recipes.classifier import (
     add_classifier_args,
     build_classifier,

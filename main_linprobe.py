@@ -30,8 +30,8 @@ from util.evaluate.report import evaluate_and_report
 from util.lars import LARS
 from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size, log
-from util.processes.fsdp import wrap_model
 from util.processes.group import shut_down
+from util.processes.parallel import wrap_model
 from util.recipes.classifier import (
     add_classifier_args,
     build_classifier,

@@ -32,7 +32,7 @@ from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log
-from util.processes.fsdp import check_fsdp, full_copy, wrap_model
+from util.processes.parallel import check_fsdp, full_copy, wrap_model
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.resume import read_resume

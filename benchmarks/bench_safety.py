@@ -32,8 +32,8 @@ import engine_pretrain
 import main_pretrain
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.processes.collectives import all_reduce_max, get_world_size
-from util.processes.fsdp import wrap_model
 from util.processes.group import shut_down
+from util.processes.parallel import wrap_model
 from util.run import checkpoint, steps
 from util.run.guard import RunGuard
 from util.sizes import default_workers

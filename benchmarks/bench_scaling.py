@@ -41,7 +41,7 @@ from util.compute.compile import compile_model
 from util.data.transforms import normalize_batch
 from util.processes import watch
 from util.processes.collectives import barrier, get_world_size
-from util.processes.fsdp import without_gradient_traffic, wrap_model
+from util.processes.parallel import without_gradient_traffic, wrap_model
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 SIZES = (8, 16, 32, 64, 128, 256, 512)

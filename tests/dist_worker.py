@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from golden_utils import TINY_MAE, fill
 
 import models_mae
-from util.processes import fsdp, group
+from util.processes import group, parallel
 
 
 def main(output, batch, accum_iter, dtype):
@@ -32,7 +32,7 @@ def main(output, batch, accum_iter, dtype):
     size = batch * args.world_size
     for i in range(accum_iter):
         rows = torch.arange(i * size, (i + 1) * size)[args.rank :: args.world_size]
-        with fsdp.without_gradient_traffic(wrapped, i + 1 < accum_iter):
+        with parallel.without_gradient_traffic(wrapped, i + 1 < accum_iter):
             (wrapped(images[rows], noise=noise[rows])[0] / accum_iter).backward()
     if args.rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, output)

@@ -26,7 +26,7 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util.compute import compile as compiling
 from util.compute.precision import NativeScalerWithGradNormCount
-from util.processes import fsdp, group
+from util.processes import group, parallel
 from util.rng import seed_step
 
 SEED, BATCH, CPU = 3, 4, torch.device("cpu")
@@ -121,7 +121,7 @@ def first_loss(model: torch.nn.Module, compiled: bool, args: Namespace) -> float
     if compiled:
         compiling.compile_model(model, "forward", args, CPU)
     if args.distributed:
-        model = fsdp.wrap_model(model, CPU)
+        model = parallel.wrap_model(model, CPU)
     losses, optimizer = Losses(), torch.optim.SGD(model.parameters(), lr=0.1)
     with contextlib.redirect_stdout(io.StringIO()):
         batches = [[images(args.rank), torch.zeros(BATCH)]]

@@ -19,7 +19,7 @@ from golden_utils import TINY_MAE, fill
 import models_mae
 from engine_pretrain import train_one_epoch
 from util.compute.precision import NativeScalerWithGradNormCount
-from util.processes import collectives, fsdp, group
+from util.processes import collectives, group, parallel
 from util.run import checkpoint
 from util.run.guard import RunGuard
 from util.run.resume import load_model
@@ -45,7 +45,7 @@ class Run:
         self.bare = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed")
         self.bare.to(device, dtype)
         several = collectives.get_world_size() > 1 or sharded
-        self.model = fsdp.wrap_model(self.bare, self.device, sharded) if several else self.bare
+        self.model = parallel.wrap_model(self.bare, self.device, sharded) if several else self.bare
         groups = param_groups_weight_decay(self.bare, 0.05)
         fused = scaled or self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
@@ -73,7 +73,7 @@ class Run:
 
 def check_full_copy(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
     """Every process may use its copy as it likes; it is the plain model."""
-    whole = fsdp.full_copy(sharded.eval())
+    whole = parallel.full_copy(sharded.eval())
     assert type(whole) is models_mae.MaskedAutoencoderViT and not whole.training
     assert whole.state_dict().keys() == plain.state_dict().keys() == sharded.state_dict().keys()
     assert [p.requires_grad for p in whole.parameters()] == [p.requires_grad for p in plain.parameters()]
@@ -83,7 +83,7 @@ def check_full_copy(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
     for _ in range(1 + collectives.get_rank()):  # more often on one process than on another
         first, second = (model.eval()(images, noise=noise)[0] for model in (whole, plain))
         torch.testing.assert_close(first, second)
-    assert fsdp.full_copy(plain) is plain
+    assert parallel.full_copy(plain) is plain
 
 
 def check_overflow(run: Run) -> None:

@@ -27,7 +27,7 @@ from engine_pretrain import train_one_epoch
 from util.compute import compile as compiling
 from util.compute.precision import NativeScalerWithGradNormCount, autocast
 from util.errors import UserError
-from util.processes.fsdp import whole_tensor, wrap_model
+from util.processes.parallel import whole_tensor, wrap_model
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from image_utils import make_folder
 
 import models_mae
 from util.errors import UserError
-from util.processes import collectives, fsdp, group
+from util.processes import collectives, group, parallel
 from util.weights.files import read_file
 
 TINY = [
@@ -76,7 +76,7 @@ def one_process(request, tmp_path_factory):
     "processes, batch, accum_iter, launcher",
     [
         (1, 4, 4, None),
-        (2, 8, 1, "torch.distributed.run"),
+        pytest.param(2, 8, 1, "torch.distributed.run", marks=pytest.mark.slow),
         (2, 4, 2, "torch.distributed.launch"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a12_gradients_keep_their_places_from_the_first_step_on():
         torch.manual_seed(0)
         model = models_mae.mae_vit(TINY_MAE)
         frozen = {name: value.clone() for name, value in model.state_dict().items()}
-        wrapped = fsdp.wrap_model(model, torch.device("cpu"))
+        wrapped = parallel.wrap_model(model, torch.device("cpu"))
         places = []
         for _ in range(3):
             assert all(p.grad is None for p in model.parameters())
@@ -284,6 +284,7 @@ run_script(main, ArgumentParser())
 """
 
 
+@pytest.mark.slow
 def test_torchrun_tries_again(tmp_path):
     """Both tries meet at the launcher's store, where the first one has left its addresses and its reason."""
     script = tmp_path / "script.py"

@@ -19,8 +19,10 @@ import main_pretrain
 import models_mae
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
-from util.processes.fsdp import check_fsdp, shard_model
+from util.processes.fsdp import shard_model
+from util.processes.parallel import check_fsdp
 from util.weights import files
+from util.weights.names import list_checkpoints
 
 
 def state_of(path: Path) -> dict:
@@ -51,7 +53,7 @@ def check_runs(root: Path, tolerance: float, exact: bool):
     pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled")]
     pairs += [("ddp", "ddp_then_fsdp"), ("ddp", "fsdp_then_ddp")]
     for names in pairs:
-        newest = [files.list_checkpoints(root / name)[0] for name in names]
+        newest = [list_checkpoints(root / name)[0] for name in names]
         last = "checkpoint-0.pth" if "scaled" in names[0] else "checkpoint-1.pth"
         assert [path.name for path in newest] == [last, last]
         assert_close(*map(state_of, newest), tolerance)
@@ -121,6 +123,7 @@ def read_log(folder):
     return [{key: value for key, value in record.items() if key != "run"} for record in records]
 
 
+@pytest.mark.slow
 def test_pictures_held_out_loss_and_neighbours_wait_for_nobody(images, tmp_path):
     """Two processes with different numbers of batches; one process measures the same on their checkpoint."""
     flags = ("--vis_freq", "1", "--knn_freq", "1", "--epochs", "1", "--clip_grad", "1")

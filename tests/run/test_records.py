@@ -5,6 +5,7 @@ from argparse import Namespace
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from util.run.run_log import log_run, make_log_writer, run_text
 
@@ -60,7 +61,9 @@ def test_text_and_hyper_parameters_in_the_run_itself(tmp_path, capsys, monkeypat
     assert [event.value for event in events.Scalars("train_loss")] == [0.5]
 
 
-def test_resumed_run_writes_again_where_it_goes_on(tmp_path):
+def test_resumed_run_writes_again_where_it_goes_on(tmp_path, monkeypatch):
+    # Files are read in the order of their names, which end in the second and a number: 10 comes before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for start_epoch in (0, 2):
         writer = make_log_writer(tmp_path, purge_step=1000 * start_epoch if start_epoch else None)
         log_run(

@@ -14,7 +14,8 @@ from golden_utils import REPO
 from image_utils import make_folder
 from slurm_cluster import running_cluster, wait_for, why_not
 
-from util.weights.files import list_checkpoints, read_file
+from util.weights.files import read_file
+from util.weights.names import list_checkpoints
 
 pytestmark = pytest.mark.slurm
 

@@ -9,8 +9,8 @@ import torch
 from util.compute.blocks import CPU_HAS_MATRIX_UNIT
 from util.errors import UserError
 from util.processes.collectives import all_reduce_sum, is_main_process, warn
-from util.processes.fsdp import is_sharded, whole_tensor
 from util.processes.group import check_kernels
+from util.processes.parallel import is_sharded, whole_tensor
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

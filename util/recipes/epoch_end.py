@@ -13,7 +13,7 @@ import torch.distributed as dist
 from util.data.labelled import LabelledImages
 from util.evaluate.report import evaluate_and_report
 from util.processes.collectives import get_world_size, log
-from util.processes.fsdp import full_copy
+from util.processes.parallel import full_copy
 from util.run.run_log import write_log
 from util.run.start import RunState
 

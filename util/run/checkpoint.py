@@ -17,10 +17,10 @@ import torch
 
 from util.errors import TrainingError, UserError
 from util.processes.collectives import get_world_size, is_main_process, warn
-from util.processes.fsdp import is_sharded
+from util.processes.parallel import is_sharded
 from util.run import owner
 from util.run.writer import BackgroundWriter, save_checkpoint, snapshot
-from util.weights.files import is_inside_epoch, list_checkpoints, position_in_name
+from util.weights.names import is_inside_epoch, list_checkpoints, position_in_name
 
 _writer = BackgroundWriter()
 

@@ -20,7 +20,7 @@ import torch
 from util.errors import UserError
 from util.files import check_writable, printable, replacing
 from util.processes.collectives import note
-from util.weights.files import list_checkpoints, position_in_name
+from util.weights.names import list_checkpoints, position_in_name
 from util.weights.schema import STAND_INS
 
 PATIENCE = 10.0  # seconds that a run before has for its end: a scheduler may start the next one early

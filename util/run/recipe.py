@@ -7,7 +7,7 @@ from pathlib import Path
 from util.errors import UserError
 from util.files import shown
 from util.processes.collectives import is_main_process, warn
-from util.weights.files import is_inside_epoch, list_checkpoints
+from util.weights.names import is_inside_epoch, list_checkpoints
 from util.weights.schema import comparable, in_words
 
 # Every flag of the three scripts is in one group. PRETRAIN.md shows table and rules word for word

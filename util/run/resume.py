@@ -9,9 +9,9 @@ import torch
 from util.errors import UserError
 from util.files import some
 from util.processes.collectives import check_agreement, gather, get_world_size, is_main_process, log, warn
-from util.processes.fsdp import load_state, split_optimizer_state
+from util.processes.parallel import load_state, split_optimizer_state
 from util.run import owner
-from util.weights.files import list_checkpoints, position_in_name, read_file
+from util.weights.names import list_checkpoints, position_in_name
 
 
 class Checkpoint(NamedTuple):
@@ -22,6 +22,12 @@ class Checkpoint(NamedTuple):
 
     source: str
     content: dict
+
+
+def _read(source: str | Path, flag: str = "", verify: bool = True) -> dict:
+    from util.weights.files import read_file  # here and below: only runs that go on need it
+
+    return read_file(source, flag, verify)
 
 
 def read_resume(args) -> Checkpoint | None:
@@ -41,12 +47,12 @@ def read_resume(args) -> Checkpoint | None:
         source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
         if source is None:
             return None
-        checkpoint = chosen or Checkpoint(source, read_file(source, "--resume", verify=False))
+        checkpoint = chosen or Checkpoint(source, _read(source, "--resume", verify=False))
     elif resume:
-        checkpoint = Checkpoint(resume, read_file(resume, "--resume", verify))
+        checkpoint = Checkpoint(resume, _read(resume, "--resume", verify))
     else:
         return None
-    from util.weights.state import check_entries  # here and below: only runs that go on need it
+    from util.weights.state import check_entries
 
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
     from util.data.depth import adopt_pixel_range
@@ -66,7 +72,7 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
         if passed and owner.id_at(path) not in (own, ""):
             continue  # where many files are in the way, a look at each is enough
         try:
-            content = read_file(path, verify=verify)
+            content = _read(path, verify=verify)
             if "model" not in content:
                 raise UserError(f"{path}: holds no model")
         except UserError as error:
@@ -82,7 +88,7 @@ def _choose(output_dir: str, verify: bool) -> Checkpoint | None:
     start = record.get("from", "") if best is None else ""
     if start and (os.path.basename(start) != start or os.path.exists(os.path.join(output_dir, start))):
         source = start if "://" in start else os.path.join(output_dir, start)
-        return Checkpoint(source, read_file(source, "--resume", verify))
+        return Checkpoint(source, _read(source, "--resume", verify))
     if best is None and unread:
         raise UserError(
             f"--resume auto: no checkpoint of this run in {output_dir} can be read ({some(unread)}), and "
@@ -154,7 +160,7 @@ def restore_run(
     start_epoch = content["epoch"] + 1 if trains else 0
     complete = trains and epochs is not None and start_epoch >= epochs
     if not getattr(args, "eval", False):
-        from util.run.recipe import check_changes  # only runs that go on need it
+        from util.run.recipe import check_changes
 
         check_changes(args, content, source, listing, complete and listing is not None, given)
     load_state(model, state)
@@ -195,7 +201,7 @@ def _check_owner(args) -> None:
         raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
                         "overwrite it; pass another folder")  # fmt: skip
     try:
-        stored = read_file(newest, verify=False).get("args")
+        stored = _read(newest, verify=False).get("args")
     except UserError:
         return
     marks = {

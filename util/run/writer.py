@@ -9,7 +9,7 @@ import torch
 
 from util.files import replacing
 from util.processes.collectives import warn
-from util.processes.fsdp import whole_tensor
+from util.processes.parallel import whole_tensor
 from util.weights.schema import plain
 
 

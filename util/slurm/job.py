@@ -73,7 +73,7 @@ def forget_launcher() -> None:
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
     """Sets `output_dir`, `log_dir`, `resume`, `num_workers` where the command line left them to the job."""
-    from util.weights.files import list_checkpoints
+    from util.weights.names import list_checkpoints
 
     if "output_dir" not in args.given:
         args.output_dir = str(env.paths.folder)
@@ -96,7 +96,7 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
 
 def last_save(output_dir: str) -> tuple | None:
     """Time and name of the checkpoint that was written last; an older run may have come further there."""
-    from util.weights.files import list_checkpoints
+    from util.weights.names import list_checkpoints
 
     return max(((path.stat().st_mtime_ns, path) for path in list_checkpoints(output_dir)), default=None)
 

@@ -1,4 +1,4 @@
-"""Weights files, checkpoints and their names, models' folders: read so that nothing in them is executed."""
+"""Weights files, checkpoints, models' folders: read so that nothing in them is executed."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,6 @@ from util.processes.collectives import is_main_process, log
 from util.sizes import default_workers
 from util.weights.schema import STAND_INS, plain
 
-_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _ENTRIES = ("args", "model_info", "epoch")  # in the metadata of our safetensors
 _FLIPPED = "the file was changed after it was written (bits flipped?); take another, or --no_verify reads it"
 
@@ -189,22 +188,3 @@ def _place(path: Path, name: str) -> str:
                 last = texts.get(value, last)
             fresh = None
     return ""
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a folder, the furthest first by their names."""
-    found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        found = [path for path in Path(output_dir).iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=position_in_name, reverse=True)
-
-
-def position_in_name(path: Path) -> tuple[int, int]:
-    """(complete epochs, micro-steps of the next) that a checkpoint's name says."""
-    epoch, step = _NAME.fullmatch(path.name).groups()
-    return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
-
-
-def is_inside_epoch(path: Path) -> bool:
-    """Whether a checkpoint's name says that its epoch was not complete."""
-    return _NAME.fullmatch(path.name)[2] is not None
