@@ -93,4 +93,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe
+	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe output_evaluate

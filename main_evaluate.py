@@ -14,6 +14,8 @@ printed, card.json, card.png (accuracy over depth), and a line of log.txt.
 import argparse
 import time
 
+import torch
+
 from util.cli.flags import (
     add_data_args,
     add_distributed_args,
@@ -57,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("card").add_argument
     flag("--baselines", action="store_true",
          help="the same for the encoder before any training, and for raw pixels")
-    flag("--token_blocks", type=at_least(0), nargs="+", metavar="N",
+    flag("--token_blocks", type=int, nargs="+", metavar="N",
          help="blocks, counted from 1, whose patch tokens are kept for attentive probing; 0: none (default: "
               "the last, and the one at three quarters)")
     flag("--steps", default=300, type=at_least(1), help="of 256 images, that a probe learns for")
@@ -97,8 +99,9 @@ def token_blocks(chosen: list[int] | None, depth: int) -> list[int]:
     """The blocks of --token_blocks, ascending; UserError for those that there are not."""
     if chosen is None:
         return sorted({max(1, round(0.75 * depth)), depth})
-    if max(chosen) > depth:
-        raise UserError(f"--token_blocks {max(chosen)}: the encoder has {depth} blocks")
+    for block in chosen:
+        if not 0 <= block <= depth:
+            raise UserError(f"--token_blocks {block}: the encoder has {depth} blocks, from 1; 0: none")
     return sorted(set(chosen) - {0})
 
 
@@ -133,6 +136,9 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
         sources["raw pixels"] = RawPixels(weights.sizes, bool(blocks))
     check_memory(sources.values(), len(train_set) + len(val_set), args.memory)
 
+    task = one_class_each(len(val_set.classes))
+    Plan(task, torch.as_tensor(train_set.files.labels)).split()  # before the first pass, if it cannot be
+
     # One column after the other, so that the features of one alone are in memory
     columns = {}
     for name, source in sources.items():
@@ -141,7 +147,7 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
         source.cpu()
         if train is not None:
             passed = time.time()
-            plan = Plan(one_class_each(len(val_set.classes)), train.labels, args.seed, args.steps, device)
+            plan = Plan(task, train.labels, args.seed, args.steps, device)
             columns[name] = make_column(train, val, plan)
             log(f"{name}: features in {passed - began:.0f} s, probes in {time.time() - passed:.0f} s")
         del train, val

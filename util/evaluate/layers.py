@@ -107,8 +107,8 @@ def check_memory(sources: Iterable[EveryBlock | RawPixels], images: int, limit: 
     source = max(sources, key=row_bytes)
     need = images * row_bytes(source) / 2**30
     (count, width), (length, token_width) = source.shape, source.token_shape
-    blocks = " and ".join(map(str, source.token_blocks))
-    tokens = f", and {length} patch tokens of {token_width} of block {blocks}" if blocks else ""
+    kept = len(source.token_blocks)
+    tokens = f" and {kept} times {length} patch tokens of {token_width}" if kept else ""
     text = f"features of {images} images ({count} of {width} numbers{tokens}): {need:.2f} GB of memory"
     if need > limit:
         raise UserError(
@@ -142,7 +142,8 @@ def effective_rank(pooled: Tensor) -> list[float]:
     ranks = []
     for features in pooled.unbind(1):
         centred = (features - features.mean(dim=0)).double()
-        values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
+        rows = centred if len(centred) < centred.shape[1] else centred.T  # the smaller square
+        values = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
         shares = values / values.sum().clamp(min=1e-300)
         ranks.append(torch.special.entr(shares).sum().exp().item())
     return ranks
