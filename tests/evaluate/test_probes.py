@@ -81,7 +81,7 @@ def test_linear_probes_are_linear_layers_one_by_one(norm):
 
 def plain_attentive(x, queries, values, weight, bias):
     """Logits (n, K) of one probe in training: image by image, query by query."""
-    pooled = []
+    pooled, x = [], (x - x.mean((0, 1))) / torch.sqrt(x.var((0, 1), unbiased=False) + 1e-6)
     for tokens in x:
         parts = []
         for query, value in zip(queries, values, strict=True):

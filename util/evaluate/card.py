@@ -22,7 +22,7 @@ HELD = 0.2  # share of the training images on which is chosen
 DINO = (20, 0.07)  # k and temperature of arXiv 2104.14294
 NEIGHBOURS = [DINO, *((k, t) for k in (1, 5, 10, 20, 50, 100) for t in (0.03, 0.07, 0.2) if (k, t) != DINO)]
 LINEAR_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-ATTENTIVE_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+ATTENTIVE_RATES = (0.03, 0.1, 0.3, 1.0)
 FEW = {"few_1_percent": 0.01, "few_10_percent": 0.1, "few_5": 5}  # a class: a share, or images
 PROTOCOLS = {
     "knn_dino": "k-NN as DINO: class token of the last block",

@@ -77,23 +77,27 @@ class AttentiveProbes(nn.Module):
     M learned queries look at the tokens themselves, without a key projection; query m's mean of the tokens
     gives the m-th part of the pooled vector, by a projection of its own of width D / M. Then BatchNorm and a
     linear layer, from zero weights. M is the largest divisor of D that divides 8.
+
+    Beside the paper: the tokens go through BatchNorm without parameters first, as some encoders have a few
+    channels that are far larger than the others, and the projections start as the parts of the identity.
     """
 
     def __init__(self, width: int, outputs: int, seed: int, rates: int):
         super().__init__()
         count = math.gcd(QUERIES, width)
         generator = torch.Generator().manual_seed(derive_seed(seed, width, count))
-        queries = torch.randn(count, width, generator=generator, dtype=torch.float64)
-        value = torch.randn(count, width, width // count, generator=generator, dtype=torch.float64)
-        kind = torch.get_default_dtype()  # every rate starts from the same draws
-        self.queries = nn.Parameter(queries.to(kind).expand(rates, -1, -1).clone())
-        self.value = nn.Parameter((value / width**0.5).to(kind).expand(rates, -1, -1, -1).clone())
+        queries = torch.randn(count, width, generator=generator)
+        value = torch.eye(width).view(width, count, -1).transpose(0, 1)  # (M, D, D / M)
+        self.tokens = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.queries = nn.Parameter(queries.repeat(rates, 1, 1))  # every rate starts from the same
+        self.value = nn.Parameter(value.repeat(rates, 1, 1, 1))
         self.norm = nn.BatchNorm1d(rates * width, affine=False, eps=1e-6)
         self.weight = nn.Parameter(torch.zeros(rates, width, outputs))
         self.bias = nn.Parameter(torch.zeros(rates, 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         rates, count, width = self.queries.shape
+        x = self.tokens(x.flatten(0, 1)).view(x.shape)
         scores = x @ self.queries.flatten(0, 1).T * width**-0.5  # (n, L, R M)
         pooled = scores.softmax(dim=1).transpose(1, 2) @ x  # (n, R M, D)
         values = pooled.transpose(0, 1) @ self.value.flatten(0, 1)  # (R M, n, D / M)
