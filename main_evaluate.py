@@ -38,7 +38,7 @@ from util.processes.collectives import check_agreement, is_main_process, log
 from util.processes.group import init_distributed_mode, shut_down
 from util.recipes.classifier import make_report_dir
 from util.rng import seed_all
-from util.run.run_log import log_arguments
+from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
 from util.weights.build import build, random_encoder
 from util.weights.describe import WeightsFile, describe
@@ -155,7 +155,9 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
         record = card_record(columns, args, plan, train_set, val_set, time.time() - start)
         text = markdown(record)
         log(text)
-        write_card(args.output_dir, record, text, columns)
+        write_card(args.output_dir, record, text)
+        scores = {f"card_{key}": row.score for key, row in columns["encoder"].rows.items()}
+        write_log(args.output_dir, {**scores, "seconds": record["seconds"], "finetune": args.finetune})
     shut_down()
     return columns or None
 

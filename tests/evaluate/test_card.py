@@ -106,6 +106,13 @@ def test_the_evaluated_images_choose_nothing():
     assert column.rows["few_5"].setting == "15 images" and column.rows["few_1_percent"].setting == "3 images"
 
 
+def test_one_class_of_two_images_is_a_card_too():
+    side = layers(2, 1)
+    side.labels.zero_()
+    column = make_column(side, side, Plan(one_class_each(1), side.labels, steps=2))
+    assert {row.score for row in column.rows.values()} == {100.0}
+
+
 def test_held_out_images_are_a_fifth_of_each_class_and_not_learned_from():
     labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
     learns, held = Plan(one_class_each(4), labels, seed=3).split()

@@ -1,4 +1,4 @@
-"""Writes a report card: a table in Markdown, JSON, a picture, a line of log.txt."""
+"""Writes a report card: a table in Markdown, JSON, a picture."""
 
 import json
 from argparse import Namespace
@@ -10,7 +10,6 @@ from util.errors import TrainingError
 from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan
 from util.files import printable, replacing
 from util.processes.collectives import log
-from util.run.run_log import write_log
 
 DEPTH = {"knn": "k-NN", "linear": "linear", "linear_norm": "BN, linear", "rank": "effective rank"}
 COMPARED = ("knn", "linear", "linear_norm", "attentive")
@@ -148,9 +147,9 @@ def _picture_parts(record: dict) -> tuple[str, dict, dict]:
     return f"{record['metric']} of {Path(record['finetune']).name}, over depth", panels, levels
 
 
-def write_card(folder: str, record: dict, text: str, columns: dict[str, Column]) -> None:
-    """Writes card.md, card.json, card.png and a line of log.txt, each whole or not at all; without a `folder`
-    nothing. TrainingError where one cannot be written.
+def write_card(folder: str, record: dict, text: str) -> None:
+    """Writes card.md, card.json and card.png, each whole or not at all; without a `folder` nothing.
+    TrainingError where one cannot be written.
     """
     if not folder:
         return
@@ -168,7 +167,4 @@ def write_card(folder: str, record: dict, text: str, columns: dict[str, Column])
                 write(temporary)
     except OSError as error:
         raise TrainingError(f"{folder}: the card was not written: {error.strerror or error}") from None
-    first = next(iter(columns.values()))
-    scores = {f"card_{key}": row.score for key, row in first.rows.items()}
-    write_log(folder, {**scores, "card_seconds": record["seconds"], "finetune": record["finetune"]})
     log(f"wrote {printable(Path(folder) / 'card.md')}, card.json and card.png")

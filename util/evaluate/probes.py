@@ -127,6 +127,7 @@ def fit(
         rates: (F, R), the learning rate of each probe, on the device and in the type that compute.
     """
     optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9)
+    rows = rows.repeat(2) if len(rows) == 1 else rows  # BatchNorm takes two
     batch, order = min(BATCH, len(rows)), torch.empty(0, dtype=torch.int64)
     generator = torch.Generator().manual_seed(derive_seed(seed))
     probes.train()
