@@ -1,10 +1,14 @@
 """main_evaluate.py: the report card of a file, what it writes, and what it refuses; and --card_freq."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from golden_utils import REPO
 from PIL import Image
 from transfer_utils import given_args, make_mae, make_pictures, read_log, released_files
 
@@ -131,3 +135,25 @@ def test_small_cards_while_training(pictures, tmp_path, monkeypatch, capsys):
     assert "Epoch: [2] report card: knn " in capsys.readouterr().out
     for key, value in states[0].items():  # training has not noticed
         assert torch.equal(value, states[1][key])
+
+
+@pytest.mark.slow
+def test_the_same_card_in_two_processes(encoder, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", per_class=24)  # 72 images: three groups
+    words = [*FLAGS.split(), "--finetune", str(encoder), "--data_path", str(pictures), "--token_blocks", "1"]
+    records = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [
+            "--nproc_per_node",
+            str(count),
+            "main_evaluate.py",
+            *words,
+            "--output_dir",
+            tmp_path / str(count),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=REPO, env=environment, capture_output=True)
+        records.append(json.loads((tmp_path / str(count) / "card.json").read_text()) | {"seconds": 0})
+        assert len(read_log(tmp_path / str(count))) == 1
+    assert records[0] == records[1]
