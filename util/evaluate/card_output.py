@@ -144,7 +144,7 @@ def _picture_parts(record: dict) -> tuple[str, dict, dict]:
                     levels[f"{name}: {text}"] = value
         if series:
             panels[name] = series
-    return f"{record['metric']} of {Path(record['finetune']).name}, over depth", panels, levels
+    return f"{record['metric']} of {printable(Path(record['finetune']).name)}, over depth", panels, levels
 
 
 def write_card(folder: str, record: dict, text: str) -> None:
