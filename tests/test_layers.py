@@ -17,7 +17,7 @@ LAYERS = [
     "util.datasets util.weights util.figures tools",
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
-    "main_pretrain main_finetune main_linprobe main_knn export plan",
+    "main_pretrain main_finetune main_linprobe main_knn main_evaluate export plan",
     "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
 ]
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}

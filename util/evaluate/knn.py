@@ -2,7 +2,7 @@
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,8 @@ def knn_values(
     labels the probabilities. Neighbours and weights are those of `knn_from_features`.
     """
     values, found = train_values.to(device), []
-    for _, ids, weights in _neighbours(train_features, val_features, k, temperature, device):
+    for _, nearest, ids in _nearest(train_features, val_features, k, device):
+        weights = _weights(nearest, temperature)
         shares = weights / weights.sum(dim=1, keepdim=True)
         found.append((shares[..., None] * values[ids]).sum(dim=1).cpu())
     return torch.cat(found)
@@ -97,32 +98,54 @@ def knn_from_features(
     train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
 ) -> dict[str, float]:
     """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
-    memory_labels = train_labels.to(device)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     hits1 = hits5 = 0
-    for part, ids, weights in _neighbours(train_features, val_features, k, temperature, device):
-        votes = weights.new_zeros(len(ids), num_classes)
-        votes.scatter_add_(1, memory_labels[ids], weights)
-        labels = val_labels[part].to(device)
-        best = votes.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+    votes = knn_votes(train_features, train_labels, val_features, [(k, temperature)], num_classes, device)
+    for rows, vote in votes:
+        best = vote.topk(min(5, num_classes), dim=1).indices == val_labels[rows].to(device)[:, None]
         hits1 += int(best[:, 0].sum())
         hits5 += int(best.any(dim=1).sum())
     return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
 
 
-def _neighbours(train_features, val_features, k, temperature, device) -> Iterator[tuple]:
-    """(slice of the queries, their neighbours' places (rows, k), their weights (rows, k))."""
-    memory = torch.empty_like(train_features, device=device)
-    for unit, features in zip(memory.split(ROWS), train_features.split(ROWS), strict=True):
-        unit.copy_(F.normalize(features.to(device), dim=1))
-    k = min(k, len(memory))
-    rows = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
-    for start in range(0, len(val_features), rows):
-        part = slice(start, start + rows)
-        similarity = F.normalize(val_features[part].to(device), dim=1) @ memory.T  # (rows, n)
-        nearest, ids = similarity.topk(k, dim=1)
-        # Relative to the nearest: the same ranking, and no overflow at small temperatures
-        yield part, ids, ((nearest - nearest[:, :1]) / temperature).exp()
+@torch.no_grad()
+def knn_votes(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    queries: torch.Tensor,
+    settings: Sequence[tuple[int, float]],
+    num_classes: int,
+    device="cpu",
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (rows of the queries, their votes (rows, num_classes)) on `device`, for each of `settings` in
+    turn and then for further rows.
+
+    Args:
+        features, labels: (n, D) and int64 (n,) of the memory. queries: (m, D).
+        settings: (k, temperature); where there are fewer neighbours than k, all vote.
+    """
+    labels = labels.to(device)
+    for rows, nearest, ids in _nearest(features, queries, max(k for k, _ in settings), device):
+        for k, temperature in settings:
+            votes = nearest.new_zeros(len(nearest), num_classes)
+            yield rows, votes.scatter_add_(1, labels[ids[:, :k]], _weights(nearest[:, :k], temperature))
+
+
+def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(rows of the queries, cosines (rows, k) of their nearest ones, the nearest first, these ones' places)."""
+    memory = torch.empty_like(features, device=device)
+    for unit, part in zip(memory.split(ROWS), features.split(ROWS), strict=True):
+        unit.copy_(F.normalize(part.to(device), dim=1))
+    step = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        similarity = F.normalize(queries[rows].to(device), dim=1) @ memory.T  # (rows, n)
+        yield rows, *similarity.topk(min(k, len(memory)), dim=1)
+
+
+def _weights(nearest: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Relative to the nearest: the same ranking, and no overflow at small temperatures
+    return ((nearest - nearest[:, :1]) / temperature).exp()
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:
