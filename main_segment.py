@@ -79,7 +79,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--nb_classes", type=at_least(1), help="default: one more than the largest value in the masks")
     flag("--mode", default="finetune", choices=["finetune", "linear", "knn"],
          help="finetune: train all, under a head that doubles the resolution twice; linear: one layer on the "
-              "frozen encoder's patches; knn: no training, each patch is as its nearest ones in train/")
+              "frozen encoder's patches (default --blr 3e-2, else 1e-3); knn: no training, each patch is as "
+              "its nearest ones in train/")
     flag("--layers", default=1, type=at_least(1), metavar="N",
          help="blocks whose patches the head sees, evenly spaced up to the last: 1 or 4")
     flag = parser.add_argument_group("segmentation").add_argument
@@ -90,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--eval", action="store_true", help="only evaluate the checkpoint given with --resume")
     flag("--split", default="val", choices=["val", "test"], help="the folder that --eval evaluates")
     flag = add_schedule_args(
-        parser, batch_size=16, epochs=50, warmup_epochs=5, blr=1e-3, min_lr=1e-6, weight_decay=0.05
+        parser, batch_size=16, epochs=50, warmup_epochs=5, blr=None, min_lr=1e-6, weight_decay=0.05
     )
     flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"), help="largest gradient norm")
@@ -113,6 +114,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.eval:
         make_report_dir(args.output_dir)
     args.input_size = size_pair(args.input_size)
+    if args.blr is None and args.lr is None:
+        args.blr = 1e-3 if args.mode == "finetune" else 3e-2
 
 
 def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImages]:
