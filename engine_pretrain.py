@@ -41,7 +41,7 @@ def train_one_epoch(
         guard: saves by the clock, ends the loop on signals, and handles losses that are not finite.
 
     Returns:
-        Averages over the epoch and all processes: lr, loss, grad_norm.
+        Averages over the epoch and all processes: lr, loss, grad_norm, with a teacher teacher_loss.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -62,16 +62,16 @@ def train_one_epoch(
 
         with without_gradient_traffic(model, not update):
             with autocast(steps.device, steps.amp_dtype):
-                loss = model(images, mask_ratio=args.mask_ratio)[0]  # of loss, prediction, mask
-            part = loss / steps.window_size(step)
+                loss, distance = steps.losses(model(images, mask_ratio=args.mask_ratio))
+                total = loss if distance is None else loss + steps.teacher_weight * distance
+            part = total / steps.window_size(step)
             grad_norm = loss_scaler(part, optimizer, steps.clip_grad, model.parameters(), update_grad=update)
 
-        loss = loss.detach()
-        metrics.update(lr=lr, loss=loss, grad_norm=grad_norm)
-        guard.watch(batch, loss, epoch, step)
+        metrics.update(lr=lr, loss=loss, teacher_loss=distance, grad_norm=grad_norm)
+        guard.watch(batch, total.detach(), epoch, step)
         if update:
             steps.finish(optimizer, grad_norm)
-            curves.add(epoch + step / steps.count, train_loss=loss, lr=lr)
+            curves.add(epoch + step / steps.count, train_loss=loss, train_teacher_loss=distance, lr=lr)
             if guard.after_update(epoch, step + 1, grad_norm, metrics):
                 break
         if step % steps.print_freq == 0:

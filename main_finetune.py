@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
         shut_down()
         return
     if args.finetune:
-        start_from(model, args, start)
+        start_from(model, args, start, run.given)
         del start
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     torch.nn.init.zeros_(model.head.bias)

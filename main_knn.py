@@ -91,7 +91,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     init_distributed_mode(args)
     check_flags(args, parser)
     make_report_dir(args.output_dir)
-    content = read_file(args.finetune, "--finetune", not args.no_verify) if args.finetune else {}
+    verify, key = not args.no_verify, args.weights_key
+    content = read_file(args.finetune, "--finetune", verify, key) if args.finetune else {}
     adopt_flags(args, content, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune:
-        check_final_norm(start_from(model, args, content))
+        check_final_norm(start_from(model, args, content, given))
     model = model.to(device).eval()
 
     def features(images: torch.Tensor) -> torch.Tensor:

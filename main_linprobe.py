@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = build_classifier(args)
     if args.finetune and not args.eval:
-        check_final_norm(start_from(model, args, start))
+        check_final_norm(start_from(model, args, start, run.given))
         del start
     put_on_probe(model)
     model_without_ddp = model.to(device)

@@ -26,18 +26,17 @@ from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
-from util.data.loader import build_loader
-from util.data.sampler import EvalSampler
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.lr_sched import scale_learning_rate
-from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log
-from util.processes.parallel import check_fsdp, full_copy, wrap_model
+from util.processes.collectives import check_agreement, get_world_size
+from util.processes.parallel import check_fsdp, wrap_model
+from util.recipes.pretrain_end import EpochEnd
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.resume import read_resume
-from util.run.run_log import log_arguments, make_log_writer, write_log
-from util.run.start import Run, RunState, announce, close_run, gives_folder_back, open_run, train_loader
+from util.run.run_log import log_arguments, make_log_writer
+from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
 from util.sizes import image_size
 
 
@@ -55,6 +54,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--decoder_embed_dim", type=at_least(1), help="default: the model's")
     flag("--decoder_depth", type=at_least(1), help="default: the model's")
     flag("--decoder_num_heads", type=at_least(1), help="default: the model's")
+
+    flag = parser.add_argument_group("start").add_argument
+    flag("--init", default="", metavar="FILE|URL|FOLDER",
+         help="weights to start from, with a new optimizer at epoch 0: all that --finetune of the other "
+              "scripts takes; also hf://OWNER/NAME and timm:NAME")
+    flag("--init_freeze", default=0, type=at_least(0), metavar="N",
+         help="train only what --init does not hold for N epochs")
 
     flag = add_schedule_args(
         parser, batch_size=64, epochs=400, warmup_epochs=40, blr=1e-3, min_lr=0.0, weight_decay=0.05
@@ -74,6 +80,12 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
+
+    flag = parser.add_argument_group("teacher").add_argument
+    flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
+    flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
+    flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
+    flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
     # fmt: on
 
     add_training_args(parser, fsdp=True)
@@ -84,6 +96,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
+    if args.init or args.init_freeze:
+        from util.recipes.init import check_init  # here and below: only runs with --init need it
+
+        check_init(args)
     if args.batch_size % args.repeated_aug:
         raise UserError(
             f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a multiple of it, "
@@ -108,61 +124,15 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
     return model
 
 
-class EpochEnd:
-    """What comes after an epoch's training and its checkpoint: validation loss, k-NN, figures, log.
-
-    Args:
-        model: bare.
-        val_set: validation images, each of which counts once; or None.
-    """
-
-    def __init__(self, args: argparse.Namespace, run: Run, model, dataset, val_set, log_writer):
-        self.args, self.device, self.model, self.log_writer = args, run.device, model, log_writer
-        self.val_loader = self.knn = self.pictures = None
-        if val_set is not None:
-            sampler = EvalSampler(len(val_set), get_world_size(), get_rank())
-            loader = build_loader(val_set, sampler, args.batch_size, args.num_workers, run.pin_memory)
-            self.val_loader = loader
-        if args.knn_freq:
-            from util.evaluate.knn import knn_loaders  # with the labelled sets, which all else does without
-
-            self.knn = knn_loaders(args, run.pin_memory)
-        if args.vis_freq and is_main_process():
-            from util.figures.training import pick_images
-
-            self.pictures = pick_images(val_set or dataset)
-
-    def finish(self, epoch: int, stats: dict[str, float], last: bool = False) -> None:
-        """All processes call this when `epoch` is trained; `stats`: its averages; `last`: none follows."""
-        args, log_writer, final = self.args, self.log_writer, last or epoch + 1 == self.args.epochs
-        look = args.vis_freq and (final or epoch % args.vis_freq == 0)
-        measure = self.knn and (final or epoch % args.knn_freq == 0)
-        whole = full_copy(self.model) if look or measure else None
-        record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
-        if look and self.val_loader is not None:
-            record["val_loss"] = evaluate(self.val_loader, whole, self.device, args)
-            log(f"Epoch: [{epoch}] held-out loss: {record['val_loss']:.4f}")
-        if look and self.pictures is not None:
-            from util.figures.training import write_pictures
-
-            write_pictures(whole, self.pictures, args, epoch, record.get("val_loss"), log_writer)
-        if measure:
-            from util.evaluate.knn import knn_accuracy
-
-            record["knn_acc1"] = knn_accuracy(whole, *self.knn, self.device, args=args)["acc1"]
-            log(f"Epoch: [{epoch}] k-NN accuracy: {record['knn_acc1']:.2f} %")
-        if log_writer is not None:
-            for name in record.keys() & {"val_loss", "knn_acc1"}:
-                log_writer.add_scalar(name, record[name], int((epoch + 1) * 1000))
-            log_writer.flush()
-        write_log(args.output_dir, record)
-
-
 @gives_folder_back
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
-    checkpoint = read_resume(args)
+    checkpoint, init = read_resume(args), None
+    if checkpoint or args.init:
+        from util.recipes.init import Init
+
+        init = Init(args, checkpoint, run.given)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     log_arguments(args)
 
@@ -174,7 +144,14 @@ def main(args: argparse.Namespace) -> None:
 
     # Model
     seed_all(args.seed)
-    model_without_ddp = model = build_model(args).to(device)
+    model = build_model(args)
+    if init:
+        init.load(model)
+    if any((args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block)):
+        from util.recipes.teacher import make_student
+
+        make_student(model, args, device)
+    model_without_ddp = model = model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
     if args.distributed:
@@ -183,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer: biases and norms are not decayed
     scale_learning_rate(args, get_world_size())
     groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
+    groups = init.groups(groups, model_without_ddp) if init else groups
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=has_fused_adamw(device))
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
 
@@ -199,18 +177,15 @@ def main(args: argparse.Namespace) -> None:
         steps_per_epoch=len(loader),
         metrics=("train_loss", "val_loss", "knn_acc1"),
     )  # fmt: skip
-    if args.repeated_aug > 1:
-        log(
-            f"repeated augmentation: {args.repeated_aug} crops of each decoded image, each a sample of the "
-            f"batch; {args.epochs} epochs are {args.epochs * args.repeated_aug} effective epochs"
-        )
 
     # Training
-    after = EpochEnd(args, run, model_without_ddp, dataset, val_set, log_writer)
+    after = EpochEnd(args, run, evaluate, model_without_ddp, dataset, val_set, log_writer)
     guard = RunGuard(args, state.save, dataset, len(loader), state.meters)
     if stats := state.unfinished_epoch():
         after.finish(args.start_epoch - 1, stats)
     for epoch in guard.epochs(sampler):
+        if init:
+            init.freeze(optimizer, epoch)
         stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
         dataset.report_bad_images()
         if guard.inside_epoch:

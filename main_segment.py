@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate_masks(whole_images(val_set, args), predict, args, device, names, report=True)
         return shut_down()
     if args.finetune:
-        start_from(model, args, start)
+        start_from(model, args, start, run.given)
         del start
     model_without_ddp = model.to(device)
     if args.mode == "knn":

@@ -144,8 +144,8 @@ class MaskedAutoencoderViT(nn.Module):
         mask = (ids_restore >= visible).float()  # (N, L)
         return x, mask, ids_restore
 
-    def forward_encoder(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
-        """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+    def embed_visible(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """(N, C, H, W) -> class token and visible tokens (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
         if x.shape[1:] != (self.in_chans, *self.img_size):
             sizes = "x".join(map(str, (self.in_chans, *self.img_size)))
             raise ValueError(f"images have shape {tuple(x.shape)}, the model takes N x {sizes}")
@@ -154,7 +154,11 @@ class MaskedAutoencoderViT(nn.Module):
         fixed = {} if noise is None else {"noise": noise}  # an override need not know it
         x, mask, ids_restore = self.random_masking(x, mask_ratio, **fixed)  # (N, K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)  # (N, 1 + K, D)
+        return torch.cat([cls_token, x], dim=1), mask, ids_restore
+
+    def forward_encoder(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        x, mask, ids_restore = self.embed_visible(x, mask_ratio, noise)  # (N, 1 + K, D)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
         return self.norm(x), mask, ids_restore
 

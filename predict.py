@@ -30,9 +30,8 @@ from util.files import printable, some
 from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
-from util.weights.describe import describe
-from util.weights.files import read_file
 from util.weights.flags import add_weights_args
+from util.weights.size import describe_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,6 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
     flag("--num_workers", default=default_workers(), type=at_least(0),
          help="loader processes (default: one per core, at most 16)")
+    flag("--pages", default="first", choices=["first", "all"],
+         help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
@@ -100,8 +101,7 @@ def main(args: argparse.Namespace) -> None:
     resolve_amp_dtype(args.amp_dtype, device)
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, part)
+    weights = describe_file(args, part)
     model, names, name = build(weights), [], printable(args.resume)
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     if kind in ("cls", "patches") and model.global_pool:
         note(f"note: {name} has a norm for the mean of its patches only: {kind} come without a norm")
 
-    files, _ = find_inputs(args.images, args.bad_images)
+    files, _ = find_inputs(args.images, args.bad_images, args.pages)
     loader = prediction_loader(files, weights, args, pin_memory=device.type == "cuda")
     size = "x".join(map(str, weights.input_size))
     note(f"{name}: {printable(weights.kind)}, {size} pixels; {len(files.paths)} images; {device}")

@@ -1,6 +1,7 @@
 """Images per second out of tars on a web server that waits before each answer, as stores far away do.
 
     python benchmarks/bench_store.py --wait 20
+    python benchmarks/bench_store.py --wait 20 --workers 2 --read_only    what the store and the reading allow
 
 Packs drawn JPEGs of 10 classes into tars with tools/make_shards.py, serves them on loopback, and goes through
 epochs in the orders `full` and `near`, which take turns. Also says how far the classes in their batches are
@@ -67,6 +68,12 @@ def make_loader(args: argparse.Namespace, dataset, shuffle: str) -> torch.utils.
     return build_loader(dataset, sampler, args.batch_size, args.workers, drop_last=True)
 
 
+def read_only(path: str, draws: list) -> list[torch.Tensor]:
+    """Stands for `ImageDataset.read`: the bytes come, nothing is decoded."""
+    path.open().read()
+    return [torch.zeros(3, 1, 1, dtype=torch.uint8)] * len(draws)
+
+
 def time_epoch(loader: torch.utils.data.DataLoader) -> float:
     """Seconds per image of an epoch, from its first batch on."""
     loader.sampler.set_epoch(loader.sampler.epoch + 1)
@@ -108,6 +115,8 @@ def main(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         dataset = build_pretrain_dataset(files)
         say(f"{dataset.describe()}: listed in {time.perf_counter() - start:.1f} s, {len(answers)} requests")
+        if args.read_only:
+            dataset.read = read_only
         loaders = {shuffle: make_loader(args, dataset, shuffle) for shuffle in ("full", "near")}
         ways = {shuffle: partial(time_epoch, loader) for shuffle, loader in loaders.items()}
         rounds = take_turns(args.rounds, ways)
@@ -125,4 +134,5 @@ if __name__ == "__main__":
     parser.add_argument("--wait", default=20, type=positive(or_zero=True), help="ms before each answer")
     parser.add_argument("--tars", default=8, type=positive())
     parser.add_argument("--workers", default=1, type=positive(or_zero=True))
+    parser.add_argument("--read_only", action="store_true", help="images are read and not decoded")
     run_benchmark(main, parser)

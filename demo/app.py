@@ -37,9 +37,9 @@ from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe
-from util.weights.files import read_file
+from util.weights.describe import WeightsFile
 from util.weights.flags import add_decoder_args, add_weights_args
+from util.weights.size import describe_file
 
 SAMPLES = 8  # at most
 SHOWN_WIDTH = 384  # pixels to which small pictures are enlarged, by a whole factor
@@ -54,7 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_decoder_args(parser)
     flag = parser.add_argument_group("page").add_argument
     flag("--samples", nargs="+", default=[], metavar="IMAGE|FOLDER",
-         help=f"pictures to choose from, the first {SAMPLES}; default: some of the demo set")
+         help=f"pictures to choose from, the first {SAMPLES}, of files with pages the first page; default: "
+              "some of the demo set")
     flag("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens the page to the network")
     flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
     flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")
@@ -235,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     gradio = load_gradio()
     device = resolve_device(args.device)
-    weights = describe(read_file(args.resume, "--resume", not args.no_verify), args.resume, args, "full")
+    weights = describe_file(args, "full")
     model = build(weights).to(device)
     if not takes_noise(model):
         raise UserError(f"--resume {args.resume}: its model draws its own masks, so that none can be chosen")

@@ -16,6 +16,7 @@ original patch to draw them, and the headings say so.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,9 @@ from util.files import printable
 from util.processes.collectives import log, warn
 from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
-from util.weights.describe import WeightsFile, describe
-from util.weights.files import read_file
+from util.weights.describe import WeightsFile
 from util.weights.flags import add_decoder_args, add_weights_args
+from util.weights.size import describe_file
 
 DEMO_ROWS = 5  # when no image is named
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones
@@ -80,6 +81,8 @@ def get_args_parser() -> argparse.ArgumentParser:
               "nothing hidden; for files without decoder only that")
     flag("--rows", type=int, metavar="N",
          help=f"draw N of the images, evenly spread (default: all, {DEMO_ROWS} of the demo set)")
+    flag("--pages", default="first", choices=["first", "all"],
+         help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
@@ -104,10 +107,10 @@ def check_args(args: argparse.Namespace) -> None:
     check_output("--output", args.output)
 
 
-def choose_images(args: argparse.Namespace) -> tuple[list[str], PathList]:
+def choose_images(args: argparse.Namespace) -> tuple[list[str], Sequence[str]]:
     """(paths, names) of the pictures to draw."""
     if args.images:
-        files, names = find_inputs(args.images, args.bad_images)
+        files, names = find_inputs(args.images, args.bad_images, args.pages)
         rows = args.rows or len(files.paths)
     else:
         files: ImageFiles = find_images(ensure_demo_data(log=log), "val")
@@ -118,7 +121,7 @@ def choose_images(args: argparse.Namespace) -> tuple[list[str], PathList]:
 
 
 def read_images(
-    paths: list[str], names: PathList, weights: WeightsFile, skip: bool
+    paths: list[str], names: Sequence[str], weights: WeightsFile, skip: bool
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
     depth, images, labels = depth_of(weights), [], []
@@ -178,8 +181,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
     parts = ["full", "encoder"] if args.attention else ["full"]
-    content = read_file(args.resume, "--resume", not args.no_verify)
-    weights = describe(content, args.resume, args, *parts)
+    weights = describe_file(args, *parts)
     attention_only = weights.part == "encoder"
     model = build(weights)
     for note in weights.notes:

@@ -125,6 +125,7 @@ MEANT = {
 ARGS = [
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "mask_ratio", "norm_pix_loss",
     "num_heads", "decoder_num_heads", "lr", "data_path", "repeated_aug", "trainable_blocks", "output_dir",
+    "init", "init_taken", "weights_key",
 ]  # fmt: skip
 INFO = [
     "model", "global_pool", "input_size", "patch_size", "in_chans", "nb_classes", "mean", "std",
@@ -211,6 +212,11 @@ class Scripts:
         called(script, [*self.data, *self.sizes, *words, "--output_dir", self.new()])
         return self.trained("checkpoint-0-step1.pth")
 
+    def init(self, path):
+        words = ["--init", path, "--model", "mae_small", "--max_steps", "1", "--log_dir="]
+        called(main_pretrain, [*self.data, *self.sizes, *words, "--output_dir", self.new()])
+        return self.trained("checkpoint-0-step1.pth")
+
     def probe(self, path):
         return self.start(path, main_linprobe)
 
@@ -243,11 +249,12 @@ class Scripts:
 
 
 READERS = {
-    "pretrain": ("resume", "start", "probe", "knn", "features", "visualize", "export", "export_timm"),
+    "pretrain": ("resume", "init", "start", "probe", "knn", "features", "visualize", "export", "export_timm"),
     "finetune": (
         "resume_classes",
         "evaluate",
         "start",
+        "init",
         "knn",
         "predict",
         "features",

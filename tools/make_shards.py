@@ -131,6 +131,12 @@ def main(args: argparse.Namespace) -> None:
     settings["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()
     take_target(args, Path(args.own), settings)
     parts = plan(files, args.images)
+    splits = Counter()
+    for part in parts:
+        splits[part.archive.rpartition("-")[0]] += len(part)
+    if "" not in splits:  # the folders directly in SRC are no classes
+        files.classes = None
+        files.notes.append(", ".join(f"{count:,} in {split}" for split, count in splits.items()))
     say(f"{files.describe()}: {len(parts):,} archives of at most {args.images:,} images")
     counts, unreadable = copy_all(args, parts, pack)
     unreadable += [(os.fspath(path), reason) for path, reason in files.skipped]

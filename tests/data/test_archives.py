@@ -16,8 +16,9 @@ import pytest
 import torch
 from archive_utils import files_of, make_parquet, make_shards, make_tar, make_zip, serve
 from image_utils import make_folder
+from PIL import Image
 
-from util.data import archives, members, stores
+from util.data import archives, members, parquet, stores
 from util.data.dataset import build_pretrain_dataset
 from util.data.find import find_images
 from util.data.inputs import find_inputs
@@ -26,6 +27,7 @@ from util.data.loader import build_loader
 from util.data.read import BadImage, read_image
 from util.data.sampler import EpochSampler, near_order
 from util.errors import UserError
+from util.run.start import near_places, train_loader
 
 TRAIN, VAL = 22, 6
 
@@ -88,10 +90,12 @@ def test_the_same_files_in_a_folder_and_in_archives_are_the_same_data(tmp_path, 
 
 
 def batches(path, workers=0, shuffle="full", **more):
-    args = argparse.Namespace(data_path=str(path), input_size=16, seed=3, **more)
-    dataset = build_pretrain_dataset(args)
-    columns = getattr(dataset.files.paths, "columns", {})
-    near = (columns["shard"], columns["start"]) if shuffle == "near" else None
+    args = argparse.Namespace(data_path=path, input_size=16, seed=3, **more)
+    return batches_of(build_pretrain_dataset(args), workers, shuffle)
+
+
+def batches_of(dataset, workers=0, shuffle="full"):
+    near = dataset.files.paths.places if shuffle == "near" else None
     sampler = EpochSampler(len(dataset), seed=3, batch_size=4, near=near)
     sampler.set_epoch(1)
     return list(build_loader(dataset, sampler, 4, workers, drop_last=True))
@@ -131,7 +135,26 @@ def test_parquet_is_the_same_data(tmp_path, folder):
         assert same(batches(f"{server.address}/parquet/train-00000-of-00001.parquet"), expected)
 
 
-def test_a_store_of_fsspec(tmp_path, folder):
+@pytest.mark.extra
+def test_row_groups_are_kept_and_sets_that_are_too_large_are_warned_of(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import ParquetFile
+
+    make_folder(tmp_path / "set" / "train", TRAIN, classes=2)
+    path, reads, read = make_parquet(tmp_path / "parquet", tmp_path / "set"), [], ParquetFile.read_row_group
+    monkeypatch.setattr(ParquetFile, "read_row_group", lambda *a, **more: reads.append(0) or read(*a, **more))
+    args = argparse.Namespace(data_path=path, input_size=16, seed=3, batch_size=4, num_workers=0)
+    counts, args.pixel_range = [], None
+    for room, args.shuffle in ((1 << 20, "full"), (0, "full"), (0, "near")):
+        monkeypatch.setattr(parquet, "KEPT", room)
+        parquet._groups.clear(), reads.clear()
+        assert len(list(train_loader(build_pretrain_dataset(args), args, False)[0])) == TRAIN // 4
+        counts.append((len(reads), "pass --shuffle near" in capsys.readouterr().err))
+    groups = 1 + (TRAIN - 1) // 5
+    assert counts[0] == (groups, False) and counts[1][0] > groups and counts[1][1] and not counts[2][1]
+
+
+def test_a_store_of_fsspec(tmp_path, folder, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
     for path in make_shards(tmp_path / "shards", folder).iterdir():
@@ -142,6 +165,13 @@ def test_a_store_of_fsspec(tmp_path, folder):
         find_images("memory://bucket/9.tar")
     with pytest.raises(UserError, match="nosuch"):
         find_images("nosuch://bucket/9.tar")
+
+    def refuse(*_, **__):
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(type(system), "glob", refuse)
+    with pytest.raises(UserError, match=r"memory://bucket/\*\.tar: no credentials"):
+        find_images("memory://bucket/*.tar")
 
 
 @pytest.mark.slow
@@ -173,6 +203,9 @@ def test_webdatasets_labels(tmp_path):
         found = zip(files.paths, files.labels, strict=True)
         assert {os.path.basename(path)[:3]: label for path, label in found} == numbers
         assert files.paths[0].endswith(".tar/000.jpg")  # the member's own name
+    hidden = {**cls, "000.cls": b".x/..", "000.json": b"[" * 60_000}
+    files = find_images(make_tar(tmp_path / "hidden.tar", tmp_path / "flat", **hidden))
+    assert files.classes[-1] == "_x_.." and files.paths.name(len(files.paths) - 1) == "_x_../000.jpg"
     captions = {name: json.dumps({"caption": "x"}).encode() for name in text}
     files = find_images(make_tar(tmp_path / "captions.tar", tmp_path / "flat", **captions))
     assert files.labels is None and files.ignored == 13
@@ -282,11 +315,77 @@ def test_near_reads_neighbours_together(tmp_path, folder, monkeypatch):
     assert same(found, batches(tmp_path / "shards", shuffle="near"))
 
 
-def test_near_is_for_archives_and_warns_of_sorted_classes(tmp_path, folder, capsys):
-    from util.run.start import near_places
+def test_several_archives_are_one_set_as_a_pattern_of_them_is(tmp_path, folder):
+    make_shards(tmp_path / "shards", folder)
+    several = sorted(map(str, (tmp_path / "shards").iterdir()))
+    for split in ("train", "val"):
+        same_files(find_images(several, split), find_images(folder, split))
+    found, pattern = (find_images(path) for path in (several, f"{tmp_path}/shards/*.tar"))
+    assert pickle.loads(pickle.dumps(found)).describe() == found.describe()
+    assert found.paths.digest() == pattern.paths.digest() and len(found.paths.places[0]) == TRAIN
+    assert (
+        find_images(several).describe().endswith(f"{several[0]} and 3 more (1 other files ignored: 1 .txt)")
+    )
+    with pytest.raises(UserError, match=r"000\.tar: is given twice"):
+        find_images([*several, several[0]])
 
-    with pytest.raises(UserError, match="--shuffle near"):
-        near_places(build_pretrain_dataset(argparse.Namespace(data_path=folder, input_size=16)))
+
+def test_archives_that_are_named_after_splits_are_splits_also_one_by_one(tmp_path, folder):
+    """As `shards/*.tar` arrives from a shell: val's images must not be trained on."""
+    for split in ("train", "val"):
+        make_tar(tmp_path / f"{split}-0.tar", folder / split)
+    both = [str(tmp_path / f"{split}-0.tar") for split in ("train", "val")]
+    for split in ("train", "val"):
+        same_files(find_images(both, split), find_images(folder, split))
+
+
+def test_images_in_no_split_or_in_one_of_two_are_told(tmp_path, folder, capsys):
+    make_tar(tmp_path / "t" / "train-0.tar", folder / "train")
+    make_tar(tmp_path / "t" / "more.tar", folder / "val")
+    make_tar(tmp_path / "t" / "val-0.tar", folder / "val")
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        assert len(find_images(tmp_path / "t", split).paths) == count
+    warned = capsys.readouterr().err
+    assert (
+        warned.count("no split") == 1 and f"{VAL} images beside train/ are in no split and left out" in warned
+    )
+    for name in ("Training", "TRAIN"):
+        shutil.copytree(folder / "train", tmp_path / "two" / name)
+    with pytest.raises(UserError, match="TRAIN and Training could both be train/"):
+        find_images(make_tar(tmp_path / "two.tar", tmp_path / "two"))
+
+
+def test_data_sets_in_an_archive_each_keep_their_splits(tmp_path, folder):
+    both = [make_tar(tmp_path / f"{name}.tar", folder, wrapper=f"{name}/") for name in ("one", "two")]
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        files = find_images(both, split)
+        assert len(files.paths) == 2 * count and files.classes == find_images(folder, split).classes
+
+
+def test_sets_of_archives_and_their_pages_are_read_near(tmp_path, folder, monkeypatch):
+    """A folder of archives is a set, others another; each page is an image; all of it is read ahead."""
+    monkeypatch.setattr(archives, "_GAP", 2048)
+    make_shards(tmp_path / "a", folder / "train", 2)
+    pages = [Image.new("RGB", (16, 12), (60 * i,) * 3) for i in range(4)]
+    (tmp_path / "pages" / "c0").mkdir(parents=True)
+    for name in ("p.tif", "q.tif"):
+        pages[0].save(tmp_path / "pages" / "c0" / name, save_all=True, append_images=pages[1:])
+    here = [tmp_path / "a", make_tar(tmp_path / "b.tar", tmp_path / "pages")]
+    with serve(tmp_path) as server:
+        places = [tmp_path / "a", f"{server.address}/b.tar"]
+        args = argparse.Namespace(data_path=places, input_size=16, seed=3, pages="all", pixel_range=None)
+        dataset = build_pretrain_dataset(args)
+        server.requests.clear()
+        found = batches_of(dataset, shuffle="near")
+        assert same(found, batches(here, pages="all", pixel_range=None, shuffle="near"))
+        assert len(found) == 30 // 4 and 0 < len(server.requests) < 5
+
+
+def test_near_is_for_archives_and_warns_of_sorted_classes(tmp_path, folder, capsys):
+    one = make_tar(tmp_path / "one.tar", folder)
+    for path in (folder, [folder, one]):
+        with pytest.raises(UserError, match=r"--shuffle near: .* not all of these are"):
+            near_places(build_pretrain_dataset(argparse.Namespace(data_path=path, input_size=16)))
     args = argparse.Namespace(data_path=make_tar(tmp_path / "all.tar", folder), input_size=16)
     near_places(build_pretrain_dataset(args))
     assert "of one class" in capsys.readouterr().err
@@ -370,6 +469,9 @@ def test_paths_that_name_no_archives(tmp_path, folder):
     for path in (tmp_path / "b.tar", tmp_path / "*.zip", tmp_path / "{a,b}.tar"):
         with pytest.raises(UserError, match="does not exist"):
             find_images(path)
+    for inner, count in (("3..1", -1), ("0..99999999999", 100_000_000_000)):
+        with pytest.raises(UserError, match=f"stands for {max(0, count):,} archives"):
+            find_images(f"{tmp_path}/{{{inner}}}.tar")
     with pytest.raises(UserError, match=r"no archives .*README"):
         (tmp_path / "README").touch()
         find_images(tmp_path / "R*")

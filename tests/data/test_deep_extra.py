@@ -262,6 +262,12 @@ def test_dicoms_that_are_refused(tmp_path, pydicom):
     data.save_as(path)
     with pytest.raises(BadImage, match="decompression bomb"):
         read_deep(path, 1)
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((8, 10), np.uint16))
+    data = pydicom.dcmread(path)
+    del data.Rows, data.PhotometricInterpretation
+    data.save_as(path)
+    with pytest.raises(BadImage, match="a damaged DICOM file: without Rows, PhotometricInterpretation"):
+        read_deep(path, 1)
     (tmp_path / "a.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:400])
     with pytest.raises(BadImage):
         read_deep(path, 1)

@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory):
 def player(checkpoint):
     app = load_script()
     args = app.ArgumentParser(parents=[app.get_args_parser()]).parse_args(["--resume", str(checkpoint)])
-    weights = app.describe(app.read_file(args.resume), args.resume, args, "full")
+    weights = app.describe_file(args, "full")
     return app.Player(app.build(weights), weights, torch.device("cpu"))
 
 

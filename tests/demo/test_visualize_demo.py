@@ -91,6 +91,17 @@ def test_ratios_rows_and_mask_file(tmp_path, drawn, capsys):
     assert "c.pth does not say whether it predicts normalised pixels" in capsys.readouterr().out
 
 
+def test_pages(tmp_path, drawn, capsys):
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"mask_ratio": 0.6})
+    pages = [Image.new("RGB", (32, 32), (60 * i, 90, 90)) for i in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    words = ["--resume", checkpoint, *HEADS, tmp_path / "a.tif", "--output", tmp_path / "out.png"]
+    run(*words)
+    assert "a.tif" in drawn and "a.tif#2" not in drawn and "--pages all" in capsys.readouterr().err
+    run(*words, "--pages", "all", "--rows", 2)
+    assert {"a.tif#1", "a.tif#3"} <= set(drawn) and "a.tif#2" not in drawn
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, (32, 32)), (3, (32, 64)), (5, (32, 32))])
 def test_grey_rectangular_and_many_channels(tmp_path, drawn, channels, size):
     model = tiny_mae(in_chans=channels, img_size=size)
@@ -184,7 +195,7 @@ def test_unreadable_images(tmp_path, drawn, capsys):
         (["--seed", "-1"], "--seed -1"),
         (["--output", "a.jpg"], "must end in .png"),
         (["--output", "missing/a.png"], "cannot be written"),
-        (["--input_size", "64"], "--input_size 64x64: .* was trained with 32x32"),
+        (["--input_size", "60"], "--input_size 60x60: must be a multiple of 8, the patch size of c.pth"),
         (["--norm_pix_loss"], "--norm_pix_loss True: .* was trained with False"),
         (["--mean", "0.5"], "--mean 0.5: .* was trained with 0.4"),
         (["--mean", "0.5", "0.5"], "--mean"),

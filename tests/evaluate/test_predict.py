@@ -313,6 +313,26 @@ def test_files_folders_lists_and_bad_images(tmp_path, folder, capsys):
     assert "could not decode 1" in capsys.readouterr().err
 
 
+def test_pages(tmp_path, capsys):
+    save_mae(tmp_path / "c.pth")
+    pictures = [Image.new("RGB", (40, 32), (60 * i, 200 - 60 * i, 90)) for i in range(3)]
+    (tmp_path / "images").mkdir()
+    pictures[0].save(tmp_path / "images" / "a.tif", save_all=True, append_images=pictures[1:])
+    for i, one in enumerate(pictures):
+        one.save(tmp_path / "images" / f"b{i}.png")
+    out = tmp_path / "f.npz"
+    words = ["--resume", tmp_path / "c.pth", *HEADS, "--features", out, tmp_path / "images"]
+    run(*words)
+    assert len(load(out)["files"]) == 4
+    assert "1 files have several pages, 6 in all: --pages all reads them all" in capsys.readouterr().err
+    run(*words, "--pages", "all")
+    assert "several pages" not in capsys.readouterr().err
+    names = [os.path.basename(path) for path in load(out)["files"]]
+    assert names == ["a.tif#1", "a.tif#2", "a.tif#3", "b0.png", "b1.png", "b2.png"]
+    features = load(out)["features"]
+    assert np.array_equal(features[:3], features[3:]) and not np.allclose(features[0], features[1])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -329,7 +349,7 @@ def test_files_folders_lists_and_bad_images(tmp_path, folder, capsys):
         (["short.txt"], "short.txt: 2 of 2 files are no readable images"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--amp_dtype", "fp16"], "--amp_dtype fp16: not on CPU"),
-        (["--input_size", "64"], "--input_size 64x64: .* was trained with 32x32"),
+        (["--input_size", "60"], "--input_size 60x60: must be a multiple of 8, the patch size of c.pth"),
     ],
 )
 def test_flags_that_cannot_work(tmp_path, folder, flags, message, monkeypatch):

@@ -151,9 +151,25 @@ def test_exports_say_it(pretrained, tuned, tmp_path):
     assert weights.pixel_range == (low, high)
 
 
+def test_timm_has_it_and_an_import_takes_it_again(tuned, tmp_path):
+    import timm
+
+    def run(*words, output):
+        words = [*map(str, words), "--output", str(tmp_path / output)]
+        export.main(export.get_args_parser().parse_args(words))
+
+    run("--to", "timm", "--resume", tuned, output="timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    stored = read_file(tuned)["args"]["pixel_range"]
+    assert "pixel range {:g} {:g} (low".format(*stored) in model.pretrained_cfg["notes"][0]
+    run("--from", "timm", "--resume", tmp_path / "timm", output="back")
+    assert read_file(tmp_path / "back" / "model.pth")["model_info"]["pixel_range"] == list(stored)
+
+
 def test_hugging_faces_preprocessor_has_it(tuned):
     from util.export.hf import _preprocessor_config
     from util.export.source import read_source
+    from util.weights.hugging_face import settings_of_folder
 
     names = ("input_size", "num_heads", "decoder_num_heads", "mean", "std", "mask_ratio", "norm_pix_loss")
     args = export.argparse.Namespace(encoder_only=False, **dict.fromkeys(names))
@@ -164,6 +180,12 @@ def test_hugging_faces_preprocessor_has_it(tuned):
     expected = ((values - low) / (high - low) - source.mean[0]) / source.std[0]
     assert config["do_rescale"] is False
     torch.testing.assert_close((values - config["image_mean"][0]) / config["image_std"][0], expected)
+    back = settings_of_folder({}, json.loads(json.dumps(config)))  # as an import reads them
+    assert back["pixel_range"] == list(source.pixel_range)
+    assert (back["mean"], back["std"]) == (pytest.approx(source.mean), pytest.approx(source.std))
+    for damaged in ("x", [1], [1, "2"], 5, [1, 2, 3, 4]):
+        with pytest.raises((ValueError, TypeError)):
+            settings_of_folder({}, {**config, "pixel_range": damaged})
 
 
 def test_what_a_checkpoint_says_of_8_bits_and_what_is_damaged():

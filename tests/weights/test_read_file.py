@@ -20,6 +20,7 @@ from util.run import checkpoint, resume
 from util.weights.describe import describe
 from util.weights.encoder import load_into
 from util.weights.files import fetch, read_file
+from util.weights.state import model_state
 
 
 def flip(path, at, bits=1):
@@ -168,23 +169,16 @@ def test_a14_a_damaged_download_is_fetched_again(tmp_path, web, capsys):
         read_file("https://A/y.pth", "--resume")
 
 
-def renamed(state, *pairs):
-    for old, new in pairs:
-        state = {key.replace(old, new): value for key, value in state.items()}
-    return state
-
-
 VIT = make_vit().state_dict()
 OTHERS = {
-    "mmpretrain": (
-        renamed(VIT, ("patch_embed.proj", "patch_embed.projection"), ("blocks", "layers"), ("norm", "ln")),
-        "mmpretrain",
-    ),
-    "mmpretrain's backbone": ({"backbone.patch_embed.projection.weight": VIT["cls_token"]}, "mmpretrain"),
-    "BEiT": (
-        {k: v for k, v in VIT.items() if not k.endswith("qkv.bias")}
-        | {f"blocks.{i}.attn.{name}": torch.zeros(24) for i in (0, 1) for name in ("q_bias", "v_bias")},
+    "relative positions": (
+        VIT | {f"blocks.{i}.attn.relative_position_bias_table": torch.zeros(9, 3) for i in (0, 1)},
         "a BEiT or alike",
+    ),
+    "half of BEiT's biases": (VIT | {"blocks.0.attn.q_bias": torch.zeros(24)}, "a BEiT or alike"),
+    "a Swin": (
+        {"patch_embed.proj.weight": torch.zeros(24, 3, 4, 4), "layers.0.blocks.0.norm1.bias": torch.ones(4)},
+        r"whose class token \(cls_token\) is not in the file",
     ),
     "video": (VIT | {"patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}, r"a model of videos .*Conv3d"),
     "no positions": ({k: v for k, v in VIT.items() if k != "pos_embed"}, r"positional embedding \(pos_embed"),
@@ -209,8 +203,10 @@ def test_c8_the_right_reason_for_other_models(tmp_path, name):
 
 
 def test_c8_tensors_under_another_name(tmp_path):
-    torch.save({"module": VIT, "optimizer": {}}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth: its tensors are under 'module' \(as DeepSpeed's are\)"):
+        model_state({"module": VIT, "optimizer": {}}, "a.pth")  # a run goes on from its own files only
+    torch.save({"net": {"conv1.weight": torch.zeros(3)}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: its tensors are under 'net', not under 'model'"):
         load_into(make_vit(), str(tmp_path / "a.pth"))
 
 

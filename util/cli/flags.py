@@ -110,6 +110,9 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         if isinstance(action.type, Bounded) and value is not None and not action.type.allows(value):
             finite = "" if abs(value) < math.inf or "lie" in action.type.rule else " and finite"
             raise UserError(f"--{action.dest} {value}: must {action.type.rule}{finite}{action.type.advice}")
+    starts = [getattr(args, name) for name in ("init", "finetune", "eval") if hasattr(args, name)]
+    if getattr(args, "weights_key", "") and starts and not any(starts):
+        raise UserError(f"--weights_key {args.weights_key}: is of a file to start from, and none is given")
     epochs = getattr(args, "epochs", None)
     if epochs is not None and (start_epoch := getattr(args, "start_epoch", 0)) >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
@@ -197,6 +200,12 @@ def add_verify_arg(flag: Callable) -> None:
     """The flag of scripts that read weights; `flag`: a group's or parser's `add_argument`."""
     flag("--no_verify", action="store_true",
          help="read weights without comparing them with the checksums in the file")  # fmt: skip
+    flag(
+        "--weights_key",
+        default="",
+        metavar="NAME",
+        help="of a file with several models (model, model_ema, teacher, ...) or prefixes: which to take",
+    )
 
 
 def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Callable:

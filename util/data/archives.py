@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from util.data import stores
+from util.data import parquet, stores
 from util.data.folders import SPLITS, Folder
 from util.data.members import DEFLATED, PARQUET, RAW, kept_table
-from util.data.parquet import parquet_image
 from util.data.read import Place
+from util.errors import UserError
+from util.files import printable, some
 from util.processes.collectives import is_main_process, warn
 
 _GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
@@ -49,8 +50,8 @@ class Member(Place):
     def open(self) -> io.BytesIO:
         """Its bytes, from one read; raises OSError."""
         if self.kind == PARQUET:
-            return _Bytes(parquet_image(self.shard, self.start))
-        run = _ahead.pop((self.shard, self.start), None)
+            return _Bytes(parquet.parquet_image(self.shard, self.start))
+        run = _ahead.get((self.shard, self.start))
         read = run.read if run else functools.partial(stores.read, self.shard)
         data = read(self.start, self.span)
         if self.kind != RAW:
@@ -100,19 +101,16 @@ class Members(Sequence):
     folders: in the order of the images. names: uint8, file names of all images that there are in the archives
     and more, zero bytes behind each. columns: name, shard, start, length, kind, (n,) each: where in `names`,
     which archive, first byte there and bytes, what it is. bad: (index, reason) of those whose first bytes are
-    no image's.
+    no image's. far: whether some archives are. in_groups: whether an image costs reading many,
+    as of Parquet files that are too large to be kept.
     """
 
-    def __init__(
-        self,
-        shards: list[stores.Shard],
-        folders: list[ArchiveFolder],
-        names: np.ndarray,
-        columns: dict[str, np.ndarray],
-        bad: list[tuple[int, str]],
-    ):
+    def __init__(self, shards: list[stores.Shard], folders: list[ArchiveFolder], names, columns: dict, bad):
         self.shards, self.folders, self.names, self.columns, self.bad = shards, folders, names, columns, bad
         self._firsts = np.cumsum([0] + [folder.count for folder in folders])
+        self.far = any(stores.is_far(shard.address) for shard in shards)
+        in_groups = bool((columns["kind"] == PARQUET).any())
+        self.in_groups = in_groups and sum(shard.size for shard in shards) > parquet.KEPT
 
     def __len__(self) -> int:
         return len(self.columns["name"])
@@ -179,33 +177,39 @@ class Members(Sequence):
         return Members(self.shards, list(folders), self.names, columns, bad)
 
     @property
-    def probes(self) -> int:
-        """How many images a look before the start may open: a Parquet file's cost a row group each."""
-        return 16 if (self.columns["kind"][:1] == PARQUET).any() else len(self)
-
-    @property
     def nbytes(self) -> int:
         return len(self.names) + sum(column.nbytes for column in self.columns.values())
 
     def plan(self, indices: Sequence[int]) -> None:
         """Says which images will be opened next: neighbours in an archive far away are read together."""
-        _ahead.clear()
-        _waiting.clear()
-        if not stores.is_far(self.shards[0].address):  # nor are the others, as one data path names all
-            return
-        far = [member for member in map(self.__getitem__, indices) if member.kind != PARQUET]
-        group: list[Member] = []
-        for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
-            if group and (member is None or not _joins(group, member)):
-                stop = max(m.start + m.span for m in group)
-                run = _Run(group[0].shard, group[0].start, stop)
-                _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
-                group = []
-            group.append(member)
-        runs = dict.fromkeys(_ahead[m.shard, m.start] for m in far if (m.shard, m.start) in _ahead)
-        _waiting.extend(runs)  # in the order in which they are wanted
-        for _ in range(min(READS_AHEAD, len(_waiting))):
-            _waiting.popleft().begin()
+        if self.far:
+            read_ahead(map(self.__getitem__, indices))
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, starts), (n,) each: which archive each image lies in, and where."""
+        return self.columns["shard"], self.columns["start"]
+
+
+def read_ahead(places: Iterable[str]) -> None:
+    """Starts reading what will be opened next, and forgets what was to be: see `Members.plan`."""
+    _ahead.clear()
+    _waiting.clear()
+    members = [place if isinstance(place, Member) else getattr(place, "file", None) for place in places]
+    far = [member for member in members if isinstance(member, Member)
+           and member.kind != PARQUET and stores.is_far(member.shard.address)]  # fmt: skip
+    group: list[Member] = []
+    for member in [*sorted(far, key=lambda m: (m.shard, m.start)), None]:
+        if group and (member is None or not _joins(group, member)):
+            stop = max(m.start + m.span for m in group)
+            run = _Run(group[0].shard, group[0].start, stop)
+            _ahead.update({(m.shard, m.start): run for m in group} if len(group) > 1 else {})
+            group = []
+        group.append(member)
+    runs = dict.fromkeys(_ahead[m.shard, m.start] for m in far if (m.shard, m.start) in _ahead)
+    _waiting.extend(runs)  # in the order in which they are wanted
+    for _ in range(min(READS_AHEAD, len(_waiting))):
+        _waiting.popleft().begin()
 
 
 def _joins(group: list[Member], member: Member) -> bool:
@@ -239,12 +243,19 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     bad = list(map(tuple, about["bad"]))
     members = Members(shards, folders, columns.pop("names"), columns, bad)
     tops = {folder.name.split("/")[0] for folder in folders}
-    aliases = sorted(top for top in tops if top.lower() in SPLITS.get(split, ()) and top != split)
-    inside = f"{split if split in tops or not aliases else aliases[0]}/"
-    if split and any((folder.name + "/").startswith(inside) for folder in folders):
-        folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
-        for folder in folders:
-            folder.name = folder.name[len(inside) :]
-    elif split not in ("", "train"):
-        return None
+    aliases = sorted(top for top in tops if top.lower() in SPLITS.get(split, ()))
+    if len(aliases) > 1 and split not in tops:
+        names = printable(" and ".join(aliases))
+        raise UserError(f"{place}: {names} could both be {split}/; name the archives of one")
+    if not aliases:
+        return None if split not in ("", "train") else (members, folders)
+    inside = f"{split if split in tops else aliases[0]}/"
+    known = {name for names in SPLITS.values() for name in names}
+    outside = [f for f in folders if f.count and f.name.split("/")[0].lower() not in known]
+    if split == "train" and outside and is_main_process():
+        count, names = sum(f.count for f in outside), some((printable(f.real or ".") for f in outside), 2)
+        warn(f"{place}: {count:,} images beside {printable(inside)} are in no split and left out, in {names}")
+    folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
+    for folder in folders:
+        folder.name = folder.name[len(inside) :]
     return members, folders

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from util.data.headers import NPY, PNG, TIFF, is_dicom
-from util.data.peek import array_header, need
+from util.data.peek import array_header, need, read_dicom
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, Pillow's
 
@@ -137,19 +137,16 @@ def _decode_tiff(file: BinaryIO, number: int) -> np.ndarray:
     return np.moveaxis(array, 0, 2) if page.axes == "SYX" else array
 
 
-def _dicom(file: BinaryIO, pixels: bool = True):
-    pydicom = need("pydicom", "a DICOM file")
-    file.seek(0)
-    return pydicom.dcmread(file, stop_before_pixels=not pixels)
-
-
 def _decode_dicom(file: BinaryIO, number: int) -> np.ndarray:
     """The values that the scanner meant: rescaled, and bright where there is much, whatever is stored."""
     from pydicom.pixels import apply_modality_lut, pixel_array
 
-    data = _dicom(file)
+    data = read_dicom(file)
     if "PixelData" not in data:
         raise ValueError("a DICOM file without pixels")
+    needed = "Rows", "Columns", "BitsStored", "PixelRepresentation", "PhotometricInterpretation"
+    if missing := [name for name in needed if name not in data]:
+        raise ValueError(f"a damaged DICOM file: without {', '.join(missing)}")
     check_size(data.Rows, data.Columns)
     if data.PhotometricInterpretation == "PALETTE COLOR":
         raise ValueError("a DICOM file of palette colours; save it as PNG")
@@ -161,7 +158,7 @@ def _decode_dicom(file: BinaryIO, number: int) -> np.ndarray:
 
 def declared_range(head: bytes, file: BinaryIO) -> tuple[float, float] | None:
     """Lowest and highest value that a file's header allows, after DICOM's rescaling; None: it says none."""
-    return _span(_dicom(file, pixels=False)) if is_dicom(head) else None
+    return _span(read_dicom(file, pixels=False)) if is_dicom(head) else None
 
 
 def _span(data) -> tuple[float, float]:

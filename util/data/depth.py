@@ -108,7 +108,7 @@ def parse_range(values: Sequence, channels: int) -> tuple[float, ...] | None:
     """`--pixel_range` as a tuple; None for auto. Raises UserError for numbers that are no range."""
     if values is None or values in ("auto", ["auto"]):
         return None
-    text = f"--pixel_range {_numbers(values)}"
+    text = f"--pixel_range {range_text(values)}"
     if not all(isinstance(v, int | float) and abs(v) < 1e300 for v in values):
         raise UserError(f"{text}: must be auto, or numbers LOW HIGH")
     if len(values) not in (2, 2 * channels):
@@ -146,7 +146,7 @@ def settle_pixel_range(own, stored: dict, source, channels: int) -> tuple[float,
         text = shown(stored["pixel_range"])
         raise UserError(f"{source}: is damaged, or of another --in_chans: pixel_range is {text}") from None
     if given and theirs and not same_range(given, theirs):
-        raise UserError(f"--pixel_range {_numbers(given)}: {source} was trained with {_numbers(theirs)}; "
+        raise UserError(f"--pixel_range {range_text(given)}: {source} was trained with {range_text(theirs)}; "
                         "leave the flag out")  # fmt: skip
     return theirs if theirs or (stored and not given) else own
 
@@ -166,5 +166,6 @@ def adopt_pixel_range(args: Namespace, content: dict, source: str) -> None:
         args.pixel_range = settle_pixel_range(own, stored, source, getattr(args, "in_chans", 3))
 
 
-def _numbers(values: Sequence) -> str:
+def range_text(values: Sequence) -> str:
+    """A range as it is written on a command line."""
     return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.data.depth import Depth, depth_of, make_reader, parse_range, read_deep
+from util.data.depth import Depth, depth_of, make_reader, parse_range, range_text, read_deep
 from util.data.find import ImageFiles
 from util.data.folders import ask_all
 from util.data.headers import HEAD, why_no_image
@@ -40,7 +40,7 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     if given is None or isinstance(given, tuple):
         depth, paths = depth_of(args), [files.paths[i] for i in range(min(FLAT, len(files.paths)))]
         if depth and is_main_process() and _all_constant(paths, getattr(args, "in_chans", 3), depth):
-            text = f"within --pixel_range {_text(given)}, the checkpoint's"
+            text = f"within --pixel_range {range_text(given)}, the checkpoint's"
             warn(f"{_names(paths)}: all images looked at have one value only {text}")
         return depth
     channels = getattr(args, "in_chans", 3)
@@ -68,6 +68,21 @@ def add_pages(files: ImageFiles) -> None:
         files.notes.append(f"{counts[counts > 1].sum():,} of them pages of {(counts > 1).sum():,} files")
 
 
+def count_pages(files: ImageFiles) -> str:
+    """Which files have several pages, in words; "" where none of those looked at has."""
+    count = len(files.paths)
+    rows = np.unique(np.linspace(0, count - 1, min(count, HEADERS)).astype(int))
+    headers = ask_all(_look_inside, [files.paths[int(row)] for row in rows])
+    of = "" if count <= HEADERS else f" of {HEADERS} looked at"
+    return "".join(_about_pages([header for header in headers if header], of))
+
+
+def _about_pages(headers: list[Header], of: str) -> list[str]:
+    paged, pages = sum(len(header.pages) > 1 for header in headers), sum(len(h.pages) for h in headers)
+    text = f"{paged} files{of} have several pages, {pages} in all: --pages all reads them all"
+    return [text] if paged else []
+
+
 def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, bad_images: str) -> Found:
     """Looks at the headers of some files, drawn from `seed`, and decodes a few.
 
@@ -78,28 +93,18 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
     Raises:
         UserError: the set mixes depths and no range was given; none of the deep images can be read.
     """
-    count, headers = len(files.paths), min(HEADERS, getattr(files.paths, "probes", HEADERS))
+    count, headers = len(files.paths), 16 if getattr(files.paths, "in_groups", False) else HEADERS
     picked = np.arange(count)
     if count > headers:
         picked = np.sort(np.random.default_rng(derive_seed(seed, 13)).choice(count, headers, replace=False))
     paths = [files.paths[i] for i in picked]
     known = [pair for pair in zip(paths, ask_all(_look_inside, paths), strict=True) if pair[1]]
-    deep, flat, alpha, paged = (
-        [path for path, header in known if test(header)]
-        for test in (
-            lambda header: header.deep,
-            lambda header: not header.deep,
-            lambda header: header.alpha,
-            lambda header: len(header.pages) > 1,
-        )
-    )
+    deep, flat = ([path for path, header in known if header.deep is wanted] for wanted in (True, False))
+    alpha = [path for path, header in known if header.alpha]
     of = "" if count <= headers else f" of {headers} looked at"
-    notes, warnings = [], []
-    if paged and not (
-        isinstance(files.paths, Selection) and files.paths.pages.max() >= 0
-    ):  # else each is one
-        pages = sum(len(header.pages) for _, header in known)
-        notes.append(f"{len(paged)} files{of} have several pages, {pages} in all: --pages all reads them all")
+    warnings, notes = [], _about_pages([header for _, header in known], of)
+    if isinstance(files.paths, Selection) and files.paths.pages.max() >= 0:  # each is one
+        notes = []
     if alpha and channels in (1, 3):
         warnings.append(
             f"{len(alpha)} images{of} have an alpha channel or a fourth band, which is dropped: "
@@ -114,11 +119,11 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
         given, constant = None, _all_constant(flat[:FLAT], channels)
     elif given is None:
         given, how, constant = _measure(deep[:: max(1, len(deep) // PICTURES)][:PICTURES], channels)
-        notes.append(f"deeper than 8 bits, --pixel_range {_text(given)} ({how})")
+        notes.append(f"deeper than 8 bits, --pixel_range {range_text(given)} ({how})")
     else:
         constant = _all_constant(paths[:FLAT], channels, Depth(given, channels))
     if constant:
-        within = f", within --pixel_range {_text(given)}" if given else ""
+        within = f", within --pixel_range {range_text(given)}" if given else ""
         warnings.append(
             f"all images looked at have one value only{within} ({_names(paths)}): nothing to learn"
         )
@@ -139,10 +144,6 @@ def _look_inside(path: str) -> Header | None:
         raise
     except Exception:  # on broken files parsers raise whatever they run into
         return None
-
-
-def _text(pixel_range: tuple[float, ...]) -> str:
-    return " ".join(f"{v:g}" for v in pixel_range)
 
 
 def _all_constant(paths: list[str], channels: int, depth: Depth | None = None) -> bool:

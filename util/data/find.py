@@ -128,7 +128,7 @@ def find_images(
     data_path: str | Path | Sequence[str], split: str = "train", bad_images: str = "error"
 ) -> ImageFiles | None:
     """Finds the images of a split and looks at the first bytes of each. Of several `data_path` those of all,
-    in their order; labels are those of all classes together.
+    in their order, archives among them as one pattern; labels are those of all classes together.
 
     `data_path` may be an ImageFolder root with `train/` and perhaps `val/`; a folder of class folders; a
     folder of images, nested in any way; a text file that lists one image a line, relative to its own folder
@@ -148,9 +148,9 @@ def find_images(
         UserError: nothing there, no images, a folder that cannot be read, or files that are no images.
     """
     if not isinstance(data_path, str | os.PathLike):
-        found = [find_images(path, split, bad_images) for path in data_path]
-        from util.data.several import join
+        from util.data.several import join, sets_of
 
+        found = [find_images(path, split, bad_images) for path in sets_of(data_path)]
         return join([files for files in found if files is not None])
     root = os.fspath(data_path)
     place = f"--data_path {root or repr(root)}"

@@ -29,9 +29,23 @@ def is_archive(name: str) -> bool:
     return bool(re.search(r"\.(tar|zip|parquet|tgz|tbz2?|txz|tar\.\w+)$", path, re.IGNORECASE))
 
 
+class Archives(str):
+    """Several archives as one data path, under the text that is shown of them. paths: their names."""
+
+    paths: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> "Archives":
+        several = cls(paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+        several.paths = paths
+        return several
+
+
 def names_archives(path: str) -> bool:
     """Whether a data path means archives: an address, a name or a pattern of them, or a folder with archives
     and no images directly in it."""
+    if isinstance(path, Archives):
+        return True
     if not os.path.isdir(path):
         is_pattern = not set("*?[{").isdisjoint(path) and not os.path.lexists(path)
         return "://" in path or is_archive(path) or is_pattern

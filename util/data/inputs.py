@@ -3,19 +3,25 @@
 import os
 from collections.abc import Sequence
 
+from util.data.examine import add_pages, count_pages
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.folders import names_archives
 from util.data.read import Place, sniff_header
+from util.data.several import Selection
 from util.errors import UserError
 from util.files import printable, some
-from util.processes.collectives import warn
+from util.processes.collectives import note, warn
 
 
-def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageFiles, PathList]:
+def find_inputs(
+    paths: Sequence[str], bad_images: str = "error", pages: str | None = None
+) -> tuple[ImageFiles, Sequence[str]]:
     """Images of files, folders (to any depth; train/ and val/ are folders like others), archives, .txt lists.
 
     Args:
         bad_images: "error"; "skip" leaves out, with a warning, what is no image, however many.
+        pages: "all": each page of a file is an image; "first": it stands for the file, with a note of files
+            with more of them; None: without a look.
 
     Returns:
         The images, without labels, and a name for each: relative to the folder or list that it came from.
@@ -52,4 +58,10 @@ def find_inputs(paths: Sequence[str], bad_images: str = "error") -> tuple[ImageF
         raise UserError("no images: none of the files named is readable")
     source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     places = found if any(isinstance(path, Place) for path in found) else PathList(found)
-    return ImageFiles(source, "", places, skipped=skipped), PathList(names)
+    files, names = ImageFiles(source, "", places, skipped=skipped), PathList(names)
+    if pages == "all":
+        add_pages(files)
+        names = Selection([names], files.paths.rows, files.paths.pages)
+    elif pages and (found := count_pages(files)):
+        note(f"{source}: {found}")
+    return files, names

@@ -115,7 +115,7 @@ def _walk_parquet(shard: Shard, file) -> Iterator[Entry]:
 def _class_name(label: object) -> str:
     """The class folder that a label stands for: numbers are filled up, so that they sort as numbers."""
     text = str(label).strip()
-    return f"{int(text):05d}" if re.fullmatch(r"\d+", text) else text.replace("/", "_")
+    return f"{int(text):05d}" if re.fullmatch(r"\d+", text) else re.sub(r"/|^\.", "_", text)  # not hidden
 
 
 def _label(entry: Entry) -> str | None:
@@ -126,7 +126,7 @@ def _label(entry: Entry) -> str | None:
             content = json.loads(value)
             value = next((content[k] for k in ("label", "cls", "class") if k in content), None)
         return _class_name(value) if isinstance(value, int | str) and value != "" else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -176,33 +176,34 @@ def make_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     class that a label says; one that everything lies in is passed over.
     """
     contents = list(ask_all(lambda shard: ask(shard, _list_shard), shards))
-    wrapper = _wrapper(contents)
+    whole = _wrapper(contents)
+    wrappers = [whole or _wrapper([content], of_splits=True) for content in contents]
     splits = [SPLIT.match(os.path.basename(shard.address)) for shard in shards]
     splits = [match and match[1].lower() for match in splits]
-    rows, others, reals = defaultdict(list), defaultdict(Counter), {}
+    rows, others = defaultdict(list), defaultdict(Counter)  # by name, and name in the archive
 
-    def place(folder: str) -> str:
-        return (folder + "/").removeprefix(wrapper)[:-1]
+    def place(folder: str, number: int) -> str:
+        return (folder + "/").removeprefix(wrappers[number])[:-1]
 
     for number, (content, split) in enumerate(zip(contents, splits, strict=True)):
-        inside = {place(folder).split("/")[0] for folder, *_ in content.images}
+        inside = {place(folder, number).split("/")[0] for folder, *_ in content.images}
         prefix = [split] if "train" in splits and split and not inside & {"train", "val", "test"} else []
         for folder, base, entry in content.images:
             label = content.labels.get(_key(f"{folder}/{base}" if folder else base))
             if label is None and content.labels:
                 shard = printable(shards[number].address)
                 raise UserError(f"{shard}: {printable(base)} has no label beside it, but others have")
-            name = "/".join(part for part in (*prefix, label, place(folder)) if part)
-            reals.setdefault(name, folder)
+            name = "/".join(part for part in (*prefix, label, place(folder, number)) if part)
             reason = None if entry.head is None else why_no_image(entry.head)
-            rows[name].append((base, number, entry.start, entry.length, entry.kind, reason))
+            rows[name, folder].append((base, number, entry.start, entry.length, entry.kind, reason))
         for folder, counts in content.others.items():
-            others["/".join(part for part in (*prefix, place(folder)) if part)].update(counts)
+            name = "/".join(part for part in (*prefix, place(folder, number)) if part)
+            others[name, folder].update(counts)
         content.images.clear()
     folders, ordered, twice = [], [], 0
-    for name in sorted({*rows, *others}):
-        part = sorted(rows.pop(name, []), key=lambda row: row[:3])
-        folders.append((name, reals.get(name, name), len(part), others[name]))
+    for names in sorted({*rows, *others}):
+        part = sorted(rows.pop(names, []), key=lambda row: row[:3])
+        folders.append((*names, len(part), others[names]))
         twice += len(part) - len({row[0] for row in part})
         ordered += part
     bad = [(index, row[5]) for index, row in enumerate(ordered) if row[5]]
@@ -216,17 +217,23 @@ def make_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     return {"folders": folders, "bad": bad, "twice": twice}, columns
 
 
-def _wrapper(contents: list[Content]) -> str:
-    """The folder, with a slash, that everything lies in and that holds folders only; "": there is none."""
+def _wrapper(contents: list[Content], of_splits: bool = False) -> str:
+    """The folder, with a slash, that everything lies in and that holds folders only; "": there is none.
+
+    of_splits: one that holds splits, as of several sets in an archive each.
+    """
     images = {folder for content in contents for folder, *_ in content.images}
     tops = {folder.split("/")[0] for folder in images}
     top = tops.pop() if len(tops) == 1 else ""
-    return "" if top in images or SPLIT.fullmatch(top) else f"{top}/"
+    if not top or top in images or SPLIT.fullmatch(top):
+        return ""
+    splits = any(SPLIT.fullmatch(part) for folder in images for part in folder.split("/")[1:2])
+    return f"{top}/" if splits or not of_splits else ""
 
 
 def kept_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     """`make_table`, or what it gave before, from the cache; one process of this machine makes it for all."""
-    key = hashlib.sha256(repr([1, IMG_EXTENSIONS, shards]).encode("utf-8", "surrogateescape")).hexdigest()[
+    key = hashlib.sha256(repr([2, IMG_EXTENSIONS, shards]).encode("utf-8", "surrogateescape")).hexdigest()[
         :32
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"

@@ -1,7 +1,7 @@
 """Images in Parquet files, in the layout of Hugging Face's data sets: a column of {bytes, path}, and a label.
 
-They can only be read by row group, often hundreds of images: the last ones are kept, and `--shuffle near`
-helps. Who reads them for many epochs makes tars of them first (`tools/make_shards.py`).
+They can only be read by row group, often hundreds of images, of which each process keeps some. Of larger sets
+`--shuffle near` helps; who reads those for many epochs makes tars of them first (`tools/make_shards.py`).
 """
 
 import functools
@@ -16,7 +16,9 @@ from util.data.stores import Shard, open_shard
 from util.errors import UserError
 from util.files import printable
 
+KEPT = 1 << 27  # bytes of images that a process keeps
 _lock = threading.Lock()
+_groups: dict[tuple, object] = {}  # of this process, by shard and number: the images of row groups
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,8 +68,14 @@ def parquet_image(shard: Shard, row: int) -> bytes:
     return value
 
 
-@functools.lru_cache(maxsize=2)
 def _row_group(shard: Shard, group: int):
-    file, image, *_ = _open(shard)
-    table = file.read_row_group(group, [f"{image}.bytes"], use_threads=False)
-    return table.column(image).combine_chunks().field("bytes")
+    """A row group's images, kept as long as there is room; the one that was wanted longest ago goes first."""
+    kept = _groups.pop((shard, group), None)
+    if kept is None:
+        file, image, *_ = _open(shard)
+        table = file.read_row_group(group, [f"{image}.bytes"], use_threads=False)
+        kept = table.column(image).combine_chunks().field("bytes")
+        while len(_groups) > 1 and kept.nbytes + sum(other.nbytes for other in _groups.values()) > KEPT:
+            del _groups[next(iter(_groups))]
+    _groups[shard, group] = kept
+    return kept

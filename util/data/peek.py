@@ -105,14 +105,17 @@ def read_header(head: bytes, file: BinaryIO) -> Header:
             deep, tags.get(277, 1) in (2, 4) and tags.get(262) in (1, 2), tuple(tiff_tags(file, None))
         )
     if is_dicom(head):
-        tags = need("pydicom", "a DICOM file").dcmread(_rewound(file), stop_before_pixels=True)
+        tags = read_dicom(file, pixels=False)
         return Header(True, pages=tuple(range(int(tags.get("NumberOfFrames") or 1))))
     if head.startswith((b"GIF8", b"RIFF")):
-        image = Image.open(_rewound(file), formats=("GIF", "WEBP"))
+        file.seek(0)
+        image = Image.open(file, formats=("GIF", "WEBP"))
         return Header(False, image.has_transparency_data, tuple(range(getattr(image, "n_frames", 1))))
     return Header(deep)
 
 
-def _rewound(file: BinaryIO) -> BinaryIO:
+def read_dicom(file: BinaryIO, pixels: bool = True):
+    """A file's DICOM elements, as pydicom has them; UserError without it."""
+    pydicom = need("pydicom", "a DICOM file")
     file.seek(0)
-    return file
+    return pydicom.dcmread(file, stop_before_pixels=not pixels)

@@ -1,12 +1,14 @@
 """Images of several places as one set, some of them, and pages of them, without copies of names."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from util.data.folders import Archives, is_archive
 from util.data.read import Place
 from util.errors import UserError
 from util.files import printable
@@ -55,14 +57,50 @@ class Selection(Sequence):
         return hashlib.sha256(names + self.rows.tobytes() + self.pages.tobytes()).hexdigest()
 
     @property
+    def places(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `Members.places`, the lists' archives counted through; None where a list is no archive's."""
+        found = [getattr(names, "places", None) for names in self.lists]
+        if any(pair is None for pair in found):
+            return None
+        counts = np.cumsum([0, *(int(shards.max()) + 1 for shards, _ in found)])
+        shards = np.concatenate(
+            [first + shards for first, (shards, _) in zip(counts[:-1], found, strict=True)]
+        )
+        return shards[self.rows], np.concatenate([starts for _, starts in found])[self.rows]
+
+    @property
+    def far(self) -> bool:
+        return any(getattr(names, "far", False) for names in self.lists)
+
+    @property
+    def in_groups(self) -> bool:
+        return any(getattr(names, "in_groups", False) for names in self.lists)
+
+    def plan(self, indices: Sequence[int]) -> None:
+        """As `Members.plan`, for the images that lie in archives."""
+        if self.far:
+            from util.data.archives import read_ahead
+
+            read_ahead(map(self.__getitem__, indices))
+
+    @property
     def nbytes(self) -> int:
         return self.rows.nbytes + self.pages.nbytes + sum(names.nbytes for names in self.lists)
 
 
+def sets_of(paths: Iterable[str | os.PathLike]) -> list[str]:
+    """Data paths that are a set each. Archives are parts of one, as where a shell has written out `*.tar`."""
+    paths = [os.fspath(path) for path in paths]
+    archives = [path for path in paths if is_archive(path) and not os.path.isdir(path)]
+    if twice := [path for path in archives if archives.count(path) > 1]:
+        raise UserError(f"--data_path {printable(twice[0])}: is given twice")
+    return [Archives.of(archives) if path in archives else path for path in paths if path not in archives[1:]]
+
+
 def join(found: list):
     """`ImageFiles` of several places as one set, None of none; without labels unless all have some."""
-    if not found:
-        return None
+    if len(found) < 2:
+        return found[0] if found else None
     sources = [files.source for files in found]
     if twice := [source for source in sources if sources.count(source) > 1]:
         raise UserError(f"--data_path {printable(twice[0])}: is given twice")

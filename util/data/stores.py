@@ -21,6 +21,7 @@ from util.data.folders import ask_all, is_archive
 from util.errors import UserError
 from util.files import printable, some
 
+MOST = 1_000_000  # archives that a pattern's range may stand for
 TRIES, PAUSE, TIMEOUT = 8, 0.5, 30  # tries; seconds before the second, then twice as long each; of one try
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one soon
@@ -109,8 +110,8 @@ def ask(shard: Shard | str, question: Callable):
 
 def find_shards(data_path: str, place: str) -> list[Shard]:
     """The archives that a data path names: addresses, patterns, folders of them; raises UserError."""
-    pieces, addresses = [data_path], []
-    while any(braced := [_BRACES.search(piece) for piece in pieces]):
+    pieces, addresses = list(getattr(data_path, "paths", [data_path])), []
+    while any(braced := [None if os.path.lexists(piece) else _BRACES.search(piece) for piece in pieces]):
         pieces = [piece[: m.start()] + inner + piece[m.end() :] if m else piece
                   for piece, m in zip(pieces, braced, strict=True)
                   for inner in (_between(m[1]) if m else [""])]  # fmt: skip
@@ -123,9 +124,7 @@ def find_shards(data_path: str, place: str) -> list[Shard]:
         elif far and is_archive(piece) and "*" not in piece:
             found = [piece]
         elif far:
-            system, path = open_store(piece)
-            found = system.glob(path) if "*" in path else system.find(path)
-            found = [system.unstrip_protocol(name) for name in found if is_archive(name)]
+            found = ask(piece, lambda address: _persist(lambda: _list_store(address), tries=4))
         elif os.path.isdir(piece):
             found = [name for name in os.listdir(piece) if is_archive(name) and not name.startswith(".")]
             found = [os.path.join(piece, name) for name in found]
@@ -141,11 +140,22 @@ def find_shards(data_path: str, place: str) -> list[Shard]:
     return list(ask_all(lambda address: ask(address, look), list(dict.fromkeys(addresses))))
 
 
+def _list_store(address: str) -> list[str]:
+    """The archives of a folder or pattern of a store."""
+    system, path = open_store(address)
+    found = system.glob(path) if "*" in path else system.find(path)
+    return [system.unstrip_protocol(name) for name in found if is_archive(name)]
+
+
 def _between(inside: str) -> list[str]:
     """What braces stand for: `000..127` a range as wide as its ends are written, `a,b` a list."""
-    if not (ends := re.fullmatch(r"(\d+)\.\.(\d+)", inside)):
+    if not (ends := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)):
         return inside.split(",")
-    return [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)]
+    first, last = int(ends[1]), int(ends[2])
+    if not 0 <= last - first < MOST:
+        count = max(0, last - first + 1)
+        raise UserError(f"--data_path: {{{inside}}} stands for {count:,} archives; 1 to {MOST:,} are read")
+    return [str(i).zfill(len(ends[1])) for i in range(first, last + 1)]
 
 
 def _is_http(address: str) -> bool:

@@ -89,6 +89,7 @@ def _preprocessor_config(source: Source) -> dict:
     if depth := depth_of(source):  # of the files' own values, which are not clipped here
         mean, std = depth.low + depth.span * source.mean, depth.span * source.std
         config |= {"do_rescale": False, "image_mean": mean.tolist(), "image_std": std.tolist()}
+        config["pixel_range"] = list(source.pixel_range)  # for an import; transformers passes it over
     if source.vit.num_classes and height == width:
         edge = int(height / 0.875) if height <= 224 else height
         config |= {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}

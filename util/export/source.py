@@ -89,7 +89,9 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
         UserError: unreadable, no ViT encoder in it, one that computes something else than this code's, or
             one whose settings neither the file nor the flags tell.
     """
-    content = read_file(path, "--resume", not getattr(args, "no_verify", False))
+    content = read_file(
+        path, "--resume", not getattr(args, "no_verify", False), getattr(args, "weights_key", "")
+    )
     parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
     weights = describe(content, path, args, *parts, override=True)
     source = Source(**vars(weights))

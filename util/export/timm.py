@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 import torch
 
+from util.data.depth import range_text
 from util.errors import UserError
 from util.export.files import render, write_json, write_safetensors
 from util.export.source import Source, read_source
@@ -67,6 +68,11 @@ def write(source: Source, folder: Path) -> None:
         },
         "model_args": {"global_pool": pooling, "num_heads": info["num_heads"], **args},
     }
+    if info["pixel_range"]:  # beside pretrained_cfg, where timm passes over what it does not know
+        config["pixel_range"] = list(info["pixel_range"])
+        limits = range_text(info["pixel_range"])
+        text = f"pixel range {limits} (low high): mean and std are of (value - low) / (high - low), clipped"
+        config["pretrained_cfg"]["notes"] = [text]
     if names := list(info.get("class_names") or []):
         config["label_names"] = names + [f"LABEL_{i}" for i in range(len(names), classes)]
     write_json(folder / "config.json", config)

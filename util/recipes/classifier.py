@@ -5,6 +5,7 @@ The recipes themselves (optimizer, augmentation, head, epoch loop) stand in `mai
 """
 
 import argparse
+from collections.abc import Collection
 
 import torch
 
@@ -136,17 +137,26 @@ def read_start(args: argparse.Namespace) -> dict | None:
     """The content of `--finetune FILE` for `start_from`, if any; `args` get the pixel range that it says."""
     if not getattr(args, "finetune", "") or getattr(args, "eval", False):
         return None
-    content = read_file(args.finetune, "--finetune", not getattr(args, "no_verify", False))
+    content = _read(args)
     if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
         adopt_pixel_range(args, content, f"--finetune {args.finetune}")
     return content
 
 
-def start_from(model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None) -> LoadReport:
-    """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken."""
+def _read(args: argparse.Namespace) -> dict:
+    verify, key = not getattr(args, "no_verify", False), getattr(args, "weights_key", "")
+    return read_file(args.finetune, "--finetune", verify, key)
+
+
+def start_from(
+    model: torch.nn.Module, args: argparse.Namespace, content: dict | None = None, asked: Collection[str] = ()
+) -> LoadReport:
+    """Loads the encoder of `--finetune FILE` (or its `content`, once read) and says what was taken. `asked`:
+    names of the flags on the command line, to which the encoder is adapted (`load_into`).
+    """
     if content is None:
-        content = read_file(args.finetune, "--finetune", not getattr(args, "no_verify", False))
-    report = load_into(model, args.finetune, content=content)
+        content = _read(args)
+    report = load_into(model, args.finetune, content=content, asked=asked)
     log(str(report))
     warn_of_other_stats(args, content, args.finetune)
     return report

@@ -13,12 +13,13 @@ from util.weights.schema import comparable, in_words
 # Every flag of the training scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
     "model": "model input_size patch_size in_chans mean std pixel_range decoder_embed_dim decoder_depth "
-    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers",
+    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers init_freeze",
     "data": "data_path pages loader shuffle repeated_aug no_aug cache_features cache_views color_jitter aa "
     "reprob remode recount",
     "recipe": "mask_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr min_lr "
     "weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
-    "mixup_switch_prob mixup_mode ignore_index amp_dtype seed finetune",
+    "mixup_switch_prob mixup_mode ignore_index amp_dtype seed finetune init weights_key teacher "
+    "teacher_loss teacher_weight teacher_block",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir resume no_verify start_epoch max_steps "
     "save_freq save_minutes keep_checkpoints vis_freq knn_freq print_freq skip_nonfinite bad_images eval "
@@ -86,8 +87,8 @@ def check_changes(
     if changed and finished:
         raise UserError(
             f"--resume {source}: is complete, so nothing is left to do, and this command differs: "
-            f"{', '.join(changed)}; to train on, pass more --epochs; for a new run, another --output_dir "
-            "(classifiers start from this file with --finetune)"
+            f"{', '.join(changed)}; to train on, pass more --epochs; for a new run from its weights, --init "
+            f"{source} (classifiers: --finetune) and another --output_dir"
         )
     if changed and is_main_process():
         warn(f"resume: settings differ from the checkpoint's: {', '.join(changed)}")
@@ -125,8 +126,11 @@ def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
 
 
 def _joined(settings: dict) -> dict:
-    """Settings with what counts of some in their place: the effective batch, and `lr` for `blr`."""
+    """Settings with what counts of some in their place: the effective batch, `lr` for `blr`, the digest of
+    the teacher's tensors for its file.
+    """
     settings = dict(settings)
+    settings["teacher"] = settings.get("teacher_digest", settings.get("teacher"))
     settings.pop("lr" if settings.get("lr") is None else "blr", None)
     parts = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
     if all(type(part) is int for part in parts):

@@ -24,10 +24,10 @@ class Checkpoint(NamedTuple):
     content: dict
 
 
-def _read(source: str | Path, flag: str = "", verify: bool = True) -> dict:
+def _read(source: str | Path, flag: str = "", verify: bool = True, weights_key: str | None = None) -> dict:
     from util.weights.files import read_file  # here and below: only runs that go on need it
 
-    return read_file(source, flag, verify)
+    return read_file(source, flag, verify, weights_key)
 
 
 def read_resume(args) -> Checkpoint | None:
@@ -42,6 +42,7 @@ def read_resume(args) -> Checkpoint | None:
     """
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     verify = not getattr(args, "no_verify", False)
+    key = getattr(args, "weights_key", "") if getattr(args, "eval", False) else None  # else all of a run
     if resume == "auto":
         chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
         source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
@@ -49,7 +50,7 @@ def read_resume(args) -> Checkpoint | None:
             return None
         checkpoint = chosen or Checkpoint(source, _read(source, "--resume", verify=False))
     elif resume:
-        checkpoint = Checkpoint(resume, _read(resume, "--resume", verify))
+        checkpoint = Checkpoint(resume, _read(resume, "--resume", verify, key))
     else:
         return None
     from util.weights.state import check_entries
@@ -196,10 +197,12 @@ def _say_what_is_there(args) -> None:
 
 def _check_owner(args) -> None:
     """Raises UserError where a fresh run would overwrite another script's checkpoints or its own start."""
-    newest, given = _all_there(args.output_dir)[0], getattr(args, "finetune", "")
-    if given and "://" not in given and Path(given).resolve().parent == Path(args.output_dir).resolve():
-        raise UserError(f"--output_dir {args.output_dir}: holds --finetune {given}, and this run would "
-                        "overwrite it; pass another folder")  # fmt: skip
+    newest = _all_there(args.output_dir)[0]
+    for flag in ("finetune", "init", "teacher"):
+        given = Path(getattr(args, flag, "") or ".")
+        if given.is_file() and given.resolve().parent == Path(args.output_dir).resolve():
+            raise UserError(f"--output_dir {args.output_dir}: holds --{flag} {given}, and this run would "
+                            "overwrite it; pass another folder")  # fmt: skip
     try:
         stored = _read(newest, verify=False).get("args")
     except UserError:

@@ -39,6 +39,7 @@ class StepCurves:
         values = {
             name: value.detach().clone() if isinstance(value, torch.Tensor) else value
             for name, value in values.items()
+            if value is not None
         }
         self.rows.append((int(epoch * 1000), values))
 

@@ -98,9 +98,14 @@ def train_loader(
     """
     world_size, batch_size = get_world_size(), args.batch_size
     repeats = getattr(args, "repeated_aug", 1)
+    near = getattr(args, "shuffle", "full") == "near"
+    paths = getattr(getattr(dataset, "files", None), "paths", None)
+    if getattr(paths, "in_groups", False) and not near and is_main_process():
+        text = "of large Parquet files, each image in random order costs reading hundreds of others"
+        warn(f"{text}: pass --shuffle near, or make tars of them with tools/make_shards.py")
     sampler = EpochSampler(
         len(dataset), world_size, get_rank(), args.seed, batch_size=batch_size, repeats=repeats,
-        near=near_places(dataset) if getattr(args, "shuffle", "full") == "near" else None,
+        near=near_places(dataset) if near else None,
     )  # fmt: skip
     loader = build_loader(dataset, sampler, batch_size, args.num_workers, pin_memory, drop_last=True)
     if len(loader) == 0:
@@ -118,9 +123,9 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     Raises UserError for images that lie in no archives.
     """
     files = dataset.files
-    if not hasattr(files.paths, "columns"):
-        raise UserError("--shuffle near: is for images in archives, and these are files; leave it out")
-    shards, starts = files.paths.columns["shard"], files.paths.columns["start"]
+    if (places := getattr(files.paths, "places", None)) is None:
+        raise UserError("--shuffle near: is for images in archives, and not all of these are; leave it out")
+    shards, starts = places
     if files.labels is not None:
         labels = files.labels[np.lexsort((starts, shards))]
         alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
@@ -171,7 +176,12 @@ class RunState:
         restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler, listing)
         source, content = checkpoint or (None, {})
         self.started_from = owner.id_of(content)
-        self.run = {"id": owner.begin(source, content, anew=not self.args.resume), **listing}
+        saved = content.get("run") if isinstance(content.get("run"), dict) else {}
+        others = (
+            listing and saved.get("files", listing["files"]) != listing["files"]
+        )  # a run has one data set
+        began = owner.begin(source, {} if others else content, anew=not self.args.resume)
+        self.run = {"id": began, **listing}
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
@@ -231,6 +241,9 @@ def announce(
         f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
         metrics=metrics,
     )  # fmt: skip
+    if (crops := getattr(args, "repeated_aug", 1)) > 1:
+        log(f"repeated augmentation: {crops} crops of each decoded image, each a sample of the batch; "
+            f"{args.epochs} epochs are {args.epochs * crops} effective epochs")  # fmt: skip
 
 
 def close_run(log_writer, guard: RunGuard) -> None:

@@ -16,7 +16,7 @@ class EpochSteps:
 
     Args:
         data_loader: has a length; its sampler may have `start_batch`.
-        args: accum_iter; if present amp_dtype, mean, std, seed, print_freq, clip_grad.
+        args: accum_iter; if present amp_dtype, mean, std, seed, print_freq, clip_grad, teacher_weight.
         model: that is trained; a step that is not made leaves its buffers (BatchNorm's statistics) as well.
 
     count: micro-steps of the whole epoch. start: the first one to do, above 0 inside an epoch. amp_dtype:
@@ -31,8 +31,15 @@ class EpochSteps:
         self.mean, self.std = getattr(args, "mean", None), getattr(args, "std", None)  # None: ImageNet's
         self.seed, self.print_freq = getattr(args, "seed", None), getattr(args, "print_freq", 20)
         self.clip_grad = getattr(args, "clip_grad", None)
+        self.teacher_weight = getattr(args, "teacher_weight", None)  # None: no teacher
         self.buffers: list[torch.Tensor] = [] if model is None else list(model.buffers())
         self.kept: list[torch.Tensor] = []  # as they were before the accumulation window
+
+    def losses(self, output: Sequence) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(loss, distance to the teacher, if any) of what a masked autoencoder returns: loss, prediction and
+        mask; of a `util.recipes.teacher.Student` these.
+        """
+        return output[0], None if self.teacher_weight is None else output[1]
 
     def move(self, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """A batch (images[, labels]) on the device, the images normalised by `normalize_batch`."""

@@ -7,6 +7,7 @@ fine-tuned files, timm's ViTs, Hugging Face's ViTMAE and ViT (both of their nami
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,10 @@ from util.files import shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
+from util.weights.adapt import DECODER, adapt_patch_embed, fit_table, take_decoder
 from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
+from util.weights.layouts import own_names, take_weights
 from util.weights.schema import stored_settings
 from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite
 
@@ -32,7 +35,8 @@ _LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_bl
 
 # Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
 # the encoder computes (register tokens, a norm before the blocks, ...)
-_BESIDE = ("decoder", "mask_token", "head", "pre_logits", "pooler", "classifier")
+_BESIDE = ("decoder", "mask_token", "masked_embed", "head", "pre_logits", "pooler", "classifier", "beside.",
+           "teacher_map")  # fmt: skip
 
 
 @dataclass
@@ -45,12 +49,18 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)  # the file's keys, not in the model: not used
     dropped: list[str] = field(default_factory=list)  # "key: shape" of the file's head: new in every recipe
     resized: tuple | None = None  # ((rows, columns) in the file, in the model) of the positional embedding
+    way: str = "resized"  # or "computed anew": how it was brought there
+    adapted: list[str] = field(default_factory=list)  # what flags asked to change of the file's tensors
+    decoder: str = ""  # of a masked autoencoder: what became of the decoder
 
     def __str__(self) -> str:
         lines = [f"encoder: {self.source} ({self.kind})"]
         if self.resized:
             (rows, columns), (new_rows, new_columns) = self.resized
-            lines.append(f"  position table: {rows}x{columns} patches, resized to {new_rows}x{new_columns}")
+            way = f"{self.way} {'to' if self.way == 'resized' else 'for'} {new_rows}x{new_columns}"
+            lines.append(f"  position table: {rows}x{columns} patches, {way}")
+        lines += [f"  {text}" for text in self.adapted]
+        lines += [f"  decoder: {self.decoder}"] if self.decoder else []
         lines.append(f"  missing keys, initialised here ({len(self.missing)}): {_shorten(self.missing)}")
         lines.append(f"  unexpected keys, not used ({len(self.unexpected)}): {_shorten(self.unexpected)}")
         if self.dropped:
@@ -65,12 +75,21 @@ def _shorten(keys: list[str]) -> str:
 
 
 def load_into(
-    model: torch.nn.Module, source: str, flag: str = "--finetune", content: dict | None = None
+    model: torch.nn.Module,
+    source: str,
+    flag: str = "--finetune",
+    content: dict | None = None,
+    asked: Collection[str] = (),
 ) -> LoadReport:
-    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left.
+    """Loads the encoder of the file, https URL or folder `source` into `model`, in place; a head is left. A
+    masked autoencoder also gets the decoder, if there is one that fits.
 
-    A positional embedding is resized bicubically when the patch grid differs. `content`: of `source`, where
-    it has been read already.
+    A positional embedding is resized bicubically when the patch grid differs; of a masked autoencoder a fixed
+    one is computed anew.
+
+    Args:
+        content: of `source`, where it has been read already.
+        asked: names of flags that were given, to which the patch embedding is adapted: in_chans, patch_size.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, or one of another architecture; names `flag` and the
@@ -84,27 +103,45 @@ def load_into(
             f"{flag} {source}: has no usable encoder keys; this file is {kind} (keys: {keys}). Pass a "
             "pre-training checkpoint or a mae_pretrain_*.pth"
         )
-    report = LoadReport(source, kind)
-    for key in [k for k in state if k.startswith("head.")]:
-        report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
-    _fit_pos_embed(model, state, content, report, flag)
-    missing, unexpected, mismatched = compare_state(model, state)
-    lost = [k for k in missing if not k.startswith(_OPTIONAL)]
-    foreign = [k for k in unexpected if k.startswith(_ENCODER)]
-    if mismatched or lost or foreign:
-        raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    if strange := [key for key in unexpected if not _bare(key).startswith((*_BESIDE, "norm.", "fc_norm"))]:
+    beside, own = (*_BESIDE, *_ENCODER, "norm.", "fc_norm"), model.state_dict()
+    if strange := [key for key in state if not _bare(key).startswith(beside) and key not in own]:
         raise UserError(
             f"{flag} {source} ({kind}): has tensors that the model does not know ({_shorten(strange[:5])}): "
             "its encoder computes something else; only plain ViTs with a class token can be used"
         )
+    report = LoadReport(source, kind)
+    for key in [k for k in state if k.startswith("head.")]:
+        report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
+    proj, wanted = "patch_embed.proj.weight", model.patch_embed.proj.weight.shape
+    state[proj], report.adapted = adapt_patch_embed(state[proj], wanted, asked)
+    _fit_pos_embed(model, state, content, report, flag)
+    if hasattr(model, "decoder_pred"):
+        state = take_decoder(model, state, content, report)
+    missing, unexpected, mismatched = compare_state(model, state)
+    lost = [k for k in missing if not k.startswith((*_OPTIONAL, *DECODER))]
+    foreign = [k for k in unexpected if k.startswith(_ENCODER)]
+    if mismatched or lost or foreign:
+        raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
+    _check_settings(model, content, report, f"{flag} {source}", asked)
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
     report.missing = [key for key in missing if key not in dropped]
-    report.unexpected = unexpected
+    report.unexpected += unexpected
     model.load_state_dict(state, strict=False)
     return report
+
+
+def _check_settings(model, content: dict, report: LoadReport, where: str, asked: Collection[str]) -> None:
+    """Raises UserError for what no shape shows: another number of heads, a grid that no flag asked for."""
+    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
+        side, _ = model.patch_embed.patch_size
+        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
+        raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
+                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
+    heads = stored_settings(content, where, "num_heads").get("num_heads")
+    if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
+        raise UserError(f"{where} ({report.kind}): its encoder has {heads} attention heads, the model {own}")
 
 
 def check_final_norm(report: LoadReport) -> None:
@@ -118,14 +155,15 @@ def encoder_state(content: dict, source: str = "the checkpoint") -> tuple[dict[s
     """(state dict with this code's key names, kind of the file in words) of a loaded checkpoint.
 
     Raises:
-        UserError: as `model_state`; or tensors of Hugging Face's that belong together do not fit each other.
+        UserError: as `model_state`; or tensors of other code that belong together do not fit each other.
     """
-    state = model_state(content, source)
-    kind = describe_kind(state)
-    if not state and {"param_groups", "state"} <= content.keys():
-        kind = "an optimizer's state"
     try:
-        return (from_hugging_face(state) if kind.startswith("Hugging Face") else state), kind
+        state, told = own_names(model_state(take_weights(content), source))
+        kind = describe_kind(state) + told
+        if not state and {"param_groups", "state"} <= content.keys():
+            kind = "an optimizer's state"
+        state = from_hugging_face(state) if kind.startswith("Hugging Face") else state
+        return state, kind + (f", of odd shapes: {odd}" if (odd := _odd_shapes(state)) else "")
     except RuntimeError:  # of torch.cat
         raise UserError(f"{source}: is damaged: its query, key and value have other shapes") from None
 
@@ -135,7 +173,8 @@ def part_state(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Ten
 
     What stands beside that part and changes nothing of what it computes is left out; all else is there.
     """
-    beside = {"full": ("pooler",), "classifier": ("decoder", "mask_token", "pooler")}.get(part, _BESIDE)
+    beside = {"full": (), "classifier": ("decoder", "mask_token")}.get(part, _BESIDE)
+    beside += ("pooler", "beside.", "teacher_map")
     return {
         key: value.float() if value.is_floating_point() else value
         for key, value in state.items()
@@ -151,10 +190,13 @@ def has_encoder(state: dict) -> bool:
     """Whether a state dict with this code's key names has the encoder of a vision transformer."""
     if foreign_kind(state) or not count_blocks(state) or not _RANKS.keys() <= state.keys():
         return False
-    sizes = [(key, state[key].ndim, state[key].numel()) for key in (*_RANKS, *_LATER) if key in state]
-    return all(ndim == {**_RANKS, **_LATER}[key] and numbers for key, ndim, numbers in sizes) and (
-        state["pos_embed"].shape[1] > 1
-    )
+    return not _odd_shapes(state) and state["pos_embed"].shape[1] > 1
+
+
+def _odd_shapes(state: dict) -> str:
+    """Of the tensors that sizes are read off, those of which that is not possible, in words."""
+    ranks = [(key, rank, state[key]) for key, rank in (_RANKS | _LATER).items() if key in state]
+    return some(f"{k} {shown(tuple(v.shape), 40)}" for k, n, v in ranks if v.ndim != n or not v.numel())
 
 
 def count_blocks(state: dict, name: str = "blocks") -> int:
@@ -188,6 +230,8 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
         if interpolate_pos_embed(model, state, grid):
             side = round((table.shape[1] - 1) ** 0.5)
             report.resized = (grid or (side, side), tuple(model.patch_embed.grid_size))
+            if hasattr(model, "decoder_pred"):
+                state["pos_embed"], report.way = fit_table(table, *report.resized)
     except ValueError as error:
         raise UserError(
             f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
@@ -209,7 +253,7 @@ def _misfit_text(model, state, where, kind, differences) -> str:
     words = "{} blocks, width {}, {} channels, patch {}"
     hints = ["--model"] if theirs[:2] != ours[:2] else []
     pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)
-    hints += [f"--{flag} {their}" for flag, their, our in pairs if their != our]
+    hints += [f"--{flag} {their} (--{flag} {our} adapts it)" for flag, their, our in pairs if their != our]
     return (
         f"{where} ({kind}): its encoder ({words.format(*theirs)}) does not fit the model "
         f"({words.format(*ours)}): {some(differences, 2, '; ')}. Check {' and '.join(hints) or '--model'}"

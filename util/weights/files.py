@@ -24,8 +24,11 @@ _ENTRIES = ("args", "model_info", "epoch")  # in the metadata of our safetensors
 _FLIPPED = "the file was changed after it was written (bits flipped?); take another, or --no_verify reads it"
 
 
-def read_file(source: str | Path, flag: str = "", verify: bool = True) -> dict:
+def read_file(
+    source: str | Path, flag: str = "", verify: bool = True, weights_key: str | None = None
+) -> dict:
     """Reads a file, https URL or folder of weights to CPU tensors, executing nothing (`weights_only=True`).
+    hf://OWNER/NAME is a folder of Hugging Face's hub, timm:NAME one of timm's.
 
     The reference's `argparse.Namespace` is allowed and turned into a dict, paths and numpy's numbers in it to
     plain ones; `.safetensors` become {'model': tensors} and the entries `args`, `model_info` and `epoch` that
@@ -36,11 +39,17 @@ def read_file(source: str | Path, flag: str = "", verify: bool = True) -> dict:
         flag: that `source` was given to, if any, for messages.
         verify: compare all bytes with the checksums in the file. torch's files before version 1.6 (no zip
             archives) have none, nor have `.safetensors` that another program wrote.
+        weights_key: which of several models in it is its 'model' then, "" for the usual one
+            (`util.weights.layouts`); None: the file as it is.
 
     Raises:
         UserError: missing, damaged, no checkpoint, or content that only unsafe loading could read.
     """
     named = f"{flag} {source}".strip()
+    if weights_key is not None:
+        from util.weights.layouts import take_weights
+
+        return take_weights(read_file(source, flag, verify), weights_key, named)
     path = fetch(source, flag)
     if path.is_dir():
         from util.weights.folder import read_settings, weights_files
@@ -51,6 +60,11 @@ def read_file(source: str | Path, flag: str = "", verify: bool = True) -> dict:
             content = {"model": {key: value for part in parts for key, value in part.items()}}
         return content | read_settings(path, named)
     try:
+        blob = path.resolve()  # of Hugging Face's cache, which names them by their SHA-256
+        if verify and path.is_symlink() and re.fullmatch(r".*/blobs/[0-9a-f]{64}", blob.as_posix()):
+            with open(blob, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                    raise ValueError(f"{_FLIPPED}; remove {blob}")
         if path.suffix == ".safetensors":
             content = _read_safetensors(path, verify)
         else:
@@ -70,7 +84,8 @@ def read_file(source: str | Path, flag: str = "", verify: bool = True) -> dict:
 
 
 def fetch(source: str | Path, flag: str = "") -> Path:
-    """The path of a file or folder; of an https URL that of the copy in torch's cache, made if need be.
+    """The path of a file or folder; of an https URL that of the copy in torch's cache, made if need be, of
+    hf:// and timm: that of a folder in Hugging Face's.
 
     A copy is known by the whole address, or by the hash in its name, which is checked.
 
@@ -78,6 +93,10 @@ def fetch(source: str | Path, flag: str = "") -> Path:
         UserError: another kind of address, or it cannot be downloaded.
     """
     source = str(source)
+    if source.startswith(("hf://", "timm:")):
+        from util.weights.folder import hub_folder
+
+        return hub_folder(source, flag)
     if "://" not in source:
         return Path(source)
     if not source.startswith("https://"):
@@ -167,6 +186,8 @@ def _reason(error: Exception, path: Path) -> str:
         where = f" ({shown(found[1])}{_place(path, found[1])})" if found else ""
         return f"it is no checkpoint of tensors, or asks to execute code, which is refused{where}"
     reason = text.splitlines()[0] if text else type(error).__name__
+    if found := re.match("a numpy value of kind (.+)", reason):
+        reason += _place(path, found[1])
     # "101" and "EOFError" is what rubbish and empty files give
     return "it is no checkpoint, or damaged" if len(reason.split()) == 1 else shown(reason, 200)
 
@@ -178,6 +199,8 @@ def _place(path: Path, name: str) -> str:
         record = next(r for r in archive.namelist() if r.endswith("/data.pkl"))
         for code, value, _ in pickletools.genops(archive.read(record)):
             if code.name == "GLOBAL" and value.replace(" ", ".").endswith(name):
+                return f" in '{shown(last)}'" if last else ""
+            if "UNICODE" in code.name and value == name:
                 return f" in '{shown(last)}'" if last else ""
             if "UNICODE" in code.name:
                 last = fresh = value

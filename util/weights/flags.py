@@ -21,8 +21,8 @@ def add_weights_args(parser: argparse.ArgumentParser) -> None:
     flag("--resume", required=True, metavar="FILE|URL|FOLDER",
          help="a checkpoint, a released file, or the folder of a Hugging Face or timm model; its sizes come "
          "with it")
-    flag("--input_size", type=image_size, help="only for files that do not say it: 224, or 32x128 "
-         "(height x width)")
+    flag("--input_size", type=image_size, help="224, or 32x128 (height x width): for files that do not say "
+         "it, or another size than that of training, with a warning")
     flag("--num_heads", type=int, help="only for files that do not say it: attention heads of the encoder")
     flag("--mean", type=float, nargs="+", help="only for files that do not say it; default: ImageNet's")
     flag("--std", type=float, nargs="+", help="only for files that do not say it; default: ImageNet's")

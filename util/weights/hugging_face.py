@@ -49,7 +49,12 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def decoder_from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `from_hugging_face` left of a ViTMAE's decoder brought under this code's names."""
-    return _rename(state, _HF_DECODER_LAYER, "decoder_blocks", lambda key: key.removeprefix("decoder."))
+    known = ("decoder.decoder_", "decoder.mask_token")  # other code's decoder may have blocks of that name
+
+    def rename(key: str) -> str:
+        return key.removeprefix("decoder.") if key.startswith(known) else key
+
+    return _rename(state, _HF_DECODER_LAYER, "decoder_blocks", rename)
 
 
 def _rename(state: dict, layer: re.Pattern, blocks: str, rename: Callable[[str], str]) -> dict:
@@ -185,11 +190,17 @@ def settings_of_folder(config: dict, preprocessor: dict) -> dict:
     if "architecture" in config:  # timm's
         cfg, args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
         info = {"num_heads": args.get("num_heads"), "class_names": config.get("label_names")}
-        info |= {"mean": cfg.get("mean"), "std": cfg.get("std")}
+        info |= {"mean": cfg.get("mean"), "std": cfg.get("std"), "pixel_range": config.get("pixel_range")}
         info["input_size"] = args.get("img_size") or cfg.get("input_size", [])[1:] or None
     elif config:
         info = info_of_config(config)
     for name in ("mean", "std"):
         if (values := preprocessor.get(f"image_{name}")) is not None:
             info[name] = values
+    if limits := preprocessor.get("pixel_range"):  # then they are of the files' own values
+        pairs = list(zip(limits[::2], limits[1::2], strict=True))
+        bands = list(zip(info["mean"], info["std"], pairs * (len(info["mean"]) // len(pairs)), strict=True))
+        info["mean"] = [round((mean - low) / (high - low or 1), 9) for mean, _, (low, high) in bands]
+        info["std"] = [round(std / (high - low or 1), 9) for _, std, (low, high) in bands]
+        info["pixel_range"] = limits
     return {name: value for name, value in info.items() if value is not None}

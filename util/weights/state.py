@@ -88,8 +88,6 @@ def not_finite(state: dict) -> str:
 def foreign_kind(state: dict) -> str:
     """What kind of transformer, other than a plain ViT, a state dict belongs to, in words; "" for no such."""
     for key in state:
-        if key.removeprefix("backbone.").startswith("patch_embed.projection."):
-            return "a model under the names of mmpretrain (OpenMMLab), which are not known here"
         if match := re.match(r"(\w+)\.embeddings\.", key):
             return f"a model of Hugging Face's {shown(match[1], 30)}, no ViT or ViTMAE"
         if key.endswith((".attn.q_bias", ".attn.relative_position_bias_table")):
@@ -97,8 +95,9 @@ def foreign_kind(state: dict) -> str:
     proj = state.get("patch_embed.proj.weight")
     if proj is not None and getattr(proj, "ndim", 4) == 5:
         return "a model of videos (its patch embedding is a Conv3d)"
-    if proj is not None and "pos_embed" not in state and "cls_token" in state:
-        return "a ViT whose positional embedding (pos_embed) is not in the file"
+    for name, what in ("cls_token", "class token"), ("pos_embed", "positional embedding"):
+        if hasattr(proj, "ndim") and name not in state:
+            return f"a transformer whose {what} ({name}) is not in the file"
     return ""
 
 
@@ -130,7 +129,7 @@ def check_state(model: torch.nn.Module, state: dict, source: str) -> None:
     if alone and any(key.startswith("decoder_") for key in missing):
         raise UserError(
             f"{source}: holds an encoder only; to go on with pre-training the decoder is needed too "
-            "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth)"
+            "(a checkpoint-*.pth of pre-training, or a mae_visualize_*.pth); --init starts a new run from it"
         )
     parts = [("different shapes", mismatched), ("missing keys", missing), ("unexpected keys", unexpected)]
     details = "; ".join(f"{len(keys)} {name} ({some(keys, 3)})" for name, keys in parts if keys)

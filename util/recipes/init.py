@@ -1,0 +1,102 @@
+"""`--init`: pre-training that starts from weights, with a new optimizer at epoch 0."""
+
+from argparse import Namespace
+from pathlib import PurePath
+
+import torch
+
+from util.data.depth import adopt_pixel_range
+from util.errors import UserError
+from util.files import shown
+from util.processes.collectives import is_main_process, log, note, warn
+from util.run.resume import Checkpoint
+from util.weights.encoder import load_into
+from util.weights.files import read_file
+from util.weights.flags import warn_of_other_stats
+from util.weights.schema import said_settings
+
+
+def check_init(args: Namespace) -> None:
+    """Raises UserError for flags that cannot work together, before anything is read or written."""
+    if args.init and args.resume not in ("", "auto"):
+        raise UserError(
+            f"--init {args.init}, --resume {args.resume}: a run starts from weights (--init) or goes on from "
+            "a checkpoint with its optimizer and epoch (--resume); leave one out"
+        )
+    if args.init_freeze and not args.init and not args.resume:
+        raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold; pass one")
+
+
+class Init:
+    """What a run starts from: `--init FILE` or, where it goes on from a checkpoint, what that started from.
+
+    Sets `args.pixel_range` as the file says and, in `load`, `args.init_taken`: the report, and which
+    parameters were taken. Both stay in all checkpoints of the run.
+
+    Raises:
+        UserError: unreadable; or the checkpoint's run started from something else.
+    """
+
+    def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
+        """`given`: names of the flags on the command line."""
+        self.args, self.given, self.content, self.taken = args, given, None, {}
+        if checkpoint is None:
+            self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
+            if isinstance(args.pixel_range, str | list):
+                adopt_pixel_range(args, self.content, f"--init {args.init}")
+            return
+        saved = checkpoint.content.get("args")
+        saved = saved if isinstance(saved, dict) else {}
+        stored, taken = (saved.get(name) for name in ("init", "init_taken"))
+        stored = stored if isinstance(stored, str) else ""
+        if args.init and PurePath(stored).name != PurePath(args.init).name:
+            began = f"started from {shown(stored, 300)}" if stored else "started without --init"
+            raise UserError(f"--init {args.init}: {checkpoint.source} goes on, and its run {began}; for a "
+                            "new run pass another --output_dir")  # fmt: skip
+        if args.init and is_main_process():
+            note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
+        args.init, args.weights_key = stored, str(saved.get("weights_key", ""))
+        self.taken = taken if isinstance(taken, dict) else {}
+
+    def load(self, model: torch.nn.Module) -> None:
+        """Gives `model`, on the CPU, the weights of the file, and says what was taken."""
+        args, content, self.content = self.args, self.content, None
+        if content is not None:
+            report = load_into(model, args.init, "--init", content, self.given)
+            log(str(report))
+            warn_of_other_stats(args, content, args.init)
+            target = said_settings(content).get("norm_pix_loss")
+            if (
+                report.decoder.startswith("taken")
+                and target is (not args.norm_pix_loss)
+                and is_main_process()
+            ):
+                now = "normalised" if args.norm_pix_loss else "plain"
+                warn(f"{args.init}: its decoder does not predict {now} patches, as it is to do now")
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            self.taken = {"report": str(report).splitlines(), "parameters": sorted(names - {*report.missing})}
+            if args.init_freeze and names == {*self.taken["parameters"]}:
+                raise UserError(f"--init_freeze {args.init_freeze}: {args.init} holds all of the model, so "
+                                "nothing would train; leave it out")  # fmt: skip
+        args.init_taken = self.taken
+
+    def groups(self, groups: list[dict], model: torch.nn.Module) -> list[dict]:
+        """With `--init_freeze` the optimizer's parameter groups, each split in what is new and the rest."""
+        if not self.args.init_freeze:
+            return groups
+        taken, names = self.taken.get("parameters"), {id(p): name for name, p in model.named_parameters()}
+        taken = set(taken) if isinstance(taken, list) and all(isinstance(t, str) for t in taken) else set()
+        parts = [
+            {**group, "params": [p for p in group["params"] if (names[id(p)] in taken) == old], "taken": old}
+            for group in groups
+            for old in (False, True)
+        ]
+        return [part for part in parts if part["params"]]
+
+    def freeze(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Sets the learning rate of what was taken to 0 in the first `--init_freeze` epochs.
+
+        All gradients are exchanged and all moments kept as ever, so that nothing else changes after them.
+        """
+        for group in optimizer.param_groups if self.args.init_freeze else ():
+            group["lr_scale"] = 0.0 if group["taken"] and epoch < self.args.init_freeze else 1.0
