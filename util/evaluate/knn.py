@@ -132,7 +132,7 @@ def knn_votes(
 
 
 def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(rows of the queries, cosines (rows, k) of their nearest ones, the nearest first, these ones' places)."""
+    """(rows of the queries, cosines (rows, k) of their nearest ones, the nearest first, their places)."""
     memory = torch.empty_like(features, device=device)
     for unit, part in zip(memory.split(ROWS), features.split(ROWS), strict=True):
         unit.copy_(F.normalize(part.to(device), dim=1))

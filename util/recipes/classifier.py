@@ -75,7 +75,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     """Reads what `--resume` names and takes the model's flags from it; None without one.
 
     Args:
-        recipe: "finetune" or "linprobe", the script that calls.
+        recipe: "finetune", "linprobe" or "segment", the script that calls.
         given: names of the flags on the command line.
 
     Raises UserError where one of those says something else than the checkpoint.

@@ -150,10 +150,12 @@ def can_be_shown(value, depth: int = 0) -> bool:
     return not isinstance(value, int) or abs(value) < 2**64
 
 
+RECIPES = ("finetune", "linprobe", "segment")  # whose checkpoints say which script they are of
+
 # What readers take from `args`, `model_info` or a folder's config: a test, and what it wants in words
 SETTINGS = {
     "model": (_text, "a name"),
-    "recipe": (lambda v: _text(v) and v in ("finetune", "linprobe"), "finetune or linprobe"),
+    "recipe": (lambda v: _text(v) and v in RECIPES, " or ".join(RECIPES)),
     "input_size": (_size, "a size in pixels"),
     **dict.fromkeys(("patch_size", "in_chans"), (whole(), "a whole number above 0")),
     **dict.fromkeys(("num_heads", "decoder_num_heads"), (whole(), "a whole number above 0")),
