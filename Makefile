@@ -69,6 +69,7 @@ bench: setup
 	$(PY) benchmarks/bench_safety.py
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_features.py
+	$(PY) benchmarks/bench_card.py
 	$(PY) benchmarks/bench_index.py
 	$(PY) benchmarks/bench_index.py --archives 100
 	$(PY) benchmarks/bench_store.py
@@ -93,4 +94,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe
+	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe output_evaluate

@@ -15,6 +15,7 @@ The recipes of the paper are in FINETUNE.md.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
@@ -25,10 +26,11 @@ from util.cli.flags import above, add_schedule_args, add_training_args, at_least
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
-from util.data.labelled import labelled_images
+from util.data.labelled import LabelledImages, labelled_images
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
+from util.evaluate.metrics import best_metric
 from util.evaluate.report import evaluate_and_report
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import scale_learning_rate
@@ -47,11 +49,11 @@ from util.recipes.classifier import (
     start_from,
 )
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
+from util.recipes.labels import LabelMixup, classifier_info, target_loss
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
 from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
-from util.weights.describe import make_model_info
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -107,20 +109,26 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--remode {args.remode}: must be pixel, rand or const")
 
 
-def build_criterion(args: argparse.Namespace) -> tuple[torch.nn.Module, Mixup | None]:
-    """The loss, and what mixes a batch (images, labels) before it, if anything."""
+def build_criterion(
+    args: argparse.Namespace, dataset: LabelledImages | None = None
+) -> tuple[torch.nn.Module, Callable | None]:
+    """The loss of a training set, and what mixes a batch (images, labels) before it, if anything."""
+    loss, mixup = target_loss(args, dataset, args.smoothing) if dataset else None, None
     if uses_mixup(args):
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.nb_classes,
-        )
-        return SoftTargetCrossEntropy(), mixup
+        options = {
+            "mixup_alpha": args.mixup,
+            "cutmix_alpha": args.cutmix,
+            "cutmix_minmax": args.cutmix_minmax,
+            "prob": args.mixup_prob,
+            "switch_prob": args.mixup_switch_prob,
+            "mode": args.mixup_mode,
+        }
+        if loss and loss.task != "class":
+            mixup = LabelMixup(loss.task, **options)
+        else:
+            mixup = Mixup(label_smoothing=args.smoothing, num_classes=args.nb_classes, **options)
+    if loss or mixup:
+        return loss or SoftTargetCrossEntropy(), mixup
     if args.smoothing > 0:
         return LabelSmoothingCrossEntropy(smoothing=args.smoothing), None
     return torch.nn.CrossEntropyLoss(), None
@@ -170,10 +178,11 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion, mixup = build_criterion(args)
+    criterion, mixup = build_criterion(args, train_set)
+    criterion.to(device)
 
     # Resume
-    info = make_model_info(args, val_set.classes, "finetune")
+    info = classifier_info(args, val_set, "finetune", checkpoint)
     data = (train_set, val_set)
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
@@ -182,10 +191,10 @@ def main(args: argparse.Namespace) -> None:
     announce(
         run, args, log_writer,
         data=f"{train_set.describe()}; evaluation: {val_set.describe()}",
-        model=f"{millions:.1f} M trained parameters, {args.nb_classes} classes",
+        model=f"{millions:.1f} M trained parameters, {args.nb_classes} {val_set.targets.words}",
         step=f"{', compiled' if compiled else ''}; loss: {criterion}",
         steps_per_epoch=len(loader),
-        metrics=("loss", "perf/test_acc1", "perf/test_loss"),
+        metrics=("loss", f"perf/test_{best_metric(args, val_set.targets.task)}", "perf/test_loss"),
     )  # fmt: skip
 
     # Training

@@ -28,9 +28,11 @@ from util.data.transforms import channel_stats
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_accuracy, knn_sets
+from util.evaluate.targets import figures_line
 from util.processes.collectives import log
 from util.processes.group import init_distributed_mode, shut_down
 from util.recipes.classifier import build_classifier, make_report_dir, start_from
+from util.recipes.labels import add_label_args, check_label_args, prepare_targets
 from util.rng import seed_all
 from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
@@ -68,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
     # fmt: on
     parser.set_defaults(global_pool=True)
+    add_label_args(parser, trains=False)
     add_data_args(parser)
     add_distributed_args(parser)
     return parser
@@ -90,6 +93,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     given = take_given(args, parser)
     init_distributed_mode(args)
     check_flags(args, parser)
+    check_label_args(args)
     make_report_dir(args.output_dir)
     verify, key = not args.no_verify, args.weights_key
     content = read_file(args.finetune, "--finetune", verify, key) if args.finetune else {}
@@ -100,6 +104,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     log_arguments(args)
 
     train_set, val_set = knn_sets(args)
+    prepare_targets(args, train_set, val_set)
     log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
 
     # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken
@@ -117,10 +122,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     pin_memory = args.pin_mem and device.type == "cuda"
     loaders = (eval_loader(dataset, args, pin_memory) for dataset in (train_set, val_set))
-    stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args)
+    targets = val_set.targets if args.labels else None
+    stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args, targets)
+    if targets:
+        log(figures_line(stats))
+    if "acc1" in stats:
+        closing = f"* k-NN Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}"
+        log(f"{closing} (k {args.k}, T {args.temperature})")
     stats = {f"knn_{name}": value for name, value in stats.items()}
-    closing = f"* k-NN Acc@1 {stats['knn_acc1']:.3f} Acc@5 {stats['knn_acc5']:.3f}"
-    log(f"{closing} (k {args.k}, T {args.temperature})")
     result = {**stats, "k": args.k, "temperature": args.temperature, "finetune": args.finetune}
     write_log(args.output_dir, result)
     shut_down()

@@ -26,6 +26,7 @@ from util.data.presets import eval_transform, probe_transform
 from util.data.transforms import channel_stats
 from util.errors import TrainingError, UserError
 from util.evaluate.exact import eval_loader
+from util.evaluate.metrics import best_metric
 from util.evaluate.report import evaluate_and_report
 from util.lars import LARS
 from util.lr_sched import scale_learning_rate
@@ -43,12 +44,12 @@ from util.recipes.classifier import (
     start_from,
 )
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
+from util.recipes.labels import classifier_info, target_loss
 from util.recipes.probe import cache_features, encoder_digest
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
 from util.run.start import RunState, announce, close_run, gives_folder_back, open_run, train_loader
-from util.weights.describe import make_model_info
 from util.weights.encoder import check_final_norm
 
 
@@ -132,10 +133,10 @@ def main(args: argparse.Namespace) -> None:
     scale_learning_rate(args, get_world_size())
     optimizer = LARS(model_without_ddp.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion = torch.nn.CrossEntropyLoss()
+    criterion = (target_loss(args, train_set) or torch.nn.CrossEntropyLoss()).to(device)
 
     # Resume
-    info = make_model_info(args, val_set.classes, "linprobe")
+    info = classifier_info(args, val_set, "linprobe", checkpoint)
     data = (train_set, val_set)
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
@@ -144,10 +145,10 @@ def main(args: argparse.Namespace) -> None:
     announce(
         run, args, log_writer,
         data=f"{train_set.describe()}; evaluation: {val_set.describe()}",
-        model=f"{millions:.3f} M trained parameters, {args.nb_classes} classes",
+        model=f"{millions:.3f} M trained parameters, {args.nb_classes} {val_set.targets.words}",
         step=", compiled" if compiled else "",
         steps_per_epoch=len(loader),
-        metrics=("loss", "perf/test_acc1", "perf/test_loss"),
+        metrics=("loss", f"perf/test_{best_metric(args, val_set.targets.task)}", "perf/test_loss"),
     )  # fmt: skip
 
     # With cached features the head alone is the model that is trained and evaluated

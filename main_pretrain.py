@@ -80,6 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between figures and validation losses (0: never)")
     flag("--knn_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
+    flag("--card_freq", default=0, type=at_least(0), metavar="N",
+         help="epochs between small report cards of it (main_evaluate.py), with the same images (0: never)")
 
     flag = parser.add_argument_group("teacher").add_argument
     flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")

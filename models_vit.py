@@ -189,9 +189,9 @@ def _check_sizes(
         raise ValueError(f"width {embed_dim} is not divisible by the number of heads {num_heads}")
 
 
-def vit(defaults: dict, **kwargs) -> VisionTransformer:
-    """A named model: its sizes, which `kwargs` override."""
-    return VisionTransformer(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
+def vit(defaults: dict, make: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    """A named model: its sizes, which `kwargs` override; `make`: the class, if not the classifier."""
+    return make(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
 
 
 def vit_tiny_patch16(**kwargs) -> VisionTransformer:

@@ -10,6 +10,7 @@ choices are rules of thumb, told with their reasons; change what you know better
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -26,6 +27,7 @@ import torch
 
 from util.cli.flags import above, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
+from util.compute.blocks import CPU_HAS_MATRIX_UNIT
 from util.compute.precision import resolve_device
 from util.data.examine import settle_range
 from util.data.find import find_images
@@ -85,10 +87,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
         looked = f", {len(part.rows):,} of them looked at" if len(part.rows) < len(part.files.paths) else ""
         lines.append(f"{split}: {part.files.describe()}{looked}")
         if part.files.labels is not None:
-            counts = Counter(part.files.labels.tolist())
-            lines.append(
-                f"  classes: {len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} images"
-            )
+            counts = Counter(part.files.labels.tolist()).values()
+            lines.append(f"  images a class: {min(counts):,} to {max(counts):,}")
         lines.append(f"  height x width: median {middle}, heights {min(heights)} to {max(heights)}, "
                      f"widths {min(widths)} to {max(widths)}")  # fmt: skip
         lines.append("  pixels: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(6)))
@@ -102,14 +102,15 @@ def describe(found: dict[str, Survey]) -> list[str]:
             )
     names, parts = list(found), list(found.values())
     exact, near = duplicates(parts)
-    for kind, pairs in (("the same file", exact), ("the same picture stored anew", near)):
+    for kind, pairs in (("the same file", exact), ("nearly the same picture", near)):
         for where, chosen in (
             ("within a split", [p for p in pairs if p[0][0] == p[1][0]]),
-            ("ACROSS train and val", [p for p in pairs if p[0][0] != p[1][0]]),
+            ("ACROSS train and val, so that val looks too good", [p for p in pairs if p[0][0] != p[1][0]]),
         ):
             if chosen:
-                texts = some((" = ".join(printable(parts[s].path(n)) for s, n in pair) for pair in chosen), 3)
-                lines.append(f"{kind}, {where}: {len(chosen):,}: {texts}")
+                lines.append(f"{kind}, {where}: {len(chosen):,}{', as' if len(chosen) > 3 else ''}")
+                for pair in chosen[:3]:
+                    lines.append("  " + " = ".join(printable(parts[s].path(n)) for s, n in pair))
     if not exact and not near:
         lines.append(
             f"duplicates: none{' within or across ' + ' and '.join(names) if len(names) > 1 else ''}"
@@ -117,36 +118,46 @@ def describe(found: dict[str, Survey]) -> list[str]:
     return lines
 
 
-def trial(command: list[str], steps: int) -> dict:
-    """Runs `command` for some micro-steps; seconds a step and at the start, MB, bytes of a checkpoint.
+def trial(command: list[str], steps: int) -> dict[str, float]:
+    """Runs `command` for some updates. Seconds to the first micro-step and of leaving (start), of a
+    micro-step (step), from an epoch to the next (turn), of validation, figures and a checkpoint (look); MB
+    of memory; bytes of a checkpoint.
 
     Empty where the memory did not suffice. Raises TrainingError where it fails otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
-        extra = ["--max_steps", str(steps), "--print_freq", "1", "--vis_freq", "0", "--log_dir", ""]
+        extra = ["--max_steps", str(steps), "--print_freq", "1", "--vis_freq", "1000", "--log_dir", folder]
         words = [sys.executable, str(REPO / "main_pretrain.py"), *command, *extra, "--output_dir", folder]
-        start = time.perf_counter()
-        result = subprocess.run(words, cwd=os.getcwd(), capture_output=True, text=True, errors="replace")
-        seconds = time.perf_counter() - start
-        if result.returncode:
-            last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-            if "memory" in "".join(last):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        lines, done, begin = [], [], time.perf_counter()  # done: (when, epoch) of each micro-step
+        with subprocess.Popen(words, **pipes, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+            for line in process.stdout:
+                lines.append(line)
+                now = time.perf_counter()
+                if match := re.match(r"Epoch: \[(\d+)\] +\[", line):
+                    done.append((now, match[1]))
+        end = time.perf_counter()
+        if process.returncode:
+            last = "".join("".join(lines).strip().splitlines()[-1:])
+            if "memory" in last:
                 return {}
-            raise TrainingError(
-                f"the trial run failed: {''.join(last)}; its command: {shlex.join(words[1:])}"
-            )
-        times = [float(text) for text in re.findall(r" time: ([\d.]+)", result.stdout)]
-        memory = [float(text) for text in re.findall(r"max mem: ([\d.]+) MB", result.stdout)]
+            raise TrainingError(f"the trial run failed: {last}; its command: {shlex.join(words[1:])}")
         written = next(Path(folder).glob("checkpoint-*.pth")).stat().st_size
+    gaps = [(there - here, epoch == other) for (here, epoch), (there, other) in itertools.pairwise(done)]
+    times = [seconds for seconds, same in gaps if same] or [seconds for seconds, _ in gaps]
     step = statistics.median(times[len(times) // 2 :])
-    return {"step": step, "start": seconds - sum(times), "memory": memory[-1], "checkpoint": written}
+    turn = min((seconds for seconds, same in gaps if not same), default=step) - step
+    memory = re.findall(r"max mem: ([\d.]+)", "".join(lines))
+    return {"start": done[0][0] - begin + end - now, "step": step, "turn": max(turn, 0),
+            "look": now - done[-1][0], "memory": float(memory[-1]), "checkpoint": written}  # fmt: skip
 
 
-def try_out(flags: dict, common: list[str]) -> dict:
+def try_out(flags: dict, common: list[str], images: int) -> dict[str, float]:
     """What `trial` found, after halving `batch_size` in `flags` as often as the memory demands."""
     while True:
-        steps = max(2, math.ceil(TRIAL_STEPS / flags["accum_iter"]))
-        found = trial([*common, *words(flags)], steps)
+        epoch = images // flags["batch_size"]  # three of them, if short: the first ends with a look
+        steps = math.ceil((3 * epoch if epoch <= TRIAL_STEPS else TRIAL_STEPS) / flags["accum_iter"])
+        found = trial([*common, *words(flags)], max(2, steps))
         if found:
             return found
         if flags["batch_size"] == 1:
@@ -154,27 +165,29 @@ def try_out(flags: dict, common: list[str]) -> dict:
         flags["batch_size"], flags["accum_iter"] = flags["batch_size"] // 2, 2 * flags["accum_iter"]
 
 
-def hours_of(flags: dict, found: dict[str, Survey], cost: dict) -> float:
-    """Hours that the run takes: training, and validation of `val` every `vis_freq` epochs."""
-    steps = len(found["train"].files.paths) // flags["batch_size"]
-    looks = 2 + flags["epochs"] // flags["vis_freq"]
-    held_out = len(found["val"].files.paths) / flags["batch_size"] if "val" in found else 0
-    # A validation step has no backward pass, which is two thirds of a training step
-    seconds = cost["start"] + cost["step"] * (flags["epochs"] * steps + looks * held_out / 3)
-    return seconds / 3600
+def hours_of(flags: dict, images: int, cost: dict[str, float]) -> float:
+    """Hours that the run takes, with a look in every `vis_freq` epochs and at the end."""
+    epoch = images // flags["batch_size"] * cost["step"] + cost["turn"]
+    looks = math.ceil(flags["epochs"] / flags["vis_freq"]) + ((flags["epochs"] - 1) % flags["vis_freq"] > 0)
+    return (cost["start"] + flags["epochs"] * epoch + looks * cost["look"]) / 3600
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} min"
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 12 else f"{3600 * hours:.0f} s"
 
 
-def fit_hours(flags: dict, found: dict[str, Survey], cost: dict, hours: float) -> None:
-    """Fewer epochs in `flags` where the run would take longer than `hours`."""
-    whole = hours_of(flags, found, cost)
-    if whole > hours:
-        flags["epochs"] = max(1, int(flags["epochs"] * hours / whole))
-        flags["warmup_epochs"] = min(flags["warmup_epochs"], math.ceil(flags["epochs"] / 20))
+def fit_hours(flags: dict, images: int, cost: dict[str, float], hours: float) -> str | None:
+    """Fewer epochs in `flags` where the run would take longer than `hours`; says so."""
+    proposed = flags["epochs"]
+    while (whole := hours_of(flags, images, cost)) > hours and flags["epochs"] > 1:
+        flags["epochs"] = max(1, min(flags["epochs"] - 1, int(flags["epochs"] * hours / whole)))
+        flags["warmup_epochs"] = math.ceil(flags["epochs"] / 20) if flags["epochs"] > 1 else 0
         flags["vis_freq"] = flags["save_freq"] = max(1, flags["epochs"] // 10)
+    if flags["epochs"] == proposed:
+        return None
+    return f"--epochs {flags['epochs']}: as many as --hours allows; {proposed:,} were better"
 
 
 def write(path: str, command: list[str], note: str) -> None:
@@ -201,17 +214,18 @@ def main(args: argparse.Namespace) -> None:
     found = look_at(args)
     say("\n".join(describe(found)))
 
-    train = found["train"]
+    train, images = found["train"], len(found["train"].files.paths)
     looks = train.good()
     heights, widths = zip(*(look.size for look in looks), strict=True)
     shape = statistics.median_low(heights), statistics.median_low(widths)
     channels = max(look.channels for look in looks)
-    flags, reasons = choose(len(train.files.paths), shape, channels, memory)
+    matrix_unit = device.type == "cpu" and CPU_HAS_MATRIX_UNIT
+    flags, reasons = choose(images, shape, channels, memory, matrix_unit)
     settings = argparse.Namespace(in_chans=channels, seed=0, bad_images="skip", pixel_range="auto")
     depth = settle_range(settings, train.files)
     if depth is not None:
         flags["pixel_range"] = settings.pixel_range
-        reasons.append(f"--pixel_range: {'; '.join(train.files.notes) or 'of the images looked at'}")
+        reasons.append("--pixel_range: what becomes 0 and 1, as the files are deeper than 8 bits")
     mean, std = pixel_statistics(train, channels, image_size(flags["input_size"]), depth)
     usual = channel_stats(channels)
     if any(abs(a - b) > 0.03 for a, b in zip([*mean, *std], [*usual[0], *usual[1]], strict=True)):
@@ -221,16 +235,16 @@ def main(args: argparse.Namespace) -> None:
         flags["bad_images"] = "skip"
 
     common = ["--data_path", args.data_path, *(["--device", args.device] if args.device != "auto" else [])]
-    cost = None if args.no_trial else try_out(flags, common)
-    if cost and args.hours:
-        fit_hours(flags, found, cost, args.hours)
+    cost = None if args.no_trial else try_out(flags, common, images)
+    if cost and args.hours and (shorter := fit_hours(flags, images, cost, args.hours)):
+        reasons = [shorter if reason.startswith("--epochs") else reason for reason in reasons]
     command = [*common, *words(flags)]
     say("\nCommand:\npython " + shlex.join(["main_pretrain.py", *command, *OUTPUT]))
     say("\nWhy:\n" + "\n".join(f"- {reason}" for reason in reasons))
     if cost:
-        hours, size = hours_of(flags, found, cost), cost["checkpoint"] / 2**20
+        hours, size = hours_of(flags, images, cost), cost["checkpoint"] / 2**20
         say(
-            f"\nCost, from {TRIAL_STEPS} steps here on {device}: {_duration(hours)} (a step: "
+            f"\nCost, from a short run here on {device}: {_duration(hours)} (a step: "
             f"{cost['step']:.3f} s), {cost['memory']:.0f} MB of memory,\n"
             f"{size * 4:.0f} MB of disk (checkpoints of {size:.0f} MB)"
         )

@@ -4,8 +4,9 @@
     python predict.py --resume tuned/checkpoint-best.pth DIR --top_k 3 --csv predictions.csv
     python predict.py --resume out/checkpoint-399.pth DIR --features features.npz --feature_kind mean
 
-Classes come from any checkpoint of main_finetune.py or main_linprobe.py and from released fine-tuned files;
-features from any of our checkpoints, pre-training's too, and from released, timm's and Hugging Face's files.
+Classes, several labels or numbers come from any checkpoint of main_finetune.py or main_linprobe.py, classes
+from released fine-tuned files too; features from any of our checkpoints, pre-training's as well, and from
+released, timm's and Hugging Face's files.
 Pictures are prepared as in the evaluation of the recipe, with the size and statistics stored in the file.
 Nothing is masked, shuffled or augmented: the same images give the same bytes again, at any --batch_size and
 --num_workers. Among other images, a picture's numbers agree to about 6 digits (float32 rounding).
@@ -23,6 +24,7 @@ from util.cli.progress import progress_bar
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.console import say
 from util.data.inputs import find_inputs
+from util.data.targets import Targets
 from util.errors import TrainingError, UserError
 from util.evaluate.output import check_output, table, write_csv, write_features
 from util.evaluate.predict import KINDS, predict, prediction_loader
@@ -30,7 +32,7 @@ from util.files import printable, some
 from util.processes.collectives import note, warn
 from util.sizes import default_workers
 from util.weights.build import build
-from util.weights.flags import add_weights_args
+from util.weights.flags import add_weights_args, stored_targets
 from util.weights.size import describe_file
 
 
@@ -102,11 +104,14 @@ def main(args: argparse.Namespace) -> None:
     wants_classes = not args.features or bool(args.csv or args.top_k)
     part = "classifier" if wants_classes else "encoder"
     weights = describe_file(args, part)
-    model, names, name = build(weights), [], printable(args.resume)
+    model, names, name, targets = build(weights), [], printable(args.resume), Targets()
     if wants_classes:
         stored, count = weights.class_names or [], model.num_classes
         names = [*stored[:count], *(f"class {i}" for i in range(len(stored), count))]
         names = read_names(args.class_names, count) if args.class_names else names
+        targets = stored_targets(weights.content, names, f"--resume {args.resume}")
+        if targets.task != "class" and args.top_k:
+            raise UserError(f"--top_k {args.top_k}: {args.resume} predicts {targets.task}, and all are given")
         args.top_k = min(5, len(names)) if args.top_k is None else args.top_k
         if args.top_k > len(names):
             raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
@@ -120,7 +125,9 @@ def main(args: argparse.Namespace) -> None:
     note(f"{name}: {printable(weights.kind)}, {size} pixels; {len(files.paths)} images; {device}")
     progress = progress_bar(len(files.paths))
     top_k = args.top_k if wants_classes else 0
-    result = predict(model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights)
+    result = predict(
+        model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights, targets
+    )
     progress.close()
     if left_out := loader.dataset.bad_paths():
         warn(f"could not decode {len(left_out)} of the images, which are left out: {some(left_out)}")
@@ -129,9 +136,9 @@ def main(args: argparse.Namespace) -> None:
         write_features(args.features, paths, result, kind, model.patch_embed.grid_size)
         note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
-        write_csv(args.csv, paths, names, result)
+        write_csv(args.csv, paths, names, result, targets)
         note(f"wrote {printable(args.csv)}: {len(paths)} images")
-    elif wants_classes and not say(table(paths, names, result)):
+    elif wants_classes and not say(table(paths, names, result, targets)):
         raise TrainingError("the table could not be written to stdout")
 
 

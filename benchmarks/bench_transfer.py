@@ -5,8 +5,8 @@
 
 For every seed it fine-tunes, probes (features cached) and classifies by nearest neighbours, from the
 pre-trained encoder and from a freshly initialised one, by calling the scripts as a user would, and prints
-mean and spread (sample standard deviation) of the accuracy after the LAST epoch. Without --checkpoint it
-pre-trains one encoder per seed first; fewer checkpoints than seeds are used in turn.
+mean and spread (sample standard deviation) of the accuracy, or of another --metric, after the LAST epoch.
+Without --checkpoint it pre-trains one encoder per seed first; fewer checkpoints than seeds are used in turn.
 """
 
 import argparse
@@ -84,11 +84,12 @@ def measure(args, work: Path) -> dict:
         for kind, paths in files.items():
             for seed, path in zip(args.seeds, paths, strict=True):
                 flags = ["--finetune", str(path), "--model", f"vit_{args.model}_patch16", *sizes]
-                flags += ["--seed", str(seed)]
+                flags += ["--seed", str(seed), *shlex.split(args.label_flags)]
                 if task == "knn":
-                    script, key = "main_knn.py", "knn_acc1"
+                    script, key = "main_knn.py", f"knn_{args.metric}"
                 else:
-                    script, key = ("main_linprobe.py", "main_finetune.py")[task == "finetune"], "test_acc1"
+                    script = ("main_linprobe.py", "main_finetune.py")[task == "finetune"]
+                    key = f"test_{args.metric}"
                     own = args.probe_flags if task == "probe" else args.finetune_flags
                     if task == "finetune" and args.few > 1:
                         data = Path(args.data_path) if args.data_path else ensure_demo_data()
@@ -97,7 +98,7 @@ def measure(args, work: Path) -> dict:
                 records = run(script, flags, work / f"{task}-{kind.split()[0]}-{seed}", commands)
                 figures[task][kind].append(records[-1][key])
         done = [row_of(task, figures[task]) for task in figures if figures[task]["random encoder"]]
-        print_table(["top-1 accuracy (%)", *files, "gap, worst seeds"], done, name=20, width=20)
+        print_table([args.metric, *files, "gap, worst seeds"], done, name=20, width=20)
     return {"figures": figures, "commands": commands}
 
 
@@ -121,8 +122,8 @@ def row_of(task: str, kinds: dict[str, list[float]]) -> tuple[str, ...]:
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in kinds.values()]
     means = [statistics.mean(values) for values in kinds.values()]
     gap = min(kinds["pre-trained"]) - max(kinds["random encoder"])
-    cells = (f"{mean:.2f} ± {spread:.2f}" for mean, spread in zip(means, spreads, strict=True))
-    return task, *cells, f"{gap:+.2f}"
+    cells = (f"{mean:.3f} ± {spread:.3f}" for mean, spread in zip(means, spreads, strict=True))
+    return task, *cells, f"{gap:+.3f}"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -150,6 +151,8 @@ if __name__ == "__main__":
     flag("--pretrain_flags", default=PRETRAIN, help=f"default: {PRETRAIN}")
     flag("--probe_flags", default=PROBE, help=f"default: {PROBE}")
     flag("--finetune_flags", default=FINETUNE, help=f"default: {FINETUNE}")
+    flag("--label_flags", default="", help="flags of all scripts, such as '--labels FILE.csv'")
+    flag("--metric", default="acc1", help="a figure of the scripts' log.txt (default: accuracy in %%)")
     flag("--few", default=1, type=positive(), metavar="N", help="fine-tune on one in N training images")
     flag("--num_workers", default=2, type=positive(or_zero=True))
     flag("--work_dir", default="transfer_output", help="outputs of all runs; finished runs are not repeated")

@@ -13,11 +13,11 @@ LAYERS = [
     "util.files util.processes",
     "util.cli util.compute",
     "models_mae models_vit util.demo_set util.lars",
-    "util.data",
+    "models_seg util.data",
     "util.datasets util.weights util.figures tools",
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
-    "main_pretrain main_finetune main_linprobe main_knn export plan",
+    "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan",
     "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
 ]
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}

@@ -1,11 +1,14 @@
 """plan.py: what it finds in a folder, what it proposes, and that its command runs as printed."""
 
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from golden_utils import REPO
 from image_utils import make_folder, picture
@@ -76,8 +79,21 @@ def test_planted_duplicates_are_found_and_none_invented(data, tmp_path):
     assert found == expected
     assert len(exact) == 8
     told = "\n".join(plan.describe(dict(zip(("train", "val"), parts, strict=True))))
-    assert "the same file, ACROSS train and val: 4" in told
-    assert "the same picture stored anew, within a split: 6" in told
+    assert "the same file, ACROSS train and val, so that val looks too good: 4, as\n  " in told
+    assert "nearly the same picture, within a split: 6" in told
+
+
+def test_pictures_of_one_kind_are_no_duplicates(tmp_path):
+    """As cells of solar modules: each differs from the others by less than photographs and copies do."""
+    common = picture(0, 100, 120).astype(float)
+    for number in range(1, 61):
+        mixed = Image.fromarray(np.uint8(0.92 * common + 0.08 * picture(number, 100, 120)))
+        mixed.save(tmp_path / f"{number:02d}.png")
+    mixed.save(tmp_path / "copy.jpg", quality=70)
+    part = survey(find_images(tmp_path), 100)
+    exact, near = duplicates([part])
+    names = [{Path(part.path(n)).name for _, n in pair} for pair in near]
+    assert (exact, names) == ([], [{"60.png", "copy.jpg"}])
 
 
 def test_what_is_wrong_is_named(data, tmp_path):
@@ -134,7 +150,7 @@ def test_every_choice_is_a_command_that_the_script_takes(images, memory):
     args = parse(main_pretrain.get_args_parser, words(flags))
     main_pretrain.check_args(args)
     main_pretrain.build_model(args) if "large" not in args.model else None
-    assert args.batch_size * args.accum_iter <= max(8, images)
+    assert args.batch_size * args.accum_iter <= images
     assert 50 <= args.epochs <= 1600 and 0 < args.warmup_epochs < args.epochs
     assert any("effective batch" in reason for reason in reasons)
 
@@ -146,6 +162,19 @@ def test_a_recipe_file_stands_for_its_flags(tmp_path):
     assert (args.model, args.mean, args.output_dir, args.epochs) == (
         "mae_vit_tiny_patch16", [0.1, 0.2, 0.3], "a b", 3,
     )  # fmt: skip
+
+
+def test_hours_of_a_run_and_epochs_that_fit():
+    cost = {"start": 10.0, "step": 0.5, "turn": 1.0, "look": 4.0}
+    flags = {"batch_size": 8, "epochs": 100, "warmup_epochs": 5, "vis_freq": 10, "save_freq": 10}
+    expected = 10 + 100 * (6 * 0.5 + 1) + 11 * 4  # 50 images: 6 steps; looks after epochs 0, 10, ..., 90, 99
+    assert plan.hours_of(flags, 50, cost) == pytest.approx(expected / 3600)
+    assert plan.fit_hours(flags, 50, cost, 1) is None and flags["epochs"] == 100
+    assert "100 were better" in plan.fit_hours(flags, 50, cost, 0.06)
+    assert 0.05 < plan.hours_of(flags, 50, cost) <= 0.06
+    assert flags["warmup_epochs"] == math.ceil(flags["epochs"] / 20)
+    assert "--epochs 1:" in plan.fit_hours(flags, 50, cost, 0.001)
+    assert flags["warmup_epochs"] == 0  # one epoch is no longer than its warm-up otherwise
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.txt")), ids=lambda path: path.stem)

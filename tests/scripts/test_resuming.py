@@ -16,12 +16,13 @@ from transfer_utils import COMMON, given_args, make_pictures, vit_test
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 import models_vit
 from util.data.find import PathList, find_images
 from util.errors import UserError
 from util.run import owner, recipe
 
-SCRIPTS = [main_pretrain, main_finetune, main_linprobe]
+SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_segment]
 FLAGS = {action.dest for script in SCRIPTS for action in script.get_args_parser()._actions}
 NUMBERS = re.compile(r'"run": "\w+"')
 

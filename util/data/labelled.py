@@ -11,6 +11,7 @@ from util.data.depth import Depth, depth_of, make_reader
 from util.data.find import ImageFiles
 from util.data.presets import eval_transform, train_transform
 from util.data.read import read_picture
+from util.data.targets import Targets
 from util.errors import UserError
 from util.files import some
 from util.processes.collectives import is_main_process, warn
@@ -43,6 +44,23 @@ class LabelledImages(ImageDataset):
     @property
     def classes(self) -> list[str]:
         return self.files.classes
+
+    @property
+    def targets(self) -> Targets:
+        """What a model is to predict: one class, unless a table says otherwise."""
+        return getattr(self.files, "targets", None) or Targets("class", self.classes)
+
+    def label(self, index: int) -> int | tuple[float, ...]:
+        """A class, or (K,) labels or standardised numbers."""
+        if self.targets.task == "class":
+            return super().label(index)
+        labels = self.files.labels[index]
+        return tuple((self.targets.standardise(labels) if self.targets.mean else labels).tolist())
+
+    def listing(self) -> dict[str, int | str]:
+        """As `ImageDataset.listing`, with a digest of the 'labels' where a table says them."""
+        labels = {"labels": self.files.digest()} if hasattr(self.files, "digest") else {}
+        return {**super().listing(), **labels}
 
 
 class LabelledFolder(ImageFolder):
@@ -115,6 +133,12 @@ def labelled_files(split: str, args: Namespace) -> ImageFiles:
     """
     from util.data.examine import settle_range
 
+    if getattr(args, "labels", None):
+        from util.data.labels import read_labels
+
+        files = read_labels(args, split)
+        settle_range(args, files)
+        return files
     files = find_split(args, split)
     layout = "labelled images are needed in train/CLASS/... and val/CLASS/..."
     if files is None:
@@ -131,6 +155,8 @@ def labelled_files(split: str, args: Namespace) -> ImageFiles:
 
 def check_classes(train: LabelledImages, val: LabelledImages) -> None:
     """Raises UserError unless `train` and `val` have the same classes; warns of a single one."""
+    if train.targets.task != "class":
+        return
     if train.classes != val.classes:
         texts = []
         for one, two in ((train, val), (val, train)):

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """A batch of our loaders: its type tells it from a client's, whose third entry may be anything."""
 
     images: torch.Tensor  # (N, C, H, W), or features (N, D)
-    labels: torch.Tensor  # int64 (N,)
+    labels: torch.Tensor  # int64 (N,), or masks (N, H, W)
     indices: torch.Tensor  # int64 (N,), places in the data set
 
 
@@ -41,7 +41,7 @@ def open_batch(batch: Sequence | torch.Tensor) -> tuple:
 
 
 def collate(samples: list[tuple]) -> Batch:
-    """[(image (C, H, W), label, index), ...] -> a batch.
+    """[(image (C, H, W), label or mask, index), ...] -> a batch.
 
     Images with the channels innermost in memory are stacked as they lie, which is three times as fast.
     """
@@ -50,7 +50,8 @@ def collate(samples: list[tuple]) -> Batch:
         stacked = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     else:
         stacked = default_collate(list(images))
-    return Batch(stacked, *(torch.tensor(column) for column in others))
+    tensors = (torch.stack(c) if isinstance(c[0], torch.Tensor) else torch.tensor(c) for c in others)
+    return Batch(stacked, *tensors)
 
 
 def _init_worker(worker_id: int) -> None:

@@ -15,13 +15,12 @@ from util.data.find import ImageFiles
 from util.data.folders import ask_all
 from util.data.headers import HEAD, NPY, why_no_image
 from util.data.peek import is_deep
-from util.data.read import BadImage, _explain, _open, read_image
-from util.data.transforms import EvalTransform
+from util.data.read import _explain, _open
 
 SIDE = 16  # of a thumbnail, in pixels
-ALIKE = 0.985  # cosine of two thumbnails, from which their pictures are compared
-SAME, SAME_SMALL = 0.96, 0.985  # cosine of the pictures at COMPARED x COMPARED, from which they are the same
-COMPARED = 32  # pixels
+ALIKE, NOISE = 0.01, 0.001  # distances (1 - cosine) of two copies' thumbnails: the largest, the least to tell
+GAP = 4  # from a picture's last copy to its next neighbour that distance grows more than this
+NEIGHBOURS = 16  # of a picture that are looked at
 FLAT = 1.0  # standard deviation of a thumbnail, in 255ths, below which an image counts as constant
 
 
@@ -80,7 +79,9 @@ def look(path: str) -> Look | str:
             picture.draft(kind, (4 * SIDE, 4 * SIDE))
             picture.seek(page)
         picture = picture if picture.mode == "L" else picture.convert("RGB")
-        thumbnail = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX).convert("RGB"))
+        # Bicubic: the boxes of the averages of a picture and of a resized copy end at other places
+        small = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        thumbnail = np.asarray(small.convert("RGB"))
     except Exception as error:  # on broken files parsers raise whatever they run into
         return _explain(error)
     if (
@@ -109,9 +110,8 @@ def duplicates(surveys: Sequence[Survey]) -> tuple[list[tuple], list[tuple]]:
     """(exact, near) duplicates over all splits: pairs ((split, number), (split, number)), the first one seen
     first.
 
-    Near ones are the same picture stored anew: compressed, resized, made brighter. Thumbnails are compared
-    all with all, by the cosine of what is left when each one's mean is taken away; those alike are compared
-    again at COMPARED x COMPARED pixels.
+    Near ones are the same picture stored anew: compressed, resized, made brighter. Their thumbnails are much
+    more alike than either is to any third picture (`_copies`).
     """
     places = [(s, n) for s, part in enumerate(surveys) for n, seen in enumerate(part.looks) if seen]
     looks = [surveys[s].looks[n] for s, n in places]
@@ -120,40 +120,34 @@ def duplicates(surveys: Sequence[Survey]) -> tuple[list[tuple], list[tuple]]:
         (places[i], places[j]) for j, seen in enumerate(looks) if (i := first.setdefault(seen.digest, j)) != j
     ]
     single = [i for i, seen in enumerate(looks) if first[seen.digest] == i and not seen.flat]
-    if not single:
+    if len(single) < 2:
         return exact, []
-    vectors = _directions(np.stack([looks[i].thumbnail for i in single]))
-    near = []
+    pairs = _copies(np.stack([looks[i].thumbnail for i in single]))
+    return exact, [(places[single[i]], places[single[j]]) for i, j in pairs]
+
+
+def _copies(thumbnails: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of rows of uint8 (n, SIDE, SIDE, 3) that show the same picture, by the cosine of what is left
+    when each one's mean, and then the set's, is taken away.
+
+    What counts as alike depends on the set: cells of solar modules differ less than photographs and their
+    copies do. So of a picture's neighbours those before the last gap are its copies, if it is theirs: the
+    next one is GAP times as far away. Nothing beyond ALIKE is.
+    """
+    vectors = torch.from_numpy(thumbnails).flatten(1).float()
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=1, keepdim=True), dim=1)
+    count, found = min(NEIGHBOURS, len(vectors) - 1), set()
     for start in range(0, len(vectors), 1024):
-        alike = vectors[start : start + 1024] @ vectors[start:].T > ALIKE
-        for one, other in alike.triu(1).nonzero().tolist():
-            i, j = places[single[start + one]], places[single[start + other]]
-            small = all(min(surveys[s].looks[n].size) <= COMPARED for s, n in (i, j))
-            if _likeness(*(surveys[s].path(n) for s, n in (i, j))) > (SAME_SMALL if small else SAME):
-                near.append((i, j))
-    return exact, near
-
-
-def _directions(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (n, ...) -> float32 (n, D): each one's mean taken away, of length 1."""
-    vectors = torch.from_numpy(pictures).flatten(1).float()
-    return torch.nn.functional.normalize(vectors - vectors.mean(dim=1, keepdim=True), dim=1)
-
-
-def _likeness(one: str, other: str) -> float:
-    """Cosine of two pictures at COMPARED x COMPARED pixels; 0 of a deep and an 8-bit one."""
-    pictures = []
-    for path in (one, other):
-        try:
-            array = read_image(path, 3)
-        except BadImage:  # deep, or of other channels
-            with _open(path) as file:
-                array = _grey(decode(file, file.read(HEAD), getattr(path, "page", 0)))
-        pictures.append(EvalTransform(COMPARED)(array).numpy())
-    if pictures[0].shape != pictures[1].shape:
-        return 0.0
-    vectors = _directions(np.stack(pictures))
-    return float(vectors[0] @ vectors[1])
+        cosines = vectors[start : start + 1024] @ vectors.T
+        cosines.diagonal(start).fill_(-1)
+        values, others = cosines.topk(count, dim=1)
+        distance = (1 - values).clamp_min(NOISE)
+        if count < NEIGHBOURS:  # all others are in it, and behind them there is nothing
+            distance = torch.nn.functional.pad(distance, (0, 1), value=2.0)
+        gap = (distance[:, 1:] > GAP * distance[:, :-1]) & (distance[:, :-1] < ALIKE)
+        copies = gap.flip(1).cumsum(dim=1).flip(1) > 0  # a gap comes here or further on
+        found |= {(start + i, int(others[i, k])) for i, k in copies.nonzero().tolist()}
+    return sorted((i, j) for i, j in found if i < j and (j, i) in found)
 
 
 def _grey(array: np.ndarray) -> np.ndarray:

@@ -55,8 +55,10 @@ def colours_of(part, mask, u, v, radius, tones, patterns, light, gloss) -> np.nd
     return albedo * diffuse[..., None] + shine[..., None]
 
 
-def paint(picture, parts, matrix, centre, tones, light, rng) -> None:
+def paint(picture, parts, matrix, centre, tones, light, rng) -> np.ndarray:
     """Draws an object into `picture` (H, W, 3) in place: the shadow it casts, then its layers.
+
+    Returns which pixels it covers, bool (H, W).
 
     matrix (2, 2) and centre (x, y) take the object's coordinates to pixels; tones: three colours; light (3,):
     unit vector to the lamp.
@@ -67,8 +69,9 @@ def paint(picture, parts, matrix, centre, tones, light, rng) -> None:
     margin = 4 + 0.35 * radius
     x0, y0 = (int(max(0, n)) for n in every.min(0) - margin)
     x1, y1 = (int(min(size, n)) for size, n in zip(picture.shape[1::-1], every.max(0) + margin, strict=True))
+    covered = np.zeros(picture.shape[:2], bool)
     if x1 - x0 < 4 or y1 - y0 < 4:
-        return
+        return covered
     window, size = picture[y0:y1, x0:x1], (y1 - y0, x1 - x0)
     lift, soft, dark = (
         rng.uniform(0.03, 0.22) * radius,
@@ -95,6 +98,8 @@ def paint(picture, parts, matrix, centre, tones, light, rng) -> None:
         window += mask[..., None] * (
             colours_of(part, mask, u, v, radius, tones, patterns, light, gloss) - window
         )
+        covered[y0:y1, x0:x1] |= mask > 0.5
+    return covered
 
 
 def pose(rng, angle, radius, squash) -> np.ndarray:
@@ -137,8 +142,13 @@ def expose(picture, rng) -> np.ndarray:
     return np.clip(np.asarray(image, np.float32) + grain + 0.5, 0, 255).astype(np.uint8)
 
 
-def render(name, rng) -> np.ndarray:
-    """One picture uint8 (H, W, 3) of class `name`, 96 to 160 px a side; depends on `name` and `rng` only."""
+def render(name, rng, facts: dict | None = None) -> np.ndarray:
+    """One picture uint8 (H, W, 3) of class `name`, 96 to 160 px a side; depends on `name` and `rng` only.
+
+    `facts`, a dict, gets what is in it: x, y (centre of the object over width and height), size (its radius
+    over the shorter side), fill (its area over that of a circle of this radius), clutter and covers (numbers
+    of small things behind and before it), blurred (the background), mask (bool (H, W), where it is seen).
+    """
     height, width = np.clip(rng.integers(96, 161) * rng.uniform(0.75, 1.34, 2), 96, 160).astype(int).tolist()
     short, middle = min(height, width), np.array([width, height]) / 2
     picture = background(rng, height, width)
@@ -150,13 +160,18 @@ def render(name, rng) -> np.ndarray:
     centre = middle + np.maximum(middle - 0.9 * radius, 0) * rng.uniform(-0.7, 0.7, 2)
 
     def scatter(count, around, spread, low, high):
+        covered = np.zeros(picture.shape[:2], bool)
         for _ in range(count):
             matrix = pose(rng, rng.uniform(0, TAU), rng.uniform(low, high), rng.uniform(0.5, 1))
             place = around + spread * rng.uniform(-1, 1, 2)
-            paint(picture, clutter(rng), matrix, place, [colour(rng) for _ in range(3)], light, rng)
+            parts, colours = clutter(rng), [colour(rng) for _ in range(3)]
+            covered |= paint(picture, parts, matrix, place, colours, light, rng)
+        return covered
 
-    scatter(rng.integers(0, 5), middle, middle, 0.05 * short, 0.16 * short)
-    if rng.random() < 0.4:  # depth of field: all so far lies behind
+    behind_it = rng.integers(0, 5)
+    scatter(behind_it, middle, middle, 0.05 * short, 0.16 * short)
+    blurred = rng.random() < 0.4
+    if blurred:  # depth of field: all so far lies behind
         picture = blur(picture, rng.uniform(0.5, 2.5))
     top, left = np.maximum(centre[::-1] - radius / 2, 0).astype(int)
     behind = picture[top : top + int(radius), left : left + int(radius)].mean((0, 1))
@@ -164,10 +179,18 @@ def render(name, rng) -> np.ndarray:
     tones = [first, contrasting(rng, first), contrasting(rng, first, 0.5)]
     angle = rng.normal(0, TURN[name]) if name in TURN else rng.uniform(0, TAU)
     squash = 1 if name == "ball" else rng.uniform(0.62, 1)
-    paint(picture, FAMILIES[name](rng), pose(rng, angle, radius, squash), centre, tones, light, rng)
+    parts, matrix = FAMILIES[name](rng), pose(rng, angle, radius, squash)
+    mask = paint(picture, parts, matrix, centre, tones, light, rng)
     bearing = rng.uniform(0, TAU)
     edge = centre + radius * rng.uniform(0.65, 1.0) * np.array([math.cos(bearing), math.sin(bearing)])
-    scatter((0, 0, 1, 1, 2)[rng.integers(5)], edge, 0.25 * radius, 0.15 * radius, 0.45 * radius)
+    covers = (0, 0, 1, 1, 2)[rng.integers(5)]
+    covered = scatter(covers, edge, 0.25 * radius, 0.15 * radius, 0.45 * radius)
+    if facts is not None:
+        loops = [(points @ matrix.T + centre, fill) for part in parts for points, fill in part.loops]
+        fill = rasterise(loops, (0, 0), height, width).sum() / (math.pi * radius**2)
+        facts |= {"x": centre[0] / width, "y": centre[1] / height, "size": radius / short, "fill": fill}
+        facts |= {"clutter": int(behind_it), "covers": covers, "blurred": blurred}
+        facts["mask"] = mask & ~covered
     return expose(picture, rng)
 
 

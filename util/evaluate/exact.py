@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
@@ -22,6 +21,7 @@ from util.compute.prefetch import DevicePrefetcher
 from util.data.labelled import LabelledImages
 from util.data.loader import Batch, build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
+from util.data.targets import sample_loss
 from util.data.transforms import normalize_batch
 from util.files import some
 from util.processes.collectives import gather, get_rank, get_world_size, warn
@@ -31,8 +31,9 @@ from util.processes.collectives import gather, get_rank, get_world_size, warn
 class Predictions:
     """One entry per sample, in the order of the data set.
 
-    indices, labels: int64 (n,); losses: float64 (n,), cross entropy; top: int64 (n, min(5, K)), the best
-    classes, best first; confidence: float64 (n,), probability of the best class.
+    indices, labels: int64 (n,), or labels as the loader gives them; losses: float64 (n,), cross entropy or
+    the task's; top: int64 (n, min(5, K)), the best classes, best first; confidence: float64 (n,), probability
+    of the best class; outputs: float64 (n, K), the model's, or None where they are not kept.
     """
 
     indices: np.ndarray
@@ -40,6 +41,7 @@ class Predictions:
     losses: np.ndarray
     top: np.ndarray
     confidence: np.ndarray
+    outputs: np.ndarray | None = None
 
 
 def in_groups(batches: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -98,7 +100,9 @@ def eval_loader(
 
 
 @torch.no_grad()
-def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=None) -> Predictions:
+def predict_samples(
+    data_loader: Iterable, model: torch.nn.Module, device, args=None, task: str | None = None
+) -> Predictions:
     """Runs the model over a loader and collects the predictions of all processes, the same on each.
 
     Args:
@@ -106,9 +110,11 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
             `EvalSampler` deals it, with indices.
         model: images -> logits (N, K); its training mode is restored.
         args: if given: amp_dtype, mean, std (to normalise uint8 images).
+        task: of `util.data.targets`, whose loss is taken, and all outputs kept; None: one class, and not.
     """
     device = torch.device(device)
     amp_dtype = resolve_amp_dtype(getattr(args, "amp_dtype", "auto"), device)
+    losses_of = sample_loss(task or "class")
     # The bare model: DistributedDataParallel would wait in forward for processes that have no more groups
     model = model.module if hasattr(model, "module") else model
     was_training = model.training
@@ -123,9 +129,10 @@ def predict_samples(data_loader: Iterable, model: torch.nn.Module, device, args=
                 (
                     indices,
                     labels,
-                    F.cross_entropy(logits, labels, reduction="none"),
+                    losses_of(logits, labels),
                     logits.topk(min(5, logits.shape[1]), dim=1).indices,
                     logits.softmax(dim=1).amax(dim=1),
+                    *([logits] if task else []),
                 )
             )
     model.train(was_training)
@@ -156,7 +163,7 @@ def _gather(columns: list[torch.Tensor]) -> Predictions:
         raise ValueError("the evaluation loader gave no samples")
     order = np.argsort(columns[0], kind="stable")
     return Predictions(
-        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=True)}
+        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=False)}
     )
 
 

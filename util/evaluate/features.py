@@ -1,6 +1,7 @@
 """Frozen features of whole data sets: for k-NN, and to train a probe's head with the encoder run once."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from util.data.loader import Batch
 from util.evaluate.exact import drop_unreadable, in_groups, on_device
 from util.processes.collectives import gather, get_world_size, is_main_process
 
-ROWS = 4096  # features that each process sends in one go
+ROWS = 4096  # features that each process sends in one go, at most
 
 
 def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: bool = True) -> torch.Tensor:
@@ -96,7 +97,7 @@ def _gather(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Joins the features, of which each process has some `blocks`, and labels in the order of the indices.
 
-    Empties `blocks`: beside the result a process holds what it has not sent yet, and `ROWS` rows of each.
+    Empties `blocks`: beside the result a process holds what it has not sent yet, and some rows of each.
     """
     shapes = gather(tuple(blocks[0].shape[1:]) if blocks else None)
     all_labels, all_indices = (gather(column.numpy()) for column in (labels, indices))
@@ -109,25 +110,26 @@ def _gather(
     places[torch.from_numpy(order)] = torch.arange(len(order))
     shape = next(shape for shape in shapes if shape is not None)
     whole = torch.empty(len(order) if wanted else 0, *shape)
-    own = _in_rows(blocks, shape)
-    for start in range(0, max(counts), ROWS):
+    rows = min(ROWS, max(1, 2**26 // math.prod(shape)))  # 256 MB
+    own = _in_rows(blocks, shape, rows)
+    for start in range(0, max(counts), rows):
         parts = _exchange(next(own), everywhere)
         for part, place, count in zip(parts, places.split(counts), counts, strict=wanted):
-            place = place[start : min(start + ROWS, count)]
+            place = place[start : min(start + rows, count)]
             whole[place] = part[: len(place)].cpu()
     return (whole, torch.from_numpy(np.concatenate(all_labels)[order])) if wanted else None
 
 
-def _in_rows(blocks: list[torch.Tensor], shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    """Cuts `blocks`, which are emptied, into `ROWS` rows each, the last filled up, and goes on with empty
+def _in_rows(blocks: list[torch.Tensor], shape: tuple[int, ...], count: int) -> Iterator[torch.Tensor]:
+    """Cuts `blocks`, which are emptied, into `count` rows each, the last filled up, and goes on with empty
     ones.
     """
     blocks.reverse()  # the first is the last to be taken from a list
     while True:
-        block, filled = torch.zeros(ROWS, *shape), 0
-        while blocks and filled < ROWS:
+        block, filled = torch.zeros(count, *shape), 0
+        while blocks and filled < count:
             rows = blocks.pop()
-            taken = rows[: ROWS - filled]
+            taken = rows[: count - filled]
             block[filled : filled + len(taken)] = taken
             filled += len(taken)
             if len(taken) < len(rows):

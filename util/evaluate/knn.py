@@ -2,16 +2,18 @@
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from util.data.labelled import LabelledImages, check_classes, labelled_images
 from util.data.presets import eval_transform
+from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import ROWS, encoder_features, extract_features
+from util.evaluate.metrics import measure
 from util.processes.collectives import gather, is_main_process, log
 
 
@@ -23,7 +25,8 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
     args=None,
-) -> dict[str, float]:
+    targets: Targets | None = None,
+) -> dict[str, float | None]:
     """Accuracy of k-NN on the validation images, with the training images' features as the memory.
 
     The first process votes, and alone holds all features, n x D x 4 bytes (on a CPU twice); every process
@@ -37,9 +40,10 @@ def knn_accuracy(
         k: neighbours, at most the number of training images is used.
         temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
         args: if given: amp_dtype; mean, std, to normalise uint8 images with.
+        targets: what the labels are; given, all figures of that task are returned.
 
     Returns:
-        acc1, acc5 in percent, the same on all processes.
+        acc1, acc5 in percent (not of several labels, or numbers), the same on all processes.
     """
     model = model_or_feature_fn if isinstance(model_or_feature_fn, torch.nn.Module) else None
     feature_fn = model_or_feature_fn if model is None else lambda images: encoder_features(model, images)
@@ -53,8 +57,40 @@ def knn_accuracy(
     if model is not None:
         model.train(was_training)
     # On one process alone: the others would hold as many features, to find the same
-    first = is_main_process()
-    return gather(knn_from_features(*train, *val, k, temperature, device) if first else None)[0]
+    found = None
+    if is_main_process():
+        single = targets is None or targets.task == "class"
+        found = knn_from_features(*train, *val, k, temperature, device) if single else {}
+        if targets is not None:
+            found |= _figures(*train, *val, k, temperature, device, targets)
+    return gather(found)[0]
+
+
+def _figures(
+    train_features, train_labels, val_features, val_labels, k, temperature, device, targets: Targets
+) -> dict[str, float | None]:
+    """All figures of a task; labels int64 (n,), or float32 (n, K), numbers standardised."""
+    if targets.task == "class":
+        train_labels = F.one_hot(train_labels, len(targets.names)).float()
+    values = knn_values(train_features, train_labels, val_features, k, temperature, device).double()
+    if targets.task == "numbers":
+        values, val_labels = targets.values(values), targets.values(val_labels.double())
+    return measure(targets.task, val_labels.numpy(), values.numpy(), targets.thresholds or 0.5)
+
+
+@torch.no_grad()
+def knn_values(
+    train_features, train_values, val_features, k=20, temperature=0.07, device="cpu"
+) -> torch.Tensor:
+    """Weighted means (m, K), on the CPU, of the neighbours' `train_values` (n, K): of classes (one-hot) and
+    labels the probabilities. Neighbours and weights are those of `knn_from_features`.
+    """
+    values, found = train_values.to(device), []
+    for _, nearest, ids in _nearest(train_features, val_features, k, device):
+        weights = _weights(nearest, temperature)
+        shares = weights / weights.sum(dim=1, keepdim=True)
+        found.append((shares[..., None] * values[ids]).sum(dim=1).cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -62,25 +98,54 @@ def knn_from_features(
     train_features, train_labels, val_features, val_labels, k=20, temperature=0.07, device="cpu"
 ) -> dict[str, float]:
     """As `knn_accuracy`, from features (n, D) and labels int64 (n,) of both sets; votes on `device`."""
-    memory = torch.empty_like(train_features, device=device)
-    for unit, features in zip(memory.split(ROWS), train_features.split(ROWS), strict=True):
-        unit.copy_(F.normalize(features.to(device), dim=1))
-    memory_labels = train_labels.to(device)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
-    k = min(k, len(memory))
-    rows = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
     hits1 = hits5 = 0
-    for queries, labels in zip(val_features.split(rows), val_labels.split(rows), strict=True):
-        similarity = F.normalize(queries.to(device), dim=1) @ memory.T  # (rows, n)
-        nearest, ids = similarity.topk(k, dim=1)
-        votes = nearest.new_zeros(len(queries), num_classes)
-        # Relative to the nearest: the same ranking, and no overflow at small temperatures
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        votes.scatter_add_(1, memory_labels[ids], weights)
-        best = votes.topk(min(5, num_classes), dim=1).indices == labels.to(device)[:, None]
+    votes = knn_votes(train_features, train_labels, val_features, [(k, temperature)], num_classes, device)
+    for rows, vote in votes:
+        best = vote.topk(min(5, num_classes), dim=1).indices == val_labels[rows].to(device)[:, None]
         hits1 += int(best[:, 0].sum())
         hits5 += int(best.any(dim=1).sum())
     return {"acc1": 100.0 * hits1 / len(val_labels), "acc5": 100.0 * hits5 / len(val_labels)}
+
+
+@torch.no_grad()
+def knn_votes(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    queries: torch.Tensor,
+    settings: Sequence[tuple[int, float]],
+    num_classes: int,
+    device="cpu",
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (rows of the queries, their votes (rows, num_classes)) on `device`, for each of `settings` in
+    turn and then for further rows.
+
+    Args:
+        features, labels: (n, D) and int64 (n,) of the memory. queries: (m, D).
+        settings: (k, temperature); where there are fewer neighbours than k, all vote.
+    """
+    labels = labels.to(device)
+    for rows, nearest, ids in _nearest(features, queries, max(k for k, _ in settings), device):
+        for k, temperature in settings:
+            votes = nearest.new_zeros(len(nearest), num_classes)
+            yield rows, votes.scatter_add_(1, labels[ids[:, :k]], _weights(nearest[:, :k], temperature))
+
+
+def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(rows of the queries, cosines (rows, k) of their nearest ones, the nearest first, their places)."""
+    memory = torch.empty_like(features, device=device)
+    for unit, part in zip(memory.split(ROWS), features.split(ROWS), strict=True):
+        unit.copy_(F.normalize(part.to(device), dim=1))
+    step = max(1, 2**26 // len(memory))  # similarities of one go: 256 MB
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        similarity = F.normalize(queries[rows].to(device), dim=1) @ memory.T  # (rows, n)
+        yield rows, *similarity.topk(min(k, len(memory)), dim=1)
+
+
+def _weights(nearest: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Relative to the nearest: the same ranking, and no overflow at small temperatures
+    return ((nearest - nearest[:, :1]) / temperature).exp()
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:

@@ -8,22 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
+from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.predict import Predictions
 from util.files import check_writable, printable, replacing, shown
 
 
-def table(files: list[str], class_names: list[str], predictions: Predictions) -> str:
-    """A line per image: its name, then the best classes, each with its probability in percent."""
+def table(
+    files: list[str], class_names: list[str], predictions: Predictions, targets: Targets | None = None
+) -> str:
+    """A line per image: its name, then the best classes, each with its probability in percent; of several
+    labels the probability of each, with a + where it is there; of numbers each.
+    """
     names = [printable(file) for file in files]
     head = ["image"]
     columns = [names]
+    if targets is not None and targets.task != "class":
+        head += [cell for name in class_names for cell in ("", shown(name))]
+        for k in range(len(class_names)):
+            values = predictions.probabilities[:, k]
+            there = values >= targets.thresholds[k] if targets.thresholds else np.zeros(len(values), bool)
+            columns += [["+" if mark else "" for mark in there]]
+            columns += [[f"{100 * v:.2f} %" if targets.thresholds else f"{v:.6g}" for v in values.tolist()]]
+        rows = [head, *zip(*columns, strict=True)]
+        return _aligned(rows)
     for rank in range(predictions.classes.shape[1]):
         head += [f"{rank + 1}.", ""]
         columns.append([shown(class_names[i]) for i in predictions.classes[:, rank]])
         columns.append([f"{100 * p:.2f} %" for p in predictions.probabilities[:, rank]])
-    rows = [head, *zip(*columns, strict=True)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _aligned([head, *zip(*columns, strict=True)])
+
+
+def _aligned(rows: list) -> str:
+    """Rows of cells in columns, every second one but the first to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
@@ -41,13 +59,30 @@ def check_output(flag: str, path: str) -> None:
     check_writable(flag, os.path.dirname(path) or ".", f"{path}:", make=False)
 
 
-def write_csv(path: str, files: list[str], class_names: list[str], predictions: Predictions) -> None:
-    """Writes path, class_1, probability_1, class_2, ...: a line per image, the best class first."""
+def write_csv(
+    path: str,
+    files: list[str],
+    class_names: list[str],
+    predictions: Predictions,
+    targets: Targets | None = None,
+) -> None:
+    """Writes path, class_1, probability_1, class_2, ...: a line per image, the best class first. Of several
+    labels path, probability NAME, prediction NAME, ...; of numbers path, NAME, ....
+    """
+    targets = targets or Targets()
     ranks = range(predictions.classes.shape[1])
 
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with _replacing("--csv", path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file)
+        if targets.task != "class":
+            words = ("probability ", "prediction ") if targets.thresholds else ("",)
+            writer.writerow(["path", *(word + name for name in class_names for word in words)])
+            for name, values in zip(files, predictions.probabilities.tolist(), strict=True):
+                pairs = zip(values, targets.thresholds or (), strict=False)
+                cells = [cell for value, least in pairs for cell in (f"{value:.6f}", int(value >= least))]
+                writer.writerow([name, *(cells or [f"{value:.7g}" for value in values])])
+            return
         writer.writerow(["path", *(f"{name}_{i + 1}" for i in ranks for name in ("class", "probability"))])
         for name, classes, shares in zip(files, predictions.classes, predictions.probabilities, strict=True):
             cells = ((class_names[i], f"{p:.6f}") for i, p in zip(classes, shares, strict=True))

@@ -19,6 +19,7 @@ from util.data.find import ImageFiles
 from util.data.labelled import LabelledImages
 from util.data.loader import build_loader
 from util.data.presets import eval_transform
+from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.exact import in_groups, on_device
 from util.weights.describe import WeightsFile
@@ -31,7 +32,8 @@ class Predictions:
     """One row per readable image, in order.
 
     rows: int64 (n,), which of the images it is. classes: int64 (n, k), best first, and probabilities: float32
-    (n, k); both None without a head. features: float32 (n, D) or (n, L, D), or None.
+    (n, k); both None without a head. Of several labels and of numbers all in the order of the outputs.
+    features: float32 (n, D) or (n, L, D), or None.
     """
 
     rows: np.ndarray
@@ -79,6 +81,13 @@ def _part(tokens: torch.Tensor, kind: str) -> torch.Tensor:
     return tokens[:, 0] if kind == "cls" else tokens[:, 1:]
 
 
+def _best(values: torch.Tensor, task: str, top_k: int) -> list[torch.Tensor]:
+    """Places and values (N, K) of the best classes, best first, or of all labels or numbers."""
+    if task == "class":
+        return list(values.topk(top_k, dim=1)[::-1])
+    return [torch.arange(values.shape[1], device=values.device).expand_as(values), values]
+
+
 @torch.no_grad()
 def predict(
     model: torch.nn.Module,
@@ -89,18 +98,21 @@ def predict(
     feature_kind: str | None = None,
     progress=None,
     stats: Namespace | None = None,
+    targets: Targets | None = None,
 ) -> Predictions:
     """Runs `model`, a `VisionTransformer` in eval mode on `device`, over the images of a loader.
 
     Args:
-        top_k: so many of the best classes of each image; 0: none.
+        top_k: so many of the best classes of each image, or all labels or numbers; 0: none.
         feature_kind: one of `KINDS`; None: no features.
         progress: of `util.cli.progress.progress_bar`, or None.
         stats: mean and std, to normalise uint8 images with; None: ImageNet's.
+        targets: what the model predicts; default: one class.
     """
     dtype = resolve_amp_dtype(amp_dtype, device)
     dataset, done = loader.dataset, 0
     parts, features = [], None
+    targets = targets or Targets()
     plain = type(model) is VisionTransformer  # a client's class says itself what its features and logits are
     way = "mean" if model.global_pool else "cls"
 
@@ -115,8 +127,7 @@ def predict(
                     logits = model(images) if top_k else None
                 if not plain and feature_kind == way:
                     values = model.forward_features(images)
-            best = logits.float().softmax(dim=1).topk(top_k, dim=1) if top_k else None
-            columns = [best.indices, best.values] if top_k else []
+            columns = _best(targets.values(logits.float()), targets.task, top_k) if top_k else []
             yield [indices, *columns, *([values.float()] if feature_kind else [])]
 
     with casting_once(device, dtype, model):

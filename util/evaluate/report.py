@@ -1,13 +1,22 @@
 """What an evaluation reports per class and per image: tables, a CSV file, a picture."""
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from util.data.labelled import LabelledImages
 from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
+from util.evaluate.metrics import measures_all
+from util.evaluate.targets import (
+    figures_line,
+    measure_predictions,
+    target_table,
+    write_target_predictions,
+)
 from util.files import printable, replacing
 from util.processes.collectives import is_main_process, log, warn
 
@@ -20,13 +29,22 @@ def evaluate_and_report(
     """Evaluates and prints the closing line; with `report` also what is known per class and per image.
 
     That is, in `args.output_dir`: for at most 100 classes a table (printed, and `per_class.txt`) and a
-    picture (`confusion.png`); with `args.save_predictions` a `predictions.csv`.
+    picture (`confusion.png`); with `args.save_predictions` a `predictions.csv`. With `args.labels` or
+    `args.best` there are all figures of the task too, None where one is not defined.
     """
-    predictions = predict_samples(loader, model, device, args)
-    stats = summarize(predictions)
+    task = dataset.targets.task if measures_all(args) else None
+    predictions = predict_samples(loader, model, device, args, task)
+    stats = {} if task in ("labels", "numbers") else summarize(predictions)
+    if task:
+        stats |= {"loss": math.fsum(predictions.losses) / len(predictions.losses)}
+        stats |= measure_predictions(predictions, dataset)
     if report and is_main_process():
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
+    if task:
+        log(f"figures of {len(predictions.indices)} images\n{figures_line(stats)}")
+    if "acc1" not in stats:
+        return stats
     log(f"Accuracy of the network on the {len(predictions.labels)} test images: {stats['acc1']:.1f}%")
     log(closing_line(stats))  # which stays the last
     return stats
@@ -37,7 +55,12 @@ def _write_reports(predictions, folder, args, dataset) -> None:
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        if len(names) <= MAX_CLASSES:  # however many outputs the head has
+        if dataset.targets.task != "class":
+            log(table := target_table(predictions, dataset))
+            if folder is not None:
+                with replacing(folder / "per_class.txt") as temporary:
+                    temporary.write_text(table + "\n", encoding="utf-8")
+        elif len(names) <= MAX_CLASSES:  # however many outputs the head has
             if predictions.top[:, 0].max() >= len(names):
                 names.append("(other classes)")
             matrix = confusion_matrix(predictions, len(names))
@@ -48,9 +71,12 @@ def _write_reports(predictions, folder, args, dataset) -> None:
                     temporary.write_text(table + "\n", encoding="utf-8")
                 with replacing(folder / "confusion.png") as temporary:
                     draw_confusion(matrix, names).save(temporary, format="PNG")
-        if args.save_predictions:
+        if args.save_predictions and dataset.targets.task != "class":
+            write_target_predictions(folder / "predictions.csv", predictions, dataset)
+        elif args.save_predictions:
             names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
             write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
+        if args.save_predictions:
             log(f"predictions: {printable(folder / 'predictions.csv')}")
     except OSError as error:
         warn(f"{folder}: reports were not written: {error.strerror or error}")
@@ -83,15 +109,18 @@ def write_predictions(path: str | Path, predictions: Predictions, paths, class_n
     """Writes a CSV file, one line per sample in the order of the data set.
 
     Columns: path, label, prediction (class names), correct (0 or 1), confidence (probability of the
-    prediction), loss.
+    prediction), loss; where outputs were kept also the probability of each class.
     """
+    each = [] if predictions.outputs is None else class_names
+    shares = None if not each else torch.from_numpy(predictions.outputs).softmax(dim=1).tolist()
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with replacing(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss"])
+        writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss", *each])
         for i, index in enumerate(predictions.indices.tolist()):
             label, best = predictions.labels[i], predictions.top[i, 0]
             figures = f"{predictions.confidence[i]:.6f}", f"{predictions.losses[i]:.6f}"
+            figures += tuple(f"{share:.6f}" for share in shares[i]) if each else ()
             writer.writerow(
                 [paths[index], class_names[label], class_names[best], int(label == best), *figures]
             )

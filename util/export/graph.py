@@ -44,6 +44,8 @@ def write_config(source: Source, folder: Path) -> None:
     }
     if source.vit.num_classes:
         config["class_names"] = info.get("class_names")
+        names = ("task", "thresholds", "target_mean", "target_std")
+        config |= {name: info[name] for name in names if name in info}
     write_json(folder / "config.json", config)
 
 

@@ -22,7 +22,7 @@ from util.export.files import render, write_json, write_safetensors
 from util.export.source import Source, read_source
 from util.files import read_json, shown
 from util.weights.folder import weights_files
-from util.weights.hugging_face import classifier_config, mae_config, to_hugging_face
+from util.weights.hugging_face import classifier_config, mae_config, problem_type, to_hugging_face
 
 _BICUBIC = 3
 
@@ -56,6 +56,7 @@ def write(source: Source, folder: Path) -> None:
                             "pip install -U transformers")  # fmt: skip
         timm.write(source, folder)
         config = {"architectures": [name], "model_type": "timm_wrapper", **read_json(folder / "config.json")}
+        config |= problem_type(info)
         write_json(folder / "config.json", config)
         return
     write_json(folder / "config.json", {"architectures": [name], **_config(source)})

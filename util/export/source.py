@@ -13,6 +13,7 @@ from util.rng import takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
+from util.weights.flags import stored_targets
 from util.weights.schema import check_settings, stored_settings
 
 
@@ -48,6 +49,8 @@ class Source(WeightsFile):
             info["decoder_mlp_dim"] = 4 * info["decoder_embed_dim"] if bias is None else len(bias)
         if self.part == "classifier":
             info |= {"nb_classes": self.vit.num_classes, "recipe": self.recipe}
+            names = [*(self.class_names or []), *range(len(self.class_names or []), self.vit.num_classes)]
+            info |= stored_targets(self.content, names, f"--resume {self.path}").info()
         return info
 
     @property

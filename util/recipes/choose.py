@@ -27,7 +27,7 @@ def input_size(height: int, width: int, gpu: bool) -> tuple[tuple[int, int], int
 
 
 def choose(
-    images: int, shape: tuple[int, int], channels: int, gpu_memory: float | None
+    images: int, shape: tuple[int, int], channels: int, gpu_memory: float | None, matrix_unit: bool = False
 ) -> tuple[dict, list[str]]:
     """Flags of main_pretrain.py by name, and reasons, a line each.
 
@@ -36,6 +36,7 @@ def choose(
         shape: the median (height, width), in pixels.
         channels: that the files have.
         gpu_memory: in GB; None: there is no GPU.
+        matrix_unit: of the CPU, for bf16.
     """
     size, patch = input_size(*shape, gpu_memory is not None)
     text = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
@@ -52,12 +53,16 @@ def choose(
         batch, rate, kind = 32, 1e-3, "cpu"
         flags.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
         reasons.append("tiny encoder, two decoder blocks: there is no GPU")
+        if matrix_unit:
+            flags["amp_dtype"] = "bf16"
+            reasons.append("--amp_dtype bf16: this CPU has a matrix unit for it, which float32 leaves idle")
     else:
         *_, name, batch, rate = next(row for row in MODELS if images >= row[0] and gpu_memory >= row[1])
         flags["model"], kind = f"mae_vit_{name}_patch16", "gpu"
         reasons.append(f"{name} encoder: {images:,} images, a GPU of {gpu_memory:.0f} GB")
     # A power of two, so that an epoch has some updates and a GPU works on full batches
-    effective = 2 ** int(math.log2(max(8, min(images / UPDATES_PER_EPOCH, 4096 if kind == "gpu" else 64))))
+    most = min(images, max(8, min(images / UPDATES_PER_EPOCH, 4096 if kind == "gpu" else 64)))
+    effective = 2 ** int(math.log2(most))
     flags["batch_size"] = min(batch, effective)
     flags["accum_iter"] = effective // flags["batch_size"]
     updates = max(1, images // effective)
@@ -67,7 +72,8 @@ def choose(
     flags.update(epochs=epochs, warmup_epochs=min(40, math.ceil(epochs / 20)))
     flags.update(blr=float(f"{rate * 256 / effective:.2g}"), norm_pix_loss=True)
     reasons += [
-        f"effective batch {effective}: {updates:,} updates an epoch; learning rate {rate:.1e}",
+        f"--batch_size, --blr: effective batch {effective}, which gives {updates:,} updates an epoch; "
+        f"learning rate {rate:.1e}",
         f"--epochs {epochs}: {epochs * updates:,} updates; a tenth would do to see that it learns",
         "--norm_pix_loss: better features; losses are then near 1 and fall slowly",
     ]
@@ -83,5 +89,5 @@ def words(flags: dict) -> list[str]:
         if value is None or value is False or (name == "accum_iter" and value == 1):
             continue
         values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-        found += [f"--{name}", *map(str, values)]
+        found += [f"--{name}", *(f"{v:.9g}" if isinstance(v, float) else str(v) for v in values)]
     return found

@@ -16,6 +16,7 @@ from util.data.labelled import LabelledImages, check_classes, count_classes
 from util.errors import UserError
 from util.files import check_writable, printable
 from util.processes.collectives import is_main_process, log, warn
+from util.recipes.labels import add_label_args, adopt_targets, check_label_args, prepare_targets
 from util.run.resume import Checkpoint, read_resume
 from util.sizes import image_size
 from util.weights.describe import read_model_info
@@ -46,12 +47,14 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
     flag("--save_predictions", action="store_true",
          help="write predictions.csv (one line per validation image) to --output_dir")
     # fmt: on
+    add_label_args(parser)
     parser.set_defaults(global_pool=global_pool)
 
 
 def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, parser)
+    check_label_args(args)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
     if getattr(args, "split", "val") != "val" and not args.eval:
@@ -72,7 +75,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     """Reads what `--resume` names and takes the model's flags from it; None without one.
 
     Args:
-        recipe: "finetune" or "linprobe", the script that calls.
+        recipe: "finetune", "linprobe" or "segment", the script that calls.
         given: names of the flags on the command line.
 
     Raises UserError where one of those says something else than the checkpoint.
@@ -92,6 +95,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     if written_by != recipe:
         raise UserError(f"--resume {source}: was written by main_{written_by}.py; use that script")
     adopt_model_info(args, info, source, given)
+    adopt_targets(args, info, source, given)
     return checkpoint
 
 
@@ -105,6 +109,7 @@ def prepare_classes(
     """Checks that the class lists of data and checkpoint agree and sets `args.nb_classes`."""
     if train is not None:
         check_classes(train, val)
+    prepare_targets(args, train, val, checkpoint)
     if checkpoint is not None:
         info = read_model_info(checkpoint.content, f"--resume {checkpoint.source}")
         check_class_names(info, val.classes, checkpoint.source, val.files.source, "nb_classes" in given)

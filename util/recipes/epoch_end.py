@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from util.data.labelled import LabelledImages
+from util.evaluate.metrics import SMALLER_IS_BETTER, best_metric
 from util.evaluate.report import evaluate_and_report
 from util.processes.collectives import get_world_size, log
 from util.processes.parallel import full_copy
@@ -52,17 +53,37 @@ class ClassifierEpochEnd:
         report = epoch + 1 == args.epochs
         whole = full_copy(self.trained)
         test = evaluate_and_report(self.val_loader, whole, self.device, args, self.val_set, report)
-        is_best, state.best_acc1 = test["acc1"] > state.best_acc1, max(state.best_acc1, test["acc1"])
+        metric = best_metric(args, self.val_set.targets.task)
+        if metric == "acc1":
+            is_best, state.best_acc1 = test["acc1"] > state.best_acc1, max(state.best_acc1, test["acc1"])
+            text = f"best accuracy so far: {state.best_acc1:.3f} %\nMax accuracy: {state.best_acc1:.2f}%"
+        else:
+            is_best, text = self._compare(metric, test[metric])
         state.save(epoch, best=is_best, stats=stats, evaluated=True)
-        log(f"best accuracy so far: {state.best_acc1:.3f} %\nMax accuracy: {state.best_acc1:.2f}%")
+        log(text)
         record = {f"train_{name}": value for name, value in stats.items()}
         record |= {f"test_{name}": value for name, value in test.items()}
         n_parameters = count_trained(state.model)
         write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": n_parameters})
         if self.log_writer is not None:
             for name, value in test.items():
+                if value is None:  # not defined
+                    continue
                 self.log_writer.add_scalar(f"perf/test_{name}", value, epoch)
             self.log_writer.flush()
+
+    def _compare(self, metric: str, value: float | None) -> tuple[bool, str]:
+        """(whether `value` is the best so far, a line that says the best); checkpoints remember it."""
+        info = self.state.model_info
+        held = info.get("best") if isinstance(info.get("best"), dict) else {}
+        best = held.get("value") if held.get("metric") == metric else None
+        best = best if isinstance(best, float) else None
+        sign = -1 if metric in SMALLER_IS_BETTER else 1
+        is_best = best is None or (value is not None and sign * value > sign * best)
+        best = value if is_best else best
+        self.state.model_info = {**info, "best": {"metric": metric, "value": best}}
+        text = "is not defined" if best is None else f"{best:.4f}"
+        return is_best, f"best {metric} so far: {text}"
 
 
 def count_trained(model: torch.nn.Module) -> int:

@@ -10,20 +10,20 @@ from util.processes.collectives import is_main_process, warn
 from util.weights.names import is_inside_epoch, list_checkpoints
 from util.weights.schema import comparable, in_words
 
-# Every flag of the three scripts is in one group. PRETRAIN.md shows table and rules word for word
+# Every flag of the training scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
     "model": "model input_size patch_size in_chans mean std pixel_range decoder_embed_dim decoder_depth "
-    "decoder_num_heads global_pool nb_classes trainable_blocks init_freeze",
-    "data": "data_path pages loader shuffle repeated_aug no_aug cache_features cache_views color_jitter aa "
-    "reprob remode recount",
+    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers init_freeze",
+    "data": "data_path labels label_columns task group_column folds fold pages loader shuffle repeated_aug "
+    "no_aug cache_features cache_views color_jitter aa reprob remode recount",
     "recipe": "mask_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr min_lr "
     "weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
-    "mixup_switch_prob mixup_mode amp_dtype seed finetune init weights_key teacher teacher_loss "
-    "teacher_weight teacher_block",
+    "mixup_switch_prob mixup_mode ignore_index class_weight thresholds best amp_dtype seed finetune init "
+    "weights_key teacher teacher_loss teacher_weight teacher_block",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir resume no_verify start_epoch max_steps "
-    "save_freq save_minutes keep_checkpoints vis_freq knn_freq print_freq skip_nonfinite bad_images eval "
-    "split dist_eval save_predictions resplit",
+    "save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq print_freq skip_nonfinite "
+    "bad_images eval split dist_eval save_predictions short_side resplit",
 }
 RULES = {
     "model": "a change is an error",
@@ -71,7 +71,7 @@ def check_changes(
         f"{name} {in_words(name, theirs)} -> {in_words(name, own)}"
         for group in ("data", "recipe")
         for name, theirs, own in _changes(group, args, saved)
-        if name != "data_path" or "files" not in run or not listing
+        if name not in ("data_path", "labels") or "files" not in run or not listing
     ]
     if changed and content.get("step"):
         there = list_checkpoints(Path(source).parent) if "://" not in source else []
@@ -107,8 +107,10 @@ def _as_many_processes(args: Namespace, saved: dict) -> Namespace:
 
 
 def _data_changes(saved: dict, listing: dict | None) -> list[str]:
-    if not listing or "files" not in saved or saved["files"] == listing.get("files"):
+    if not listing or "files" not in saved:
         return []
+    if saved["files"] == listing.get("files"):
+        return [] if saved.get("labels") == listing.get("labels") else ["labels: others of the same images"]
     if saved.get("images") == listing["images"]:
         return [f"images: {listing['images']} as before, but of other names"]
     return [f"images {shown(saved.get('images'))} -> {listing['images']}"]

@@ -211,6 +211,7 @@ def _check_owner(args) -> None:
         "mask_ratio": "main_pretrain.py",
         "mixup": "main_finetune.py",
         "cache_features": "main_linprobe.py",
+        "ignore_index": "main_segment.py",
     }
     writer = next((script for flag, script in marks.items() if flag in (stored or {})), None)
     own = next((script for flag, script in marks.items() if hasattr(args, flag)), None)

@@ -126,7 +126,7 @@ def near_places(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     if (places := getattr(files.paths, "places", None)) is None:
         raise UserError("--shuffle near: is for images in archives, and not all of these are; leave it out")
     shards, starts = places
-    if files.labels is not None:
+    if files.labels is not None and files.labels.ndim == 1:
         labels = files.labels[np.lexsort((starts, shards))]
         alike, chance = np.mean(labels[1:] == labels[:-1]), np.square(np.bincount(labels) / len(labels)).sum()
         if alike > (1 + chance) / 2 and is_main_process():

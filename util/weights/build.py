@@ -57,6 +57,18 @@ def build(
     return model.eval()
 
 
+def random_encoder(weights: WeightsFile) -> MaskedAutoencoderViT:
+    """An encoder as that of a weights file was before its pre-training, drawn from the global generators, in
+    eval mode, float32, on the CPU; it has a decoder that is good for nothing.
+    """
+    make = named_constructor(weights.constructor, "full") or MaskedAutoencoderViT
+    decoder = {"decoder_embed_dim": 8, "decoder_depth": 0, "decoder_num_heads": 1}
+    try:
+        return construct(make, **weights.sizes, **decoder).eval()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{weights.path}: no random encoder of its sizes: {error}") from None
+
+
 def _fold_probe(state: dict) -> dict[str, torch.Tensor]:
     weight, bias = state["head.1.weight"].double(), state["head.1.bias"].double()
     scale = (state["head.0.running_var"].double() + 1e-6).rsqrt()

@@ -4,11 +4,12 @@ import argparse
 
 import models_vit
 from util.cli.flags import add_verify_arg
+from util.data.targets import Targets, targets_of
 from util.errors import UserError
 from util.files import shown, some
 from util.processes.collectives import is_main_process, warn
 from util.sizes import image_size
-from util.weights.schema import comparable, in_words, said_settings
+from util.weights.schema import comparable, in_words, said_settings, stored_settings
 
 # Flags that are also entries of a checkpoint's `model_info`
 FLAGS = ("model", "global_pool", "input_size", "patch_size", "in_chans", "nb_classes", "mean", "std")
@@ -74,6 +75,12 @@ def adopt_model_info(args: argparse.Namespace, info: dict, source: str, given: s
             raise UserError(f"{flag}: {own} was given, but {source} was trained with {theirs}; leave the "
                             "flag out")  # fmt: skip
         setattr(args, name, tuple(stored) if isinstance(stored, list) else stored)
+
+
+def stored_targets(content: dict, names: list[str], where: str) -> Targets:
+    """What the outputs `names` of a checkpoint's model are; UserError where what it says cannot be."""
+    found = stored_settings(content, where, "task", "thresholds", "target_mean", "target_std")
+    return targets_of(found, names, where)
 
 
 def warn_of_other_stats(args: argparse.Namespace, content: dict, source: str) -> None:

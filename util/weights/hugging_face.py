@@ -141,6 +141,12 @@ def mae_config(info: dict) -> dict:
     }
 
 
+def problem_type(info: dict) -> dict[str, str]:
+    """The entry of a classifier's `config.json` for several labels or numbers; none for one class."""
+    words = {"labels": "multi_label_classification", "numbers": "regression"}
+    return {"problem_type": words[info["task"]]} if "task" in info else {}
+
+
 def classifier_config(info: dict) -> dict:
     """`config.json` of Hugging Face's ViTForImageClassification, `architectures` left out."""
     names = list(info.get("class_names") or [])
@@ -150,6 +156,7 @@ def classifier_config(info: dict) -> dict:
         **vit_config(info),
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
+        **problem_type(info),
     }
 
 

@@ -150,10 +150,12 @@ def can_be_shown(value, depth: int = 0) -> bool:
     return not isinstance(value, int) or abs(value) < 2**64
 
 
+RECIPES = ("finetune", "linprobe", "segment")  # whose checkpoints say which script they are of
+
 # What readers take from `args`, `model_info` or a folder's config: a test, and what it wants in words
 SETTINGS = {
     "model": (_text, "a name"),
-    "recipe": (lambda v: _text(v) and v in ("finetune", "linprobe"), "finetune or linprobe"),
+    "recipe": (lambda v: _text(v) and v in RECIPES, " or ".join(RECIPES)),
     "input_size": (_size, "a size in pixels"),
     **dict.fromkeys(("patch_size", "in_chans"), (whole(), "a whole number above 0")),
     **dict.fromkeys(("num_heads", "decoder_num_heads"), (whole(), "a whole number above 0")),
@@ -165,6 +167,10 @@ SETTINGS = {
     "pixel_range": (several(real(-1e300, 1e300), 2**16), "pairs of numbers"),
     **dict.fromkeys(("norm_pix_loss", "global_pool"), (_flag, "true or false")),
     "layer_norm_eps": (real(0, 1), "a small number"),
+    "task": (lambda v: _text(v) and v in ("class", "labels", "numbers"), "class, labels or numbers"),
+    "thresholds": (several(real(0, 1)), "a list of probabilities"),
+    "target_mean": (several(real(-1e300, 1e300)), "a list of numbers"),
+    "target_std": (several(real(1e-300, 1e300)), "a list of numbers above 0"),
 }  # fmt: skip
 
 

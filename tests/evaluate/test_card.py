@@ -1,0 +1,154 @@
+"""The report card: features of every block, what is chosen on what, intervals, the picture."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_utils import TINY, TINY_MAE
+
+import models_mae
+import models_vit
+from util.errors import UserError
+from util.evaluate.card import PROTOCOLS, Column, Plan, make_column, make_row, stratified
+from util.evaluate.card_output import differences
+from util.evaluate.features import encoder_features
+from util.evaluate.knn import knn_from_features, knn_votes
+from util.evaluate.layers import EveryBlock, Layers, RawPixels, effective_rank
+from util.evaluate.probes import one_class_each
+from util.figures.depth import draw_depth, nice_range
+
+
+def models():
+    torch.manual_seed(0)
+    return {
+        "mae": models_mae.MaskedAutoencoderViT(**TINY_MAE),
+        "class token": models_vit.VisionTransformer(False, num_classes=3, **TINY),
+        "mean": models_vit.VisionTransformer(True, num_classes=3, **TINY),
+    }
+
+
+@pytest.mark.parametrize("kind", models())
+def test_features_of_every_block_in_one_pass(kind):
+    model = models()[kind].double().eval()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    source = EveryBlock(model, [1, 2])
+    with torch.no_grad():
+        rows = source(images)
+        pooled = rows[:, : 4 * 24].view(3, 4, 24)
+        tokens = rows[:, 4 * 24 :].view(3, 2, 16, 24)
+        assert source.sets == [(1, "class"), (1, "mean"), (2, "class"), (2, "mean")]
+        torch.testing.assert_close(pooled[:, 3], encoder_features(model, images))
+        if kind != "mean":
+            torch.testing.assert_close(pooled[:, 2], encoder_features(model, images, global_pool=False))
+            torch.testing.assert_close(tokens.mean(dim=2), pooled[:, [1, 3]])
+        model.blocks = model.blocks[:1]  # what is left computes what block 1 gives
+        torch.testing.assert_close(pooled[:, 1], encoder_features(model, images))
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_raw_pixels_and_their_patches():
+    images = torch.randn(2, 3, 32, 48)
+    source = RawPixels({"patch_size": 8, "img_size": (32, 48), "in_chans": 3})
+    pixels, tokens = source(images).split([3 * 32 * 32, 24 * 192], dim=1)
+    torch.testing.assert_close(pixels, F.adaptive_avg_pool2d(images, (32, 32)).flatten(1))
+    patch = tokens.view(2, *source.token_shape)[1, 7]  # the second of the second row
+    torch.testing.assert_close(patch, images[1, :, 8:16, 8:16].flatten())
+
+
+def test_effective_rank():
+    generator = torch.Generator().manual_seed(0)
+    line = torch.randn(500, 1, generator=generator) * torch.randn(1, 6, generator=generator) + 3
+    ball, _ = torch.linalg.qr(torch.randn(500, 6, generator=generator, dtype=torch.float64))
+    two = torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])).repeat(2, 1) * torch.tensor(
+        [[1.0]] * 6 + [[-1.0]] * 6
+    )
+    assert effective_rank(torch.stack([line, (ball - ball.mean(0)).float()], dim=1)) == pytest.approx(
+        [1, 6], rel=0.01
+    )
+    assert effective_rank(two[:, None]) == pytest.approx([2])
+
+
+def test_votes_of_a_grid_are_those_of_one_setting_after_the_other():
+    generator = torch.Generator().manual_seed(0)
+    train, val = (torch.randn(n, 5, generator=generator) for n in (40, 30))
+    labels, answers = (torch.randint(0, 4, (n,), generator=generator) for n in (40, 30))
+    settings = [(20, 0.07), (1, 0.2), (100, 1.0)]
+    votes = [vote.argmax(1) for _, vote in knn_votes(train, labels, val, settings, 4)]
+    for vote, setting in zip(votes, settings, strict=True):
+        expected = knn_from_features(train, labels, val, answers, *setting)["acc1"]
+        assert 100 * (vote == answers).double().mean().item() == pytest.approx(expected)
+
+
+def layers(count: int, seed: int) -> Layers:
+    """Features of three classes, which the second block tells better."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    strength = torch.tensor([0.1, 0.2, 0.3, 0.6]).view(1, 4, 1)
+    pooled = torch.randn(count, 4, 8, generator=generator) + strength * centres[labels][:, None]
+    tokens = {2: torch.randn(count, 5, 8, generator=generator) + 0.5 * centres[labels][:, None]}
+    return Layers(pooled, tokens, labels, [(1, "class"), (1, "mean"), (2, "class"), (2, "mean")])
+
+
+def test_the_evaluated_images_choose_nothing():
+    train, val = layers(120, 1), layers(60, 2)
+    plan = Plan(one_class_each(3), train.labels, steps=20)
+    column = make_column(train, val, plan)
+    others = Layers(val.pooled, val.tokens, torch.randint(0, 3, (60,)), val.sets)
+    other = make_column(train, others, plan)
+    assert column.rows.keys() == other.rows.keys() == PROTOCOLS.keys()
+    for key, row in column.rows.items():
+        twin = other.rows[key]
+        assert (row.block, row.tokens, row.setting) == (twin.block, twin.tokens, twin.setting)
+    assert column.rows["linear"].score > 60 > other.rows["linear"].score
+    for row in column.rows.values():
+        assert row.low <= row.score <= row.high
+    assert column.rows["few_5"].setting == "15 images" and column.rows["few_1_percent"].setting == "3 images"
+
+
+def test_one_class_of_two_images_is_a_card_too():
+    side = layers(2, 1)
+    side.labels.zero_()
+    column = make_column(side, side, Plan(one_class_each(1), side.labels, steps=2))
+    assert {row.score for row in column.rows.values()} == {100.0}
+
+
+def test_held_out_images_are_a_fifth_of_each_class_and_not_learned_from():
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
+    learns, held = Plan(one_class_each(4), labels, seed=3).split()
+    assert torch.cat([learns, held]).sort().values.tolist() == list(range(18))
+    assert labels[held].tolist() == [0, 0, 1, 2]
+    assert Plan(one_class_each(4), labels, seed=4).split()[1].tolist() != held.tolist()
+    with pytest.raises(UserError, match="no class has two images"):
+        Plan(one_class_each(4), torch.arange(4)).split()
+    assert labels[stratified(labels, lambda n: min(n, 3), 0)].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+
+
+def test_intervals_of_the_same_images():
+    targets = np.arange(400) % 2
+    plan = Plan(one_class_each(2), torch.from_numpy(targets))
+    decisions = np.where(np.arange(400) < 300, targets, 1 - targets)  # three of four
+    row = make_row("linear", (1, "mean"), "", decisions, targets, plan)
+    assert row.score == 75 and row.samples.shape == (1000,)
+    # Binomial: 1.96 * sqrt(0.75 * 0.25 / 400) is 4.2
+    assert row.score - row.low == pytest.approx(4.2, abs=0.6) and row.high - 75 == pytest.approx(4.2, abs=0.6)
+    better = make_row("linear", (1, "mean"), "", np.where(np.arange(400) < 320, targets, 2), targets, plan)
+    found = differences({"encoder": Column({"linear": better}), "random encoder": Column({"linear": row})})
+    assert found[0]["what"] == "linear: encoder above random encoder" and found[0]["difference"] == 5
+    # All of 20 images in 400: narrower than the intervals of the two, which share the images
+    assert 2 < found[0]["low"] < 5 < found[0]["high"] < 8
+
+
+def test_a_curve_is_where_its_figures_are():
+    series = {"linear, mean of patches": [(1, 10.0), (2, 30.0)], "attentive": [(2, 20.0)]}
+    picture = draw_depth("x", {"a": series, "b": series}, {"pixels": 20.0})
+    blue, orange = (0, 114, 178), (213, 94, 0)
+    pixels = np.asarray(picture)
+    rows, columns = np.nonzero((pixels == blue).all(-1))
+    panel = columns < picture.width // 2
+    assert panel.any() and not panel.all()  # in both
+    upper, lower = rows[panel & (columns > 300)].min(), rows[panel & (columns < 100)]
+    dots, _ = np.nonzero((pixels[:400] == orange).all(-1))
+    assert upper < dots.mean() < lower.min() + 10
+    assert nice_range([3.0, 3.0])[0] <= 3 < nice_range([3.0, 3.0])[1]
+    assert nice_range([12.0, 47.5]) == (10.0, 50.0, 10.0)

@@ -1,0 +1,159 @@
+"""main_evaluate.py: the report card of a file, what it writes, and what it refuses; and --card_freq."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from golden_utils import REPO
+from PIL import Image
+from transfer_utils import given_args, make_mae, make_pictures, read_log, released_files
+
+import main_evaluate
+import main_pretrain
+import models_mae
+from util.errors import UserError
+from util.evaluate import card, card_output
+from util.evaluate.card import PROTOCOLS
+
+# The small model has no name, so that its heads are told
+FLAGS = "--num_workers 0 --device cpu --steps 4 --num_heads 3"
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(card, "RESAMPLES", 50)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return released_files(tmp_path_factory.mktemp("files"))["full"]
+
+
+def run(words, **paths):
+    words = [*FLAGS.split(), *words.split()]
+    for name, value in paths.items():
+        words += [f"--{name}", str(value)]
+    return main_evaluate.main(given_args(main_evaluate, words))
+
+
+def test_a_card_beside_its_baselines(pictures, encoder, tmp_path, capsys):
+    columns = run("--baselines", data_path=pictures, finetune=encoder, output_dir=tmp_path)
+    printed = capsys.readouterr().out
+    text = (tmp_path / "card.md").read_text()
+    assert text in printed + "\n" and "features of 48 images (1 of 3072 numbers and 1 times 16" in printed
+    for title in PROTOCOLS.values():
+        assert f"| {title} " in text
+    assert "k-NN: encoder above random encoder: " in text and "attentive above linear: " in text
+    record = json.loads((tmp_path / "card.json").read_text())
+    assert list(record["columns"]) == ["encoder", "random encoder", "raw pixels"] == list(columns)
+    own = record["columns"]["encoder"]
+    assert own["rows"]["linear"]["score"] == columns["encoder"].rows["linear"].score > 80
+    assert own["rows"]["knn_dino"]["block"] == 2 and own["rows"]["knn_dino"]["tokens"] == "class"
+    assert len(own["depth"]["linear_norm"]) == 4 and len(own["depth"]["attentive"]) == 1
+    pixels = record["columns"]["raw pixels"]["rows"]
+    assert "knn_dino" not in pixels and pixels["linear"]["tokens"] == "pixels"
+    assert Image.open(tmp_path / "card.png").width > 1000  # two panels
+    [line] = read_log(tmp_path)
+    assert line["card_linear"] == own["rows"]["linear"]["score"] and line["finetune"] == str(encoder)
+
+
+def test_the_same_card_again_at_any_batch_size_and_another_of_another_seed(pictures, encoder, tmp_path):
+    records = {}
+    for name, words in {"a": "--batch_size 64", "b": "--batch_size 5", "c": "--seed 1"}.items():
+        run(words + " --token_blocks 1 2", data_path=pictures, finetune=encoder, output_dir=tmp_path / name)
+        records[name] = json.loads((tmp_path / name / "card.json").read_text())
+        del records[name]["seconds"]
+    assert records["a"] == records["b"] != records["c"]
+
+
+def test_an_interrupted_card_harms_nothing(pictures, encoder, tmp_path, monkeypatch):
+    run("--token_blocks 0", data_path=pictures, finetune=encoder, output_dir=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"card.md", "card.json", "card.png", "log.txt"}
+    assert "attentive" not in json.loads(before["card.json"])["columns"]["encoder"]["rows"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(card_output.json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--token_blocks 0 --seed 1", data_path=pictures, finetune=encoder, output_dir=tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in ("card.json", "card.png", "log.txt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "--finetune FILE is needed"),
+        ("--finetune FILE --token_blocks 3", "--token_blocks 3: the encoder has 2 blocks"),
+        ("--finetune FILE --token_blocks -1", "--token_blocks -1: the encoder has 2 blocks, from 1"),
+        ("--finetune FILE --memory 1e-6", "--memory 1e-06: features of 48 images"),
+        ("--finetune FILE --in_chans 1", "--in_chans 1: .* has 3; leave the flag out"),
+        ("--finetune FILE --input_size 64", "--input_size 64x64: does not give the 16 patches"),
+        ("--finetune /none.pth", "--finetune /none.pth: "),
+        ("--finetune FILE --data_path FEW", "no class has two images"),
+        ("--finetune FILE --data_path OTHER", "the classes of train and val differ"),
+    ],
+)
+def test_bad_input(words, message, pictures, encoder, tmp_path):
+    few, other = tmp_path / "few", tmp_path / "other"
+    make_pictures(few, per_class=1)
+    make_pictures(other, classes=("bright", "dark"), per_class=1)
+    shutil.move(other / "val/dark", other / "val/red")
+    words = words.replace("FILE", str(encoder)).replace("FEW", str(few)).replace("OTHER", str(other))
+    paths = {} if "data_path" in words else {"data_path": pictures}
+    with pytest.raises(UserError, match=message):
+        run(words, **paths, output_dir=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("card*"))
+
+
+def test_small_cards_while_training(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models_mae.MODELS, "mae_test", lambda **kwargs: make_mae())
+    words = "--model mae_test --input_size 32 --patch_size 8 --epochs 3 --warmup_epochs 1 --batch_size 8"
+    words += " --num_workers 0 --device cpu --vis_freq 0 --knn_freq 2"
+    states = []
+    for name, freq in (("without", 0), ("with", 2)):
+        folder = tmp_path / name
+        more = ["--log_dir", "", "--output_dir", str(folder), "--data_path", str(pictures)]
+        main_pretrain.main(given_args(main_pretrain, [*words.split(), "--card_freq", str(freq), *more]))
+        states.append(torch.load(folder / "checkpoint-2.pth", weights_only=True)["model"])
+    plain, carded = (read_log(tmp_path / name) for name in ("without", "with"))
+    figures = {"card_knn", "card_linear_norm", "card_linear_dinov2", "card_block", "card_rank"}
+    assert [figures & line.keys() for line in carded] == [figures, set(), figures]
+    assert carded[2]["card_linear_norm"] > 60 and carded[2]["knn_acc1"] == plain[2]["knn_acc1"]
+    assert "Epoch: [2] report card: knn " in capsys.readouterr().out
+    for key, value in states[0].items():  # training has not noticed
+        assert torch.equal(value, states[1][key])
+
+
+@pytest.mark.slow
+def test_the_same_card_in_two_processes(encoder, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", per_class=24)  # 72 images: three groups
+    words = [*FLAGS.split(), "--finetune", str(encoder), "--data_path", str(pictures), "--token_blocks", "1"]
+    records = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [
+            "--nproc_per_node",
+            str(count),
+            "main_evaluate.py",
+            *words,
+            "--output_dir",
+            tmp_path / str(count),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=REPO, env=environment, capture_output=True)
+        records.append(json.loads((tmp_path / str(count) / "card.json").read_text()) | {"seconds": 0})
+        assert len(read_log(tmp_path / str(count))) == 1
+    assert records[0] == records[1]

@@ -1,0 +1,69 @@
+"""Folds that never part a group, and what training and validation labels must have."""
+
+from argparse import Namespace
+
+import numpy as np
+
+from util.errors import UserError
+from util.files import printable, some
+
+
+def deal(groups: np.ndarray, strata: np.ndarray, folds: int) -> np.ndarray:
+    """Fold of each image, int (n,), from 0: groups stay whole, and each fold gets about as much of each
+    stratum (a class, or small and large numbers). The same arguments give the same folds.
+
+    Args:
+        groups: (n,), any values that can be sorted. strata: numbers (n,); of a group the middle one counts.
+    """
+    whole, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    middle = strata[np.lexsort((strata, place))][np.cumsum(sizes) - (sizes + 1) // 2]
+    shuffled = np.random.default_rng(0).permutation(len(whole))
+    fold_of = np.empty(len(whole), int)
+    # As cards are dealt, so that a class with as many groups as folds is in each
+    fold_of[np.lexsort((shuffled, -sizes, middle))] = np.arange(len(whole)) % folds
+    return fold_of[place]
+
+
+def check_folds(args: Namespace, number: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
+    """Raises UserError where a fold, of any number, leaves a class out of its val or of its train.
+
+    Args:
+        args: labels, folds. number: fold of each image (n,). labels: int (n,).
+    """
+    counts = np.zeros((args.folds, len(names)), int)
+    np.add.at(counts, (number, labels), 1)
+    for k, name in enumerate(names):
+        total = counts[:, k].sum()
+        for fold in range(args.folds):
+            if total and counts[fold, k] in (0, total):
+                side = "val" if counts[fold, k] == 0 else "train"
+                raise UserError(
+                    f"--labels {args.labels}: --folds {args.folds}: fold {fold} leaves the class "
+                    f"{printable(name)} ({total} images) out of {side}; take fewer folds or smaller groups"
+                )
+
+
+def check_sets(place: str, task: str, names: list[str], labels: dict[str, np.ndarray]) -> None:
+    """Raises UserError where there is nothing to learn: a class that `train` or `val` lacks, labels or
+    numbers that are alike in all images of `train`.
+
+    Args:
+        place: begins the message. labels: of "train" and of "val", as `LabelledFiles` has them.
+    """
+    if task == "class":
+        counts = {one: np.bincount(values, minlength=len(names)) for one, values in labels.items()}
+        if (alone := np.flatnonzero(sum(counts.values()) == 1)).size:
+            text = f"{len(alone)} classes have one image ({some(names[k] for k in alone)})"
+            advice = "remove them, or pass --task numbers if they are numbers"
+            raise UserError(f"{place}: {text}, which cannot be in train and in val; {advice}")
+        for one, count in counts.items():
+            if (absent := np.flatnonzero(count == 0)).size:
+                text = f"{one} has no image of {len(absent)} classes ({some(names[k] for k in absent)})"
+                raise UserError(f"{place}: {text}; add some, or remove the classes")
+        alike = names if len(names) == 1 else []
+    else:
+        columns = zip(names, labels["train"].T, strict=True)
+        alike = [name for name, column in columns if column.min() == column.max()]
+    if alike:
+        text = f"{some(alike)}: alike in all images of train, so there is nothing to learn"
+        raise UserError(f"{place}: {text}; leave it out with --label_columns")

@@ -1,0 +1,170 @@
+"""Writes a report card: a table in Markdown, JSON, a picture."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from util.errors import TrainingError
+from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan
+from util.files import printable, replacing
+from util.processes.collectives import log
+
+DEPTH = {"knn": "k-NN", "linear": "linear", "linear_norm": "BN, linear", "rank": "effective rank"}
+COMPARED = ("knn", "linear", "linear_norm", "attentive")
+
+
+def card_record(
+    columns: dict[str, Column], args: Namespace, plan: Plan, train_set, val_set, seconds: float
+) -> dict:
+    """All of a card that can be written as JSON."""
+    return {
+        "finetune": args.finetune,
+        "data": {"train": train_set.describe(), "val": val_set.describe()},
+        "images": [len(train_set), len(val_set)],
+        "metric": plan.task.name,
+        "seed": plan.seed,
+        "steps": plan.steps,
+        "seconds": round(seconds, 1),
+        "columns": {
+            name: {
+                "rows": {key: _plain(row) for key, row in column.rows.items()},
+                "depth": column.depth,
+            }
+            for name, column in columns.items()
+        },
+        "differences": differences(columns),
+    }
+
+
+def _plain(row) -> dict:
+    return {name: value for name, value in vars(row).items() if name not in ("samples", "protocol")}
+
+
+def differences(columns: dict[str, Column]) -> list[dict]:
+    """How much better the first column is than each other, and attentive probing than a linear layer: with
+    95 % intervals of the difference on the same resampled images.
+    """
+    (own, first), *others = columns.items()
+    pairs = [
+        (f"{PROTOCOLS[key]}: {own} above {name}", first.rows[key], column.rows[key])
+        for name, column in others
+        for key in COMPARED
+        if key in first.rows and key in column.rows
+    ]
+    if "attentive" in first.rows:
+        pairs += [
+            (f"{own}: attentive above {PROTOCOLS[key]}", first.rows["attentive"], first.rows[key])
+            for key in ("linear", "linear_norm")
+        ]
+    found = []
+    for text, one, two in pairs:
+        low, high = np.percentile(one.samples - two.samples, [2.5, 97.5]).tolist()
+        found.append({"what": text, "difference": one.score - two.score, "low": low, "high": high})
+    return found
+
+
+def markdown(record: dict) -> str:
+    """The card as text: what was measured, how, and the tables."""
+    columns, (train, val) = record["columns"], record["images"]
+    head = ["protocol", "block, tokens; chosen", *columns]
+    first = next(iter(columns.values()))["rows"]
+    rows = []
+    for key, title in PROTOCOLS.items():
+        if key in first:
+            own = first[key]
+            place = f"{own['block']}, {own['tokens']}; {own['setting']}"
+            rows.append([title, place, *(_interval(column["rows"].get(key)) for column in columns.values())])
+    lines = [
+        f"# Report card of {printable(record['finetune'])}",
+        "",
+        f"- {record['metric']} on {val} images: {printable(record['data']['val'])}",
+        f"- learned from {train} images: {printable(record['data']['train'])}",
+        f"- k, T, learning rate, block and tokens were chosen on {HELD:.0%} of those; then all taught",
+        f"- in brackets: 95 % intervals, of {RESAMPLES} bootstrap samples of the evaluated images",
+        f"- with few labels: mean of {DRAWS} draws and its interval over them; block and tokens are those of",
+        "  the row `linear`, and the same part chose the rate",
+        "- what was chosen is the first column's; the others chose for themselves (card.json)",
+        "- the paper's own probe, with LARS and random crops, is main_linprobe.py",
+        f"- seed {record['seed']}, {record['steps']} steps of 256 images a probe, {record['seconds']:.0f} s",
+        "",
+        *_table(head, rows),
+    ]
+    if record["differences"]:
+        lines += ["", "Differences, on the same images:", ""]
+        lines += [f"- {one['what']}: {_interval(one, '+.1f')}" for one in record["differences"]]
+    for name, column in columns.items():
+        if len(column["depth"]["rank"]) > 1:
+            lines += ["", f"Over depth, {name}:", "", *_depth_table(column["depth"])]
+    return "\n".join(lines)
+
+
+def _interval(row: dict | None, form: str = ".1f") -> str:
+    if row is None:
+        return "-"
+    value = row.get("score", row.get("difference"))
+    return f"{value:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _depth_table(depth: dict) -> list[str]:
+    found = {key: {(block, tokens): value for block, tokens, value in rows} for key, rows in depth.items()}
+    pools = ("class", "mean")
+    head = ["block", *(f"{title}, {pool}" for title in DEPTH.values() for pool in pools), "attentive"]
+    rows = []
+    for block in sorted({block for block, _, _ in depth["rank"]}):
+        values = [found[key].get((block, pool)) for key in DEPTH for pool in pools]
+        values.append(found.get("attentive", {}).get((block, "patches")))
+        rows.append([str(block), *("-" if value is None else f"{value:.1f}" for value in values)])
+    return _table(head, rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table whose columns stand under each other on a terminal too."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    cells = [head, ["-" * width for width in widths], *rows]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+
+
+def _picture_parts(record: dict) -> tuple[str, dict, dict]:
+    """Title, panels and levels for `draw_depth`: encoders have panels, pixels a level."""
+    panels, levels = {}, {}
+    for name, column in record["columns"].items():
+        series = {}
+        for key in COMPARED:
+            for block, tokens, value in column["depth"].get(key, ()):
+                text = PROTOCOLS[key].split(":")[0]
+                text += {"class": ", class token", "mean": ", mean of patches"}.get(tokens, "")
+                if block:
+                    series.setdefault(text, []).append((block, value))
+                elif key == "linear_norm":
+                    levels[f"{name}: {text}"] = value
+        if series:
+            panels[name] = series
+    return f"{record['metric']} of {printable(Path(record['finetune']).name)}, over depth", panels, levels
+
+
+def write_card(folder: str, record: dict, text: str) -> None:
+    """Writes card.md, card.json and card.png, each whole or not at all; without a `folder` nothing.
+    TrainingError where one cannot be written.
+    """
+    if not folder:
+        return
+    from util.figures.depth import draw_depth
+
+    picture = draw_depth(*_picture_parts(record))
+    writes = {
+        "card.md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        "card.json": lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"),
+        "card.png": lambda path: picture.save(path, format="PNG"),
+    }
+    try:
+        for name, write in writes.items():
+            with replacing(Path(folder) / name) as temporary:
+                write(temporary)
+    except OSError as error:
+        raise TrainingError(f"{folder}: the card was not written: {error.strerror or error}") from None
+    log(f"wrote {printable(Path(folder) / 'card.md')}, card.json and card.png")
