@@ -239,8 +239,8 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
                 state["pos_embed"], report.way = fit_table(table, *report.resized)
     except ValueError as error:
         raise UserError(
-            f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
-            "training arguments or the --input_size it was trained with"
+            f"{flag} {report.source}: {error}, and the file does not say it (or has none for the class "
+            "token); use a checkpoint with its training arguments or the --input_size it was trained with"
         ) from None
 
 
