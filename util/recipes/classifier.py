@@ -95,7 +95,8 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     if written_by != recipe:
         raise UserError(f"--resume {source}: was written by main_{written_by}.py; use that script")
     adopt_model_info(args, info, source, given)
-    adopt_targets(args, info, source, given)
+    if hasattr(args, "labels"):  # masks are no such labels
+        adopt_targets(args, info, source, given)
     return checkpoint
 
 
