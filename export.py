@@ -43,7 +43,7 @@ class Target(NamedTuple):
     code that loads it (a text in templates/); and for --from, `read(path, args)` -> Source.
 
     title: in words. library: as model hubs call it. packages: needed beyond requirements.txt. decoder: a full
-    MAE keeps its decoder.
+    MAE keeps its decoder. pixels: a model that gives each pixel a class keeps its head.
     """
 
     module: ModuleType
@@ -51,12 +51,13 @@ class Target(NamedTuple):
     library: str = "pytorch"
     packages: tuple[str, ...] = ()
     decoder: bool = False
+    pixels: bool = False
 
 
 TARGETS = {
     "timm": Target(timm, "timm", "timm"),
     "hf": Target(hf, "Hugging Face transformers", "transformers", ("transformers",), decoder=True),
-    "torch_export": Target(torch_export, "torch.export"),
+    "torch_export": Target(torch_export, "torch.export", pixels=True),
     "onnx": Target(onnx, "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime")),
     "safetensors": Target(safetensors, "this code, as safetensors", decoder=True),
 }
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     target = TARGETS[args.to or args.from_]
     require(args.to or args.from_, target.packages)
     if args.to:
-        source = read_source(args.resume, args, decoder=target.decoder)
+        source = read_source(args.resume, args, decoder=target.decoder, pixels=target.pixels)
     else:
         source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
@@ -150,7 +151,12 @@ def main(args: argparse.Namespace) -> None:
         say(f"written: {printable(args.output)}/model.pth; {checkpoint.advice(source)}")
 
 
-_PARTS = {"full": "full MAE", "encoder": "encoder", "classifier": "classifier"}
+_PARTS = {
+    "full": "full MAE",
+    "encoder": "encoder",
+    "classifier": "classifier",
+    "segmenter": "classifier of pixels",
+}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class SegmentationTransformer(models_vit.VisionTransformer):
         """Images (N, C, H, W) -> normed patch tokens, of all layers side by side (N, layers D, h, w)."""
         grid = self.patch_embed.grid_size
         x = self.patch_embed(x)
-        x = self.pos_drop(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len(x) would fix the number in an export
+        x = self.pos_drop(torch.cat([cls_token, x], dim=1) + self.pos_embed)
         x, done, found = self.norm_pre(self.patch_drop(x)), 0, []
         for layer in self.layers:
             x, done = run_blocks(self.blocks[done:layer], x, self.grad_checkpointing), layer

@@ -11,7 +11,19 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from export_utils import MEAN, STD, make_mae, make_vit, refused, run_export, save_mae, save_vit
+from export_utils import (
+    MEAN,
+    NORM,
+    STD,
+    make_mae,
+    make_vit,
+    refused,
+    run_export,
+    save_mae,
+    save_vit,
+    shake,
+)
+from golden_utils import TINY
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,10 +31,12 @@ import export
 import main_finetune
 import main_pretrain
 import models_vit
+from models_seg import SegmentationTransformer
 from util.evaluate.features import encoder_features
 from util.export import checkpoint
 from util.export import timm as export_timm
 from util.export.source import read_source
+from util.files import read_json
 from util.recipes.classifier import resume_classifier
 from util.run.resume import load_model
 from util.weights.encoder import load_into
@@ -406,3 +420,44 @@ def test_own_checkpoint_goes_back_and_forth(tmp_path):
     first, last = (load_file(tmp_path / x / "model.safetensors") for x in "ac")
     assert first.keys() == last.keys() and all(torch.equal(first[key], last[key]) for key in first)
     assert load_config(tmp_path / "a") == load_config(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("head", "layers"), [("upsample", 1), pytest.param("linear", 2, marks=pytest.mark.slow)]
+)
+def test_a_segmenter_as_torch_export(tmp_path, head, layers, capsys):
+    """Its own logits of the pixels at any number of images; other targets take the encoder, and say so."""
+    model = SegmentationTransformer(3, head, layers, **TINY, norm_layer=NORM)
+    model = shake(model)
+    if head == "linear":
+        model.head.norm.running_mean.normal_(), model.head.norm.running_var.uniform_(0.5, 2)
+    info = {"model": "vit_tiny_patch16", "input_size": (32, 32), "patch_size": 8, "in_chans": 3,
+            "num_heads": 3, "nb_classes": 3, "mean": MEAN, "std": STD, "global_pool": False,
+            "recipe": "segment", "class_names": ["ground", "ball", "cube"]}  # fmt: skip
+    path = tmp_path / "checkpoint-best.pth"
+    torch.save({"model": model.state_dict(), "model_info": info, "args": {"mode": "finetune"}}, path)
+    words = ["--resume", path, "--num_heads", 3]
+    run_export(*words, "--to", "torch_export", "--output", tmp_path / "out")
+    assert "exporting the classifier of pixels" in capsys.readouterr().out
+    program = torch.export.load(tmp_path / "out/model.pt2").module()
+    for number in (1, 2):
+        found = program(IMAGES[:number])
+        assert found.shape == (number, 3, 32, 32)
+        close(found, model(IMAGES[:number]))
+    config = read_json(tmp_path / "out/config.json")
+    assert config["output"] == "pixel_logits" and config["class_names"] == ["ground", "ball", "cube"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card and "| classes | 3 |" in card
+
+    run_export(*words, "--to", "timm", "--output", tmp_path / "timm")
+    text = capsys.readouterr().out
+    assert "exporting the encoder" in text and "gives each pixel a class, is left out" in text
+    close(printed_model(text).forward_features(IMAGES), model.norm(model.forward_tokens(IMAGES)))
+    run_export(*words, "--to", "timm", "--encoder_only", "--output", tmp_path / "encoder")
+    assert "left out" not in capsys.readouterr().out
+
+    state = model.state_dict() | {"head.classify.weight": torch.zeros(3, 5, 1, 1)}
+    torch.save({"model": state, "model_info": info}, path)
+    error = refused(capsys, *words, "--to", "torch_export", "--output", tmp_path / "no")
+    assert "its head is none of main_segment.py's (head.classify.weight: (3, 5, 1, 1) in the file" in error
+    assert not (tmp_path / "no").exists()

@@ -1,9 +1,9 @@
-"""Writes predictions and features: a table, a CSV file, an .npz file."""
+"""Writes predictions, features and losses: a table, CSV files, an .npz file, a folder of .npy files."""
 
 import contextlib
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.predict import Predictions
-from util.files import check_writable, printable, replacing, shown
+from util.files import check_writable, printable, replacing, replacing_folder, shown
 
 
 def table(
@@ -72,9 +72,7 @@ def write_csv(
     targets = targets or Targets()
     ranks = range(predictions.classes.shape[1])
 
-    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with _replacing("--csv", path) as temporary, open(temporary, "w", **text) as file:
-        writer = csv.writer(file)
+    with _csv_writer("--csv", path) as writer:
         if targets.task != "class":
             words = ("probability ", "prediction ") if targets.thresholds else ("",)
             writer.writerow(["path", *(word + name for name in class_names for word in words)])
@@ -89,10 +87,50 @@ def write_csv(
             writer.writerow([name, *(cell for pair in cells for cell in pair)])
 
 
+def check_new_folder(flag: str, path: str) -> None:
+    """Raises UserError unless a folder can be made at `path`, or an empty one is there."""
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f"{flag} {path}: is there already; name a new or an empty folder")
+    check_writable(flag, os.path.dirname(path.rstrip("/")) or ".", f"{path}:", make=False)
+
+
+def write_losses(path: str, files: list[str], losses: np.ndarray, maps: Sequence[str] = ()) -> None:
+    """Writes path, loss, largest: of each image the mean of its patches' `losses` (n, L) and the largest; and
+    where there are `maps` (n names), map.
+    """
+    with _csv_writer("--loss", path) as writer:
+        writer.writerow(["path", "loss", "largest", *(["map"] if maps else [])])
+        for i, (name, values) in enumerate(zip(files, losses, strict=True)):
+            row = [name, f"{values.mean(dtype=np.float64):.7g}", f"{values.max():.7g}"]
+            writer.writerow(row + ([maps[i]] if maps else []))
+
+
+def write_maps(folder: str, files: list[str], losses: np.ndarray, grid: tuple[int, int]) -> list[str]:
+    """Writes the patches' losses of each image, float32 of the shape `grid`, and returns the files' names:
+    NUMBER-NAME.npy, numbered in order. The folder appears when all of them are there.
+    """
+    digits, names = len(str(len(files) - 1)), []
+    try:
+        with replacing_folder(Path(folder)) as temporary:
+            for i, (file, values) in enumerate(zip(files, losses, strict=True)):
+                stem = os.fsencode(Path(file).stem)[:100]  # bytes: a file name has at most 255
+                names.append(f"{i:0{digits}d}-{os.fsdecode(stem)}.npy")
+                np.save(temporary / names[-1], values.reshape(grid))
+    except OSError as error:
+        raise UserError(f"--map {folder}: cannot be written ({error.strerror or error})") from None
+    return names
+
+
 def write_features(
-    path: str, files: list[str], predictions: Predictions, kind: str, grid: tuple[int, int]
+    path: str,
+    files: list[str],
+    predictions: Predictions,
+    kind: str,
+    grid: tuple[int, int],
+    layer: int | None = None,
 ) -> None:
-    """Writes an `.npz` of `features`, `files` (n,), `feature_kind` and `grid` (rows, columns of patches).
+    """Writes an `.npz` of `features`, `files` (n,), `feature_kind` and `grid` (rows, columns of patches), and
+    `layer` where one is given.
 
     `numpy.load` opens it without pickle; the same features give the same bytes.
     """
@@ -101,10 +139,19 @@ def write_features(
         "files": np.array(files, dtype=np.str_),
         "feature_kind": np.array(kind),
         "grid": np.array(grid),
+        **({} if layer is None else {"layer": np.array(layer)}),
     }
 
     with _replacing("--features", path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def _csv_writer(flag: str, path: str) -> Iterator:
+    """A `csv.writer` of a file that takes the place of `path` when it is whole."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with _replacing(flag, path) as temporary, open(temporary, "w", **text) as file:
+        yield csv.writer(file)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from models_vit import VisionTransformer
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
 from util.compute.prefetch import on_host
+from util.data.dataset import ImageDataset
 from util.data.depth import depth_of
 from util.data.find import ImageFiles
 from util.data.labelled import LabelledImages
@@ -58,6 +59,11 @@ def prediction_loader(
     stats = Namespace(in_chans=channels, **{name: getattr(weights, name, None) for name in names})
     transform = eval_transform(stats, always_crop=not tuned, uint8=True)
     dataset = LabelledImages(files, transform, channels, 0, args.bad_images, depth_of(weights))
+    return batches_of(dataset, args, pin_memory)
+
+
+def batches_of(dataset: ImageDataset, args: Namespace, pin_memory: bool) -> torch.utils.data.DataLoader:
+    """All samples of `dataset` in order; `args`: batch_size, num_workers."""
     batches = -(-len(dataset) // args.batch_size)
     workers = args.num_workers if batches > 1 else 0  # starting processes takes longer than one batch
     return build_loader(dataset, range(len(dataset)), args.batch_size, min(workers, batches), pin_memory)
@@ -149,12 +155,10 @@ def predict(
     return Predictions(rows, *(best or (None, None)), features)
 
 
-def allocate(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty float32 array; UserError where memory does not have the room."""
+def allocate(shape: tuple[int, ...], flag: str = "--features") -> np.ndarray:
+    """An empty float32 array; UserError, of what `flag` asks for, where memory does not have the room."""
     try:
         return np.empty(shape, dtype=np.float32)
     except MemoryError:
         size = 4 * np.prod(shape, dtype=float) / 2**30
-        raise UserError(
-            f"--features: {size:.1f} GB of memory are needed; pass fewer images at a time"
-        ) from None
+        raise UserError(f"{flag}: {size:.1f} GB of memory are needed; pass fewer images at a time") from None

@@ -22,6 +22,7 @@ _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
     "encoder": "encoder",
     "classifier": "classifier",
+    "segmenter": "classifier of pixels",
 }
 
 

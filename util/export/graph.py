@@ -14,7 +14,8 @@ FREE_BATCH = ({0: torch.export.Dim("batch", max=2**20)},)
 
 
 class Graph(nn.Module):
-    """The classifier, or the encoder with all its normed tokens (with global pooling: its features).
+    """The classifier, of images or of pixels, or the encoder with all its normed tokens (with global pooling:
+    its features).
 
     Args:
         source: its `vit` is used, not copied.
@@ -24,9 +25,12 @@ class Graph(nn.Module):
         super().__init__()
         self.vit = source.vit
         self.output = "logits" if source.vit.num_classes else "features" if source.pooled else "tokens"
+        self.output = "pixel_logits" if source.part == "segmenter" else self.output
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W), normalised -> logits (N, classes), tokens (N, 1 + L, D) or features (N, D)."""
+        """(N, C, H, W), normalised -> logits (N, classes), tokens (N, 1 + L, D), features (N, D), or
+        of pixels logits (N, classes, H, W).
+        """
         if self.output == "tokens":
             return self.vit.norm(self.vit.forward_tokens(images))
         return self.vit(images)  # features, where there is no head
@@ -53,6 +57,7 @@ def outputs(source: Source, model: Callable) -> dict[str, tuple[torch.Tensor, to
     """{what: (the graph's, the checkpoint's own)} at one and three images."""
     output, found = Graph(source).output, {}
     eager = {"tokens": source.tokens, "logits": source.logits, "features": source.vit.forward_features}
+    eager["pixel_logits"] = source.vit
     for number in (1, 3):
         images = source.images(number)
         found[f"{output}, batch of {number}"] = model(images), eager[output](images)

@@ -7,19 +7,26 @@ import torch
 import torch.nn.functional as F
 
 from models_mae import MaskedAutoencoderViT
+from models_seg import SegmentationTransformer
 from models_vit import VisionTransformer
 from util.errors import UserError
+from util.files import some
 from util.rng import takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
+from util.weights.encoder import encoder_state
 from util.weights.files import read_file
 from util.weights.flags import stored_targets
 from util.weights.schema import check_settings, stored_settings
+from util.weights.state import compare_state
 
 
 @dataclass
 class Source(WeightsFile):
-    """A weights file and its models, which are in eval mode, float32, on the CPU."""
+    """A weights file and its models, which are in eval mode, float32, on the CPU.
+
+    `part` may also be "segmenter", a checkpoint of main_segment.py with its head; `vit` then has that head.
+    """
 
     vit: VisionTransformer | None = None  # the encoder, with the head of a classifier; a probe's is one layer
     mae: MaskedAutoencoderViT | None = None  # the full model (its encoder's tensors are those of `vit`)
@@ -47,6 +54,8 @@ class Source(WeightsFile):
         if self.part == "full":
             bias = self.state.get("decoder_blocks.0.mlp.fc1.bias")
             info["decoder_mlp_dim"] = 4 * info["decoder_embed_dim"] if bias is None else len(bias)
+        if self.part == "segmenter":
+            info |= {"nb_classes": self.vit.num_classes, "recipe": self.recipe}
         if self.part == "classifier":
             info |= {"nb_classes": self.vit.num_classes, "recipe": self.recipe}
             names = [*(self.class_names or []), *range(len(self.class_names or []), self.vit.num_classes)]
@@ -80,13 +89,14 @@ class Source(WeightsFile):
         return F.linear(features, self.state["head.1.weight"], self.state["head.1.bias"])
 
 
-def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
+def read_source(path: str, args: Namespace, decoder: bool = True, pixels: bool = False) -> Source:
     """Reads a checkpoint file, URL, or folder of a Hugging Face or timm model.
 
     Args:
         args: encoder_only (leave decoder or head), and what a file may not say: input_size, num_heads,
             decoder_num_heads, mean, std, mask_ratio, norm_pix_loss (None: as the file says).
         decoder: a full MAE may be one; else its encoder is taken.
+        pixels: so may a model that gives each pixel a class.
 
     Raises:
         UserError: unreadable, no ViT encoder in it, one that computes something else than this code's, or
@@ -97,8 +107,16 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
     )
     parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
     weights = describe(content, path, args, *parts, override=True)
-    source = Source(**vars(weights))
-    source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
+    source, state = Source(**vars(weights)), encoder_state(content)[0]
+    segments = weights.part == "encoder" and not args.encoder_only and "head.classify.weight" in state
+    if segments and pixels:
+        source.part, source.vit = "segmenter", _segmenter(weights, state)
+    else:
+        source.vit = build(weights, "encoder" if weights.part == "full" else weights.part, fold_probe=True)
+    if segments and not pixels:
+        source.notes.append(
+            "its head, which gives each pixel a class, is left out; --to torch_export takes it"
+        )
     source.mae = build(weights) if weights.part == "full" else None
     if source.mae is not None and not takes_noise(source.mae):
         raise UserError(f"--resume {path}: its model draws its own masks, so that no copy can be compared "
@@ -114,3 +132,21 @@ def read_source(path: str, args: Namespace, decoder: bool = True) -> Source:
         source.notes.append("the file does not say which mean and std its images had: taken as this code's "
                             "default; else pass --mean and --std")  # fmt: skip
     return source
+
+
+def _segmenter(weights: WeightsFile, state: dict) -> SegmentationTransformer:
+    """The model of a checkpoint of main_segment.py; its head and layers are those that the tensors fit."""
+    linear = "head.norm.running_mean" in state
+    width = len(state["head.norm.running_mean" if linear else "head.up1.weight"])
+    head = dict(head="linear" if linear else "upsample", num_layers=width // weights.sizes["embed_dim"])
+    try:
+        model = SegmentationTransformer(len(state["head.classify.weight"]), **head, **weights.sizes)
+    except ValueError as error:
+        raise UserError(f"--resume {weights.path}: {error}") from None
+    state = {name: value for name, value in state.items() if name in model.state_dict()}
+    if differences := [name for names in compare_state(model, state) for name in names]:
+        raise UserError(
+            f"--resume {weights.path}: its head is none of main_segment.py's ({some(differences)})"
+        )
+    model.load_state_dict(state)
+    return model.eval()
