@@ -203,7 +203,8 @@ def test_what_ends_a_run(images, tmp_path, action, message, saved):
     assert code != 0 and message in out, out
     assert bool(list(tmp_path.glob("checkpoint-1-step*.pth"))) == saved
     if saved:
-        code, out = pretrain(2, images, tmp_path, "--resume", "auto", "--epochs", "2", "--fsdp")
+        more = ("--resume", "auto", "--epochs", "1000", "--save_freq", "1000", "--max_steps", "9", "--fsdp")
+        code, out = pretrain(2, images, tmp_path, *more)
         assert code == 0 and "going on at epoch 1, step" in out, out
 
 
