@@ -34,7 +34,7 @@ class LabelledFiles(ImageFiles):
 
     def describe(self) -> str:
         text, count = super().describe(), len(self.classes)
-        kind = f" with {count} {self.targets.task}"
+        kind = f" with {count} {self.targets.task} ({some(self.classes)})"
         return text if self.targets.task == "class" else text.replace(f" in {count} classes", kind, 1)
 
     def digest(self) -> str:
@@ -124,6 +124,7 @@ def _match(table: Table, files: ImageFiles, wanted: set) -> tuple[list[str | Non
     lost = [path for path, row in row_of.items() if row not in used and _stands_in(path, splits[row], wanted)]
     if lost:
         text = f"{len(lost)} of {len(row_of)} rows have no file there: {some(lost)}"
+        text += " (folders are parted by /)" if os.sep == "/" and "\\" in lost[0] else ""
         raise UserError(f"{place}: {text}; remove them, or add the files")
     if without:
         text = f"{len(without)} of {count} files have no row: {some(without)}"
