@@ -279,6 +279,20 @@ def test_ignored_pixels_count_nowhere_whatever_their_number(masked, encoder, tmp
     torch.testing.assert_close(recipe.PixelLoss()(logits, masks), expected)
 
 
+def test_a_mask_that_cannot_be_read_counts_nowhere(masked, encoder, tmp_path, capsys):
+    whole, part = (shutil.copytree(masked, tmp_path / name) for name in ("whole", "part"))
+    mask = whole / "val/masks/sub/3.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    for kind in ("images", "masks"):
+        (part / f"val/{kind}/sub/3.png").unlink()
+    for data in (whole, part):
+        flags = "--mode knn --bad_images skip"
+        run(main_segment, flags, finetune=encoder, data_path=data, output_dir=tmp_path / "out")
+    first, second = read_log(tmp_path / "out")
+    assert first == second
+    assert "1 images could not be decoded and are left out of the figures: " in capsys.readouterr().err
+
+
 def test_an_evaluation_is_that_of_the_run(masked, encoder, tmp_path, capsys):
     """--short_side and the names of the classes are the checkpoint's; other names are refused."""
     data = shutil.copytree(masked, tmp_path / "data")
