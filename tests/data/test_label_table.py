@@ -222,6 +222,17 @@ def test_a_row_cut_short_and_a_file_that_is_no_table(pictures, tmp_path):
         read_labels(args_of(pictures, tmp_path / "c.csv"), "train")
 
 
+def test_pages_of_a_file_are_a_group(tmp_path):
+    pages, rows = [Image.new("L", (8, 8), i) for i in range(3)], []
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        pages[0].save(tmp_path / f"flat/{i}.tif", save_all=True, append_images=pages[1:])
+        rows += [{"path": f"{i}.tif#{page}", "kind": "ab"[i % 2]} for page in (1, 2, 3)]
+    args = args_of(tmp_path, write(tmp_path / "a.csv", rows), "flat", pages="all", folds=2, fold=0)
+    files = {split: {p.split("#")[0] for p in read_labels(args, split).paths} for split in ("train", "val")}
+    assert len(files["train"]) == len(files["val"]) == 4 and not files["train"] & files["val"]
+
+
 @pytest.mark.parametrize("columns", [("kind",), ("old", "big"), ("weight",)])
 def test_folds_never_part_a_group(pictures, tmp_path, columns):
     table = write(tmp_path / "a.csv", columns=("path", "group", *columns))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from argparse import Namespace
 from dataclasses import dataclass, field
 
@@ -67,7 +68,8 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     splits, rows = _match(table, files, {"train", "val", None} if folds else set(needed))
     if task == "class":
         _check_folders(table, files, rows, [names[label] for label in labels])
-    groups = np.array(table.column(group)) if group else np.arange(len(labels))
+    files_of_rows = [re.sub(r"#\d+$", "", path) for path in table.column(table.named(*PATH))]
+    groups = np.array(table.column(group) if group else files_of_rows)  # pages of a file stay together
     if folds:
         pool = np.array([row for row in np.unique(rows[rows >= 0]) if splits[row] != "test"], int)
         number = deal(groups[pool], _strata(labels[pool]), folds)
