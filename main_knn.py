@@ -80,7 +80,7 @@ def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> Non
     """Takes the model's flags from a file that stores them, and the pixel range of any checkpoint; UserError
     where a `given` one contradicts.
     """
-    adopt_pixel_range(args, content, args.finetune)
+    adopt_pixel_range(args, content, args.finetune, args.in_chans if "in_chans" in given else 0)
     if isinstance(content.get("model_info"), dict):  # pooling is a choice here, and there is no head
         stored = read_model_info(content, f"--finetune {args.finetune}")
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}

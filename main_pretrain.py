@@ -98,7 +98,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
-    if args.init or args.init_freeze:
+    if args.init:
         from util.recipes.init import check_init  # here and below: only runs with --init need it
 
         check_init(args)
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
     checkpoint, init = read_resume(args), None
-    if checkpoint or args.init:
+    if checkpoint or args.init or args.init_freeze:
         from util.recipes.init import Init
 
         init = Init(args, checkpoint, run.given)

@@ -141,7 +141,7 @@ def check_features_and_neighbours() -> dict:
     def loader(start, stop):
         order = list(EvalSampler(stop - start, get_world_size(), get_rank()))
         parts = [torch.tensor(order[i : i + 7]) for i in range(0, len(order), 7)]
-        return [(images[start + part], labels[start + part], part) for part in parts]
+        return [Batch(images[start + part], labels[start + part], part) for part in parts]
 
     def feature(images):
         return images.flatten(1)

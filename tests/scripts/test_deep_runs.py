@@ -16,6 +16,7 @@ import main_linprobe
 import main_pretrain
 import predict
 from util.data.depth import adopt_pixel_range, depth_of, view
+from util.data.examine import settle_range
 from util.errors import UserError
 from util.weights.describe import describe
 from util.weights.files import read_file
@@ -201,6 +202,12 @@ def test_what_a_checkpoint_says_of_8_bits_and_what_is_damaged():
     assert adopt([1.0, 2.0], model_info={"pixel_range": [1, 2]}) == (1.0, 2.0)
     bands = {"pixel_range": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "in_chans": 5}  # --in_chans comes later
     assert adopt("auto", model_info=bands) == tuple(map(float, bands["pixel_range"]))
+    args = predict.argparse.Namespace(pixel_range="auto", in_chans=3)
+    adopt_pixel_range(args, {"args": bands}, "file", args.in_chans)
+    assert args.pixel_range == "auto"  # adapted weights start a run on images of other channels
+    args.pixel_range = adopt("auto", args=bands)
+    with pytest.raises(UserError, match=r"--in_chans 3: the checkpoint's --pixel_range is of 5"):
+        settle_range(args, None)
     for damaged in ("x", [3, 1], [1, 2, 3], {"a": 1}, 5):
         with pytest.raises(UserError, match="file: is damaged"):
             adopt("auto", args={"pixel_range": damaged})

@@ -23,9 +23,11 @@ import models_vit
 from util.cli.parser import ArgumentParser, run_script
 from util.errors import UserError
 from util.evaluate.features import encoder_features
+from util.recipes.init import Init
 from util.weights.build import build
 from util.weights.describe import describe
 from util.weights.files import read_file
+from util.weights.flags import warn_of_other_stats
 
 
 def encoder_only(model):
@@ -47,11 +49,12 @@ def run(images, out, *flags):
     return run_main(images, out, "--model", "mae_test", *flags)
 
 
-@pytest.fixture
-def images(tmp_path):
-    make_folder(tmp_path / "images" / "train", 13, classes=2)
-    make_folder(tmp_path / "images" / "val", 5, classes=2)
-    return tmp_path / "images"
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "images"
+    make_folder(root / "train", 13, classes=2)
+    make_folder(root / "val", 5, classes=2)
+    return root
 
 
 @pytest.fixture
@@ -180,6 +183,33 @@ def test_what_cannot_have_been_meant_is_an_error_and_harms_nothing(images, out, 
         run(images, other, "--init", str(encoder), "--resume", "auto")
 
 
+def test_freezing_without_weights_is_an_error(images, out, tmp_path):
+    freeze = ("--init_freeze", "2", "--max_steps", "1")
+    with pytest.raises(UserError, match=r"--init_freeze 2: .* this run starts without one"):
+        run(images, out, *freeze, "--resume", "auto")
+    run(images, out, "--max_steps", "1")
+    content = torch.load(out / "checkpoint-0-step1.pth", weights_only=False)
+    content["args"] = {k: v for k, v in content["args"].items() if "init" not in k}
+    torch.save(content, tmp_path / "other.pth")  # as of the reference: it does not say
+    with pytest.raises(UserError, match=r"--init_freeze 2: .* this run starts without one"):
+        run(images, out, *freeze, "--resume", str(tmp_path / "other.pth"))
+    assert names_in(out) == ["checkpoint-0-step1.pth"]
+
+
+def test_other_weights_than_a_run_began_with_are_seen(images, out, whole, tmp_path, capsys):
+    named = tmp_path / "a\n\x1b[0m.pth"
+    torch.save({"model_ema": whole[1].state_dict()}, named)
+    flags = ("--weights_key", "model_ema", "--resume", "auto", "--max_steps")
+    run(images, out, "--init", str(named), *flags, "1")
+    assert "encoder: " + str(tmp_path / r"a\n\x1b[0m.pth") in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"run started from \S+, --weights_key model_ema; for a new run"):
+        run(images, out, "--init", str(named), "--resume", "auto")
+    capsys.readouterr()
+    run(images, out, "--init", "elsewhere/" + named.name, *flags, "2")  # moved, or of another run
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("warning: --init elsewhere/a") and str(tmp_path) in err
+
+
 def test_adapted_models_go_on_everywhere(images, out, whole, tmp_path, capsys):
     flags = ("--in_chans", "1", "--patch_size", "16", "--input_size", "48")
     run(images, out, "--init", str(whole[0]), *flags, "--epochs", "1")
@@ -281,3 +311,29 @@ def test_data_of_another_set_is_another_run_in_the_log(images, out):
     )  # which is the run that auto finds
     assert [json.loads(line)["run"] for line in (out / "log.txt").read_text().splitlines()] == [*ids, ids[1]]
     assert names_in(out) == ["checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth", "log.txt"]
+
+
+def test_the_range_of_deep_images_is_a_default(tmp_path, capsys):
+    """A new run's images may be others than the file's: in depth, in range, in channels."""
+
+    def settled(own, channels=1, **args):
+        torch.save({"model": {}, "args": {"seed": 0, **args}}, tmp_path / "deep.pth")
+        flags = Namespace(init=str(tmp_path / "deep.pth"), init_freeze=0, no_verify=False, weights_key="")
+        flags.pixel_range, flags.in_chans = own, channels
+        Init(flags, None, set())
+        return flags.pixel_range
+
+    grey, bands = {"pixel_range": (0, 9), "in_chans": 1}, {"pixel_range": (0, 9, 1, 5), "in_chans": 2}
+    assert settled("auto", **grey) == settled("auto", 3, **grey) == (0, 9)
+    assert settled("auto", 2, **bands) == (0, 9, 1, 5) and settled("auto", 3, **bands) == "auto"
+    assert settled("auto") == "auto" and settled([0.0, 8.0]) == [0.0, 8.0]  # the file's are of 8 bits
+    assert settled([0.0, 8.0], **grey) == [0.0, 8.0]
+    flags = Namespace(mean=(0.5,), std=(0.2,), pixel_range=(0.0, 9.0))
+    warn_of_other_stats(flags, {"args": {**grey, "mean": [0.5]}}, "a.pth")
+    assert not capsys.readouterr().err
+    for own, told in (((0.0, 8.0), "0.0 8.0"), (None, "that of 8 bits")):
+        flags.pixel_range = own
+        warn_of_other_stats(flags, {"args": grey}, "a.pth")
+        assert f"a.pth was trained with --pixel_range 0 9, now it is {told}\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is damaged"):
+        settled("auto", pixel_range=(3, 1))

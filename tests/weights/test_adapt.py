@@ -99,7 +99,8 @@ def test_the_fixed_table_is_computed_anew_in_a_masked_autoencoder_and_resized_in
 def test_a_fixed_table_is_known_in_any_precision(dtype):
     table = torch.from_numpy(get_2d_sincos_pos_embed(24, (3, 5), cls_token=True))[None].to(dtype)
     anew, way = fit_table(table, (3, 5), (6, 6))
-    assert way == "computed anew" and anew.dtype == dtype and anew.shape == (1, 37, 24)
+    exact = torch.from_numpy(get_2d_sincos_pos_embed(24, (6, 6), cls_token=True))[None].float()
+    assert way == "computed anew" and torch.equal(anew, exact)  # not rounded as the file's
     assert fit_table(table + 0.02, (3, 5), (6, 6))[1] == "resized"
 
 
@@ -128,6 +129,33 @@ def test_only_what_a_flag_asks_for_is_changed(tmp_path, change, flag):
         load_into(target, path, asked={flag})
     with pytest.raises(UserError, match=r"for 32x32 pixels; pass --input_size 32x32, or --input_size 48x48"):
         load_into(fresh(img_size=48), path, "--init", asked={"in_chans"})
+    for changes in ({"img_size": 48}, {"img_size": 48, "patch_size": 12}):  # another grid; the same one
+        with pytest.raises(UserError, match=r"for 32x32 pixels; pass --input_size 32x32, or --input_size 48"):
+            load_into(fresh(**changes), path, "--init", asked={"patch_size"})
+    assert load_into(fresh(patch_size=16), path, asked={"patch_size"}).resized == ((4, 4), (2, 2))
+
+
+@pytest.mark.parametrize(("patch", "size"), [(4, (16, 64)), (16, (32, 128))])
+def test_the_grid_of_a_rectangle_is_read_before_its_patches_change(tmp_path, patch, size, capsys):
+    """16 patches, which are no square: 2x8, for other patches of the same size and for the same grid."""
+    mae = with_fixed_tables(make_mae(img_size=(16, 64)))
+    target = fresh(img_size=size, patch_size=patch)
+    own = target.pos_embed.detach().clone()
+    path = save(tmp_path, mae, args={"input_size": (16, 64)})
+    report = load_into(target, path, asked={"input_size", "patch_size"})
+    assert report.resized == (None if patch == 16 else ((2, 8), (4, 16)))
+    assert torch.equal(target.pos_embed, own) and not capsys.readouterr().err
+
+
+def test_a_prediction_of_other_pixels_is_new_though_of_as_many(tmp_path):
+    mae, target = make_mae(patch_size=4, in_chans=4, img_size=16), fresh(in_chans=1)  # 64 numbers a patch
+    before = target.decoder_pred.weight.detach().clone()
+    report = load_into(target, save(tmp_path, mae), asked={"patch_size", "in_chans", "input_size"})
+    assert report.missing == report.unexpected == ["decoder_pred.weight", "decoder_pred.bias"]
+    assert torch.equal(target.decoder_pred.weight, before)
+    assert torch.equal(target.decoder_embed.weight, mae.decoder_embed.weight)
+    report = load_into(make_vit(), save(tmp_path, make_mae(in_chans=4)), asked={"in_chans"})
+    assert "patch embedding: 4 channels, the first ones scaled for 3" in str(report)
 
 
 def test_decoders_that_do_not_fit_are_new_and_told(tmp_path):

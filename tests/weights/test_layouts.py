@@ -263,6 +263,9 @@ def test_several_models_in_a_file(tmp_path, capsys):
         UserError, match=r"--weights_key ema: --init \S+ holds no .* but 'model', 'model_ema', 'other'"
     ):
         read_file(tmp_path / "other.pth", "--init", True, "ema")
+    wrapped = {"state_dict": {f"module.base_encoder.{k}": v for k, v in content["other"].items()}}
+    for key in ("base_encoder", "module.base_encoder"):  # messages may name either
+        same_tokens(wrapped, lambda x: encoder_tokens(models["other"], x), tmp_path, key=key)
     content = {"student": content["model"], "teacher": content["other"], "epoch": 1}
     same_tokens(content, lambda x: encoder_tokens(models["other"], x), tmp_path)  # as those use it
     same_tokens(content, lambda x: encoder_tokens(models["model"], x), tmp_path, key="student")

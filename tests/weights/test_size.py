@@ -142,3 +142,15 @@ def test_a_size_that_cannot_be_is_an_error(tmp_path):
     assert described(path, "--input_size", "32x48").input_size == (32, 48)  # what the file does not say
     with pytest.raises(UserError, match="does not say the grid of its 24 patches"):
         described(path, "--input_size", "64")
+
+
+def test_a_grid_that_is_only_guessed_is_told(tmp_path, capsys):
+    """16 patches of a file that does not say its size are more likely those of a square."""
+    model = VisionTransformer(**{**SIZES, "img_size": 32}, num_classes=0)
+    for said in ({}, {"input_size": 32}):
+        torch.save({"model": model.state_dict(), "args": {"num_heads": 3, **said}}, tmp_path / "m.pth")
+        for size, told in (("32", ""), ("16x64", "now it is 16x64" if said else "they are taken for 2x8")):
+            weights = described(tmp_path / "m.pth", "--input_size", size, part="encoder")
+            err = capsys.readouterr().err
+            assert err.count("\n") == bool(told) and told in err, (said, size)
+            assert torch.equal(weights.state["pos_embed"], model.pos_embed) == (size == "32" or not said)

@@ -157,10 +157,17 @@ def known_range(flags: Namespace, stored: dict, channels: int, source) -> tuple[
     return parse_range(settle_pixel_range(own, stored, source, channels), channels)
 
 
-def adopt_pixel_range(args: Namespace, content: dict, source: str) -> None:
-    """Sets `args.pixel_range` to that of a loaded checkpoint of ours; UserError as `settle_pixel_range`."""
+def adopt_pixel_range(args: Namespace, content: dict, source: str, channels: int = 0) -> None:
+    """Sets `args.pixel_range` to that of a loaded checkpoint of ours; UserError as `settle_pixel_range`.
+
+    `channels`: of a new run from its weights; a range for each of another number is not taken.
+    """
     info = content.get("model_info")
     stored = info if isinstance(info, dict) and info else content.get("args")
+    if channels and isinstance(stored, dict) and stored.get("in_chans", channels) != channels:
+        theirs = stored.get("pixel_range")
+        if isinstance(theirs, list | tuple) and len(theirs) > 2:
+            return
     if isinstance(stored, dict) and stored and (hasattr(args, "pixel_range") or "pixel_range" in stored):
         own = getattr(args, "pixel_range", None)
         args.pixel_range = settle_pixel_range(own, stored, source, getattr(args, "in_chans", 3))

@@ -38,6 +38,8 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     """
     given = getattr(args, "pixel_range", "auto")
     if given is None or isinstance(given, tuple):
+        if given and len(given) not in (2, 2 * (channels := getattr(args, "in_chans", 3))):
+            raise UserError(f"--in_chans {channels}: the checkpoint's --pixel_range is of {len(given) // 2}")
         depth, paths = depth_of(args), [files.paths[i] for i in range(min(FLAT, len(files.paths)))]
         if depth and is_main_process() and _all_constant(paths, getattr(args, "in_chans", 3), depth):
             text = f"within --pixel_range {range_text(given)}, the checkpoint's"

@@ -145,7 +145,7 @@ def read_start(args: argparse.Namespace) -> dict | None:
         return None
     content = _read(args)
     if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
-        adopt_pixel_range(args, content, f"--finetune {args.finetune}")
+        adopt_pixel_range(args, content, f"--finetune {args.finetune}", args.in_chans)
     return content
 
 

@@ -5,9 +5,9 @@ from pathlib import PurePath
 
 import torch
 
-from util.data.depth import adopt_pixel_range
+from util.data.depth import adopt_pixel_range, parse_range
 from util.errors import UserError
-from util.files import shown
+from util.files import printable, shown
 from util.processes.collectives import is_main_process, log, note, warn
 from util.run.resume import Checkpoint
 from util.weights.encoder import load_into
@@ -23,8 +23,6 @@ def check_init(args: Namespace) -> None:
             f"--init {args.init}, --resume {args.resume}: a run starts from weights (--init) or goes on from "
             "a checkpoint with its optimizer and epoch (--resume); leave one out"
         )
-    if args.init_freeze and not args.init and not args.resume:
-        raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold; pass one")
 
 
 class Init:
@@ -40,22 +38,41 @@ class Init:
     def __init__(self, args: Namespace, checkpoint: Checkpoint | None, given: set[str]):
         """`given`: names of the flags on the command line."""
         self.args, self.given, self.content, self.taken = args, given, None, {}
-        if checkpoint is None:
+        if checkpoint is None and args.init:
             self.content = read_file(args.init, "--init", not args.no_verify, args.weights_key)
-            if isinstance(args.pixel_range, str | list):
-                adopt_pixel_range(args, self.content, f"--init {args.init}")
-            return
-        saved = checkpoint.content.get("args")
+            self._take_range()
+        elif checkpoint:
+            self._follow(checkpoint)
+        if args.init_freeze and not args.init:
+            raise UserError(f"--init_freeze {args.init_freeze}: is for what --init FILE does not hold, and "
+                            "this run starts without one")  # fmt: skip
+
+    def _take_range(self) -> None:
+        """Takes the file's `pixel_range` as the default of images that may be others than the file's."""
+        args, own = self.args, self.args.pixel_range
+        args.pixel_range, given = "auto", parse_range(own, args.in_chans)
+        adopt_pixel_range(args, self.content, f"--init {args.init}", args.in_chans)
+        if given or args.pixel_range is None:  # None: 8 bits, which the images will show if they have them
+            args.pixel_range = own
+
+    def _follow(self, checkpoint: Checkpoint) -> None:
+        """Takes over what the run of a checkpoint started from."""
+        args, saved = self.args, checkpoint.content.get("args")
         saved = saved if isinstance(saved, dict) else {}
-        stored, taken = (saved.get(name) for name in ("init", "init_taken"))
-        stored = stored if isinstance(stored, str) else ""
-        if args.init and PurePath(stored).name != PurePath(args.init).name:
-            began = f"started from {shown(stored, 300)}" if stored else "started without --init"
-            raise UserError(f"--init {args.init}: {checkpoint.source} goes on, and its run {began}; for a "
-                            "new run pass another --output_dir")  # fmt: skip
+        stored, key, taken = (saved.get(name, "") for name in ("init", "weights_key", "init_taken"))
+        stored, key = (value if isinstance(value, str) else "" for value in (stored, key))
+        began = "started without --init"
+        if stored:
+            began = f"started from {shown(stored, 300)}" + (f", --weights_key {shown(key)}" if key else "")
+        if args.init and (PurePath(stored).name, key) != (PurePath(args.init).name, args.weights_key):
+            own = f"--init {args.init}" + (f" --weights_key {args.weights_key}" if args.weights_key else "")
+            raise UserError(f"{own}: {checkpoint.source} goes on, and its run {began}; for a new run pass "
+                            "another --output_dir")  # fmt: skip
         if args.init and is_main_process():
-            note(f"--init {args.init}: not read, as the run goes on from {checkpoint.source}")
-        args.init, args.weights_key = stored, str(saved.get("weights_key", ""))
+            tell = note if stored == args.init else warn  # another folder's file of the same name
+            own = f"--init {printable(args.init)}"
+            tell(f"{own}: not read, as the run goes on from {printable(checkpoint.source)}, and {began}")
+        args.init, args.weights_key = stored, key
         self.taken = taken if isinstance(taken, dict) else {}
 
     def load(self, model: torch.nn.Module) -> None:
@@ -66,11 +83,7 @@ class Init:
             log(str(report))
             warn_of_other_stats(args, content, args.init)
             target = said_settings(content).get("norm_pix_loss")
-            if (
-                report.decoder.startswith("taken")
-                and target is (not args.norm_pix_loss)
-                and is_main_process()
-            ):
+            if report.decoder == "taken" and target is (not args.norm_pix_loss) and is_main_process():
                 now = "normalised" if args.norm_pix_loss else "plain"
                 warn(f"{args.init}: its decoder does not predict {now} patches, as it is to do now")
             names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -99,4 +112,4 @@ class Init:
         All gradients are exchanged and all moments kept as ever, so that nothing else changes after them.
         """
         for group in optimizer.param_groups if self.args.init_freeze else ():
-            group["lr_scale"] = 0.0 if group["taken"] and epoch < self.args.init_freeze else 1.0
+            group["lr_scale"] = 0.0 if group.get("taken") and epoch < self.args.init_freeze else 1.0

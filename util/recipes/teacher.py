@@ -86,7 +86,8 @@ def read_teacher(model: MaskedAutoencoderViT, args: Namespace) -> VisionTransfor
         weights = at_size(describe(content, args.teacher, Namespace(), "encoder"), model.img_size)
         teacher = build(weights).requires_grad_(False)
     except UserError as error:
-        raise UserError(str(error).replace("--resume ", "--teacher ")) from None
+        text = str(error).replace("--resume ", "--teacher ")
+        raise UserError(text.partition("; pass --")[0]) from None  # flags that there are not here
     for name in ("patch_size", "in_chans"):
         if (theirs := weights.sizes[name]) != (ours := getattr(model, name)):
             raise UserError(f"--teacher {args.teacher}: has --{name} {theirs}, the model {ours}; both see "

@@ -34,8 +34,8 @@ def adapt_patch_embed(
     told, (_, own, *patch), (_, channels, *new_patch) = [], weight.shape, wanted
     if own != channels and "in_chans" in asked:
         weight = adapt_channels(weight, channels)
-        how = "summed" if channels == 1 else "repeated and scaled"
-        told.append(f"patch embedding: {own} channels, {how} for {channels}")
+        how = "repeated and scaled" if channels > own else "the first ones scaled"
+        told.append(f"patch embedding: {own} channels, {'summed' if channels == 1 else how} for {channels}")
     if patch != new_patch and "patch_size" in asked:
         weight = resample_patch_embed(weight, new_patch)
         old, new = ("x".join(map(str, size)) for size in (patch, new_patch))
@@ -51,7 +51,7 @@ def fit_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -
     if width % 4 == 0:
         fixed, own = (torch.from_numpy(get_2d_sincos_pos_embed(width, g, cls_token=True)) for g in (old, new))
         if torch.allclose(table[0].double(), fixed, rtol=0, atol=5e-3):  # bfloat16 is off by 4e-3 at most
-            return own.to(table.dtype)[None], "computed anew"
+            return own.to(torch.promote_types(table.dtype, torch.float32))[None], "computed anew"
     return resize_pos_embed(table, old, new), "resized"
 
 
@@ -71,8 +71,8 @@ def take_decoder(model: torch.nn.Module, state: dict, content: dict, report) -> 
     if grid and table is not None and table.shape == (1, 1 + rows * columns, own["mask_token"].shape[-1]):
         theirs["decoder_pos_embed"], _ = fit_table(table, (rows, columns), grid)
     odd = [key for key in own if key not in theirs or theirs[key].shape != own[key].shape]
-    # After the patch embedding was adapted it predicts patches of another size
-    new = [k for k in odd if k in theirs and k.startswith("decoder_pred.")] if report.adapted else []
+    # After the patch embedding was adapted it predicts other pixels, perhaps as many
+    new = [key for key in theirs if key.startswith("decoder_pred.")] if report.adapted else []
     odd = [key for key in odd if key not in new] + [key for key in theirs if key not in own]
     heads = stored_settings(content, report.source, "decoder_num_heads").get("decoder_num_heads")
     odd += [] if heads in (None, model.decoder_blocks[0].attn.num_heads) else [f"{heads} heads"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from util.errors import UserError
-from util.files import shown, some
+from util.files import printable, shown, some
 from util.pos_embed import interpolate_pos_embed
 from util.processes.collectives import is_main_process, warn
 from util.sizes import size_pair
@@ -54,7 +54,7 @@ class LoadReport:
     decoder: str = ""  # of a masked autoencoder: what became of the decoder
 
     def __str__(self) -> str:
-        lines = [f"encoder: {self.source} ({self.kind})"]
+        lines = [f"encoder: {printable(self.source)} ({self.kind})"]
         if self.resized:
             (rows, columns), (new_rows, new_columns) = self.resized
             way = f"{self.way} {'to' if self.way == 'resized' else 'for'} {new_rows}x{new_columns}"
@@ -112,9 +112,10 @@ def load_into(
     report = LoadReport(source, kind)
     for key in [k for k in state if k.startswith("head.")]:
         report.dropped.append(f"{shown(key)}: {tuple(state.pop(key).shape)}")
+    _fit_pos_embed(model, state, content, report, flag)  # first, as the grid shows in the file's own patches
     proj, wanted = "patch_embed.proj.weight", model.patch_embed.proj.weight.shape
+    patch = state[proj].shape[2:]
     state[proj], report.adapted = adapt_patch_embed(state[proj], wanted, asked)
-    _fit_pos_embed(model, state, content, report, flag)
     if hasattr(model, "decoder_pred"):
         state = take_decoder(model, state, content, report)
     missing, unexpected, mismatched = compare_state(model, state)
@@ -122,7 +123,7 @@ def load_into(
     foreign = [k for k in unexpected if k.startswith(_ENCODER)]
     if mismatched or lost or foreign:
         raise UserError(_misfit_text(model, state, f"{flag} {source}", kind, mismatched + lost + foreign))
-    _check_settings(model, content, report, f"{flag} {source}", asked)
+    _check_settings(model, content, report, f"{flag} {source}", None if "input_size" in asked else patch)
     if bad := not_finite(state):
         raise UserError(f"{flag} {source}: its weights are not finite ({bad}); take an earlier checkpoint")
     dropped = {text.split(":")[0] for text in report.dropped}
@@ -132,13 +133,17 @@ def load_into(
     return report
 
 
-def _check_settings(model, content: dict, report: LoadReport, where: str, asked: Collection[str]) -> None:
-    """Raises UserError for what no shape shows: another number of heads, a grid that no flag asked for."""
-    if report.decoder and report.resized and not {"input_size", "patch_size"} & set(asked):
-        side, _ = model.patch_embed.patch_size
-        size, own = ("x".join(str(number * side) for number in grid) for grid in report.resized)
-        raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
-                        f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
+def _check_settings(model, content: dict, report: LoadReport, where: str, patch: tuple | None) -> None:
+    """Raises UserError for what no shape shows: another number of heads or, of a masked autoencoder, another
+    size of images. `patch`: of the file; None: the size may be another.
+    """
+    if report.decoder and patch:
+        grids = report.resized or (model.patch_embed.grid_size,) * 2
+        sides = zip(grids, (patch, model.patch_embed.patch_size), strict=True)
+        size, own = ("x".join(str(n * side) for n, side in zip(*pair, strict=True)) for pair in sides)
+        if size != own:
+            raise UserError(f"{where}: its positional embedding is for {size} pixels; pass --input_size "
+                            f"{size}, or --input_size {own} to have it adapted")  # fmt: skip
     heads = stored_settings(content, where, "num_heads").get("num_heads")
     if heads not in (None, own := getattr(getattr(model.blocks[0], "attn", None), "num_heads", heads)):
         raise UserError(f"{where} ({report.kind}): its encoder has {heads} attention heads, the model {own}")
@@ -234,8 +239,8 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
                 state["pos_embed"], report.way = fit_table(table, *report.resized)
     except ValueError as error:
         raise UserError(
-            f"{flag} {report.source}: {error}, and the file does not say it; use a checkpoint with its "
-            "training arguments or the --input_size it was trained with"
+            f"{flag} {report.source}: {error}, and the file does not say it (or has none for the class "
+            "token); use a checkpoint with its training arguments or the --input_size it was trained with"
         ) from None
 
 

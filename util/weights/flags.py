@@ -84,10 +84,10 @@ def stored_targets(content: dict, names: list[str], where: str) -> Targets:
 
 
 def warn_of_other_stats(args: argparse.Namespace, content: dict, source: str) -> None:
-    """Warns where the encoder in a file was trained with other means or deviations than `args` has."""
+    """Warns where the encoder in a file was trained with other means, deviations or range than `args` has."""
     stored = said_settings(content)
-    for name in ("mean", "std"):
-        theirs, own = stored.get(name), getattr(args, name)
+    for name in ("mean", "std", "pixel_range"):
+        theirs, own = stored.get(name), getattr(args, name, None)
         if theirs is not None and comparable(theirs) != comparable(own) and is_main_process():
             theirs, own = in_words(name, theirs), in_words(name, own)
             warn(f"{source} was trained with --{name} {theirs}, now it is {own}")

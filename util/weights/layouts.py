@@ -5,7 +5,7 @@ import re
 import torch
 
 from util.errors import UserError
-from util.files import shown, some
+from util.files import printable, shown, some
 from util.processes.collectives import is_main_process, note
 
 # Entries that hold a model, the usual one first: of most code, DeepSpeed, self-distillation, moving averages
@@ -37,15 +37,16 @@ def take_weights(content: dict, key: str = "", where: str = "") -> dict:
     there = [name for name, value in content.items() if _prefixes(value)]
     chosen = next((name for name in (key or _ENTRIES[0], *_ENTRIES, *there) if name in there), None)
     if key and key not in there:
-        state = content.get(chosen, content)
-        inside = {k[len(key) + 1 :]: v for k, v in state.items() if str(k).startswith(f"{key}.")}
+        state = {str(k): v for k, v in content.get(chosen, content).items() if isinstance(v, torch.Tensor)}
+        start = next((s for s in (f"{key}.", f"module.{key}.") if any(k.startswith(s) for k in state)), key)
+        inside = {name[len(start) :]: v for name, v in state.items() if name.startswith(start)}
         if not _prefixes(inside):
             names = some(repr(name) for name in [*there, *_prefixes(state)] if name)
             raise UserError(f"--weights_key {key}: {where} holds no vision transformer of that name, but "
                             f"{names or 'none at all'}")  # fmt: skip
         content, chosen = {**content, "model": inside}, "model"
     elif where and not key and len(there) > 1 and is_main_process():
-        note(f"{where}: holds weights as {some(map(repr, there))}; {shown(repr(chosen))} is taken "
+        note(f"{printable(where)}: holds weights as {some(map(repr, there))}; {shown(repr(chosen))} is taken "
              "(--weights_key NAME takes others)")  # fmt: skip
     if chosen is None:
         return content

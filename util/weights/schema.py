@@ -221,7 +221,9 @@ def in_words(name: str, value) -> str:
     """The value of the setting `name` for a message, as it is given on a command line."""
     if name == "global_pool":
         return "global pooling" if value else "the class token"
+    if name == "pixel_range" and value is None:
+        return "that of 8 bits"
     if name == "input_size" and isinstance(value, int):
         value = (value, value)
     separator = "x" if name == "input_size" else " "
-    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value)
+    return shown(separator.join(map(shown, value)) if isinstance(value, list | tuple) else value) or "none"
