@@ -121,7 +121,7 @@ def check_args(args: argparse.Namespace) -> None:
 def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImages]:
     """The images of some splits with their masks, whole but for train's; sets `args.nb_classes`."""
     found = [find_masked(split, args) for split in splits]
-    counts = [look_at_masks(*pair, args.bad_images) for pair in found]
+    counts = [look_at_masks(*pair, args) for pair in found]
     args.nb_classes = count_masked_classes(args, *counts)
     options = args.nb_classes, args.ignore_index, args.in_chans, args.seed, args.bad_images, depth_of(args)
     sets = []
@@ -138,15 +138,14 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
     checkpoint = resume_classifier(args, "segment", run.given)  # the flags of its model come with it
-    if checkpoint is not None:
-        adopt_head(args, checkpoint.content, checkpoint.source, run.given)
+    stored = adopt_head(args, checkpoint.content, checkpoint.source, run.given) if checkpoint else []
     start = read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
     sets = masked_images(args, *(["train"] * (not args.eval)), args.split)
     train_set, val_set = sets if len(sets) == 2 else (None, *sets)
-    names = read_class_names(args)
+    names = read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     log_arguments(args)
 
@@ -179,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion = PixelLoss(args.ignore_index)
+    criterion = PixelLoss()
 
     # Resume
     info = make_model_info(args, names, "segment")

@@ -111,7 +111,7 @@ def test_several_labels_and_numbers_by_what_columns_look_like(pictures, tmp_path
     files = read_labels(args_of(pictures, table), "train")
     assert files.targets.task == "labels" and files.classes == ["old", "big"]
     assert files.labels[:3].tolist() == [[0, 0], [1, 0], [0, 1]]
-    assert "8 images with 2 labels in" in files.describe()
+    assert "8 images with 2 labels (old, big) in" in files.describe()
     table = write(tmp_path / "b.csv", columns=("path", "weight", "height"))
     dataset = labelled_images("train", args_of(pictures, table))
     assert dataset.targets.task == "numbers" and dataset.label(3) == (103.5, -6.0)
@@ -124,6 +124,15 @@ def test_several_labels_and_numbers_by_what_columns_look_like(pictures, tmp_path
         "0",
         "1",
     ]
+
+
+def test_columns_without_a_name_are_no_labels(pictures, tmp_path):
+    rows = [
+        {**row, "": i} for i, row in enumerate(ROWS)
+    ]  # as pandas writes an index, and sheets a last comma
+    table = write(tmp_path / "a.csv", rows, ("", "path", "weight", ""))
+    files = read_labels(args_of(pictures, table), "train")
+    assert files.classes == ["weight"] and files.labels[:2].tolist() == [[100.5], [101.5]]
 
 
 def test_the_labels_are_in_the_identity_of_a_run(pictures, tmp_path):
@@ -179,6 +188,13 @@ BAD = {
         BOTH,
         r"1 rows say another class than the file's folder: train/cat/0\.png is dog",
     ),
+    "empty group": (changed(1, group=""), ("path", "group", "kind"), "line 3: group is empty; fill it in"),
+    "empty path": (changed(1, path=""), BOTH, "line 3: path is empty; fill it in, or remove the row"),
+    "folders of Windows": (
+        changed(0, path=r"train\\cat\\0.png"),
+        BOTH,
+        r"1 of 16 rows have no file there: train\\+cat\\+0\.png \(folders are parted by /\); remove them",
+    ),
     "no path": (ROWS, ("kind", "old"), "no column is named path or file"),
     "no rows": ([], BOTH, "has no rows; a header"),
     "a name twice": (ROWS, ("path", "kind", "kind"), "two columns are named kind"),
@@ -204,6 +220,17 @@ def test_a_row_cut_short_and_a_file_that_is_no_table(pictures, tmp_path):
         read_labels(args_of(pictures, tmp_path / "b.csv"), "train")
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):
         read_labels(args_of(pictures, tmp_path / "c.csv"), "train")
+
+
+def test_pages_of_a_file_are_a_group(tmp_path):
+    pages, rows = [Image.new("L", (8, 8), i) for i in range(3)], []
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        pages[0].save(tmp_path / f"flat/{i}.tif", save_all=True, append_images=pages[1:])
+        rows += [{"path": f"{i}.tif#{page}", "kind": "ab"[i % 2]} for page in (1, 2, 3)]
+    args = args_of(tmp_path, write(tmp_path / "a.csv", rows), "flat", pages="all", folds=2, fold=0)
+    files = {split: {p.split("#")[0] for p in read_labels(args, split).paths} for split in ("train", "val")}
+    assert len(files["train"]) == len(files["val"]) == 4 and not files["train"] & files["val"]
 
 
 @pytest.mark.parametrize("columns", [("kind",), ("old", "big"), ("weight",)])

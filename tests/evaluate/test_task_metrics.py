@@ -102,8 +102,8 @@ def test_all_labels_alike_is_said_and_no_nan():
     alike = measure("class", np.zeros(4, int), np.full((4, 3), 1 / 3))
     assert alike["auroc"] is None and alike["average_precision"] is None and alike["accuracy"] == 1
     assert undefined("class", np.zeros(4, int), ["a", "b"]) == [
-        ("a", "all images have it"),
-        ("b", "no image has it"),
+        ("a", "all evaluated images have it"),
+        ("b", "no evaluated image has it"),
     ]
     assert measure("numbers", np.ones((1, 1)), np.ones((1, 1)))["r2"] is None
 

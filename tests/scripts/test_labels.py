@@ -369,7 +369,7 @@ def test_a_label_that_validation_does_not_have_is_said(data, tmp_path, capsys):
     paths = {"data_path": data, "labels": tmp_path / "a.csv", "output_dir": tmp_path / "out"}
     run(main_finetune, RECIPE, "--label_columns bright red", **paths)
     told = [line for line in capsys.readouterr().err.splitlines() if "not defined" in line]
-    assert len(told) == 1 and "for 1 of 2: red (no image has it" in told[0]
+    assert len(told) == 1 and "for 1 of 2: red (no evaluated image has it)" in told[0]
     assert read_log(tmp_path / "out")[-1]["test_auroc"] is not None
     with pytest.raises(UserError, match=r"not defined for 1 of 1: red .*pass another --best"):
         run(main_finetune, RECIPE, "--label_columns red --task labels", **paths)

@@ -118,6 +118,15 @@ def test_bad_input(words, message, pictures, encoder, tmp_path):
     assert not list((tmp_path / "out").glob("card*"))
 
 
+def test_images_that_cannot_be_read_are_not_counted(pictures, encoder, tmp_path):
+    data = shutil.copytree(pictures, tmp_path / "data")
+    for name in ("train/dark/2.png", "val/red/1.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:200])
+    run("--bad_images skip --token_blocks 0", data_path=data, finetune=encoder, output_dir=tmp_path / "out")
+    text = (tmp_path / "out/card.md").read_text()
+    assert "on 23 images: 24 images in 3" in text and "learned from 23 images: 24 images in 3" in text
+
+
 def test_small_cards_while_training(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(models_mae.MODELS, "mae_test", lambda **kwargs: make_mae())
     words = "--model mae_test --input_size 32 --patch_size 8 --epochs 3 --warmup_epochs 1 --batch_size 8"

@@ -57,7 +57,7 @@ def test_hook_of_pre_training_agrees_with_the_script(pictures, tmp_path):
 def test_hook_without_labels_or_val_says_why(tmp_path, capsys):
     data = make_pictures(tmp_path / "a", splits=("train",))
     assert knn_loaders(Namespace(data_path=str(data), input_size=32, batch_size=5, num_workers=0)) is None
-    assert "no k-NN accuracy: " in capsys.readouterr().out
+    assert "no k-NN accuracy and no report card: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

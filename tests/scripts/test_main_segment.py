@@ -220,6 +220,12 @@ def spoil(folder, how):
     elif how == "ignored":
         for path in folder.glob("*/masks/sub/*.png"):
             Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    elif how == "ignored in val":
+        for path in folder.glob("val/masks/sub/*.png"):
+            Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    elif how == "black and white":  # the commonest masks of one object
+        for path in folder.glob("*/masks/sub/*.png"):
+            Image.fromarray(np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
     elif how == "names":
         (folder / "classes.txt").write_text("a\nb\n")
     elif how == "layout":
@@ -235,6 +241,12 @@ def spoil(folder, how):
         ("value", "--nb_classes 3", "--nb_classes 3: mask values beyond the 3 classes: 77"),
         ("cut", "", "masks cannot be used: .*0.png"),
         ("ignored", "", "--ignore_index 255: the masks hold no other value"),
+        ("ignored in val", "", r"--ignore_index 255: the masks hold no other value \(.*val/masks\)"),
+        (
+            "black and white",
+            "--nb_classes 2",
+            r"train hold one class \(0\).*: 255 is none \(--ignore_index\)",
+        ),
         ("names", "", "classes.txt: 2 names for 3 classes"),
         ("layout", "", "has no folder val/masks; masks are needed as"),
         ("", "--layers 9", "9 layers: the model has 2 blocks"),
@@ -248,6 +260,53 @@ def test_one_line_for_bad_input(masked, tmp_path, capsys, how, flags, message):
     with pytest.raises(UserError, match=message) as caught:
         run(main_segment, FAST, flags, data_path=folder, output_dir=tmp_path / "out")
     assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_ignored_pixels_count_nowhere_whatever_their_number(masked, encoder, tmp_path, capsys):
+    """The same pictures with the frame as 0 and classes from 1 on, so that class 0 has no pixel."""
+    shifted = shutil.copytree(masked, tmp_path / "shifted")
+    for path in shifted.glob("*/masks/sub/*.png"):
+        Image.fromarray(np.array(Image.open(path)) + np.uint8(1)).save(path)  # 255 becomes 0
+    for folder, flags in ((masked, ""), (shifted, "--ignore_index 0")):
+        run(
+            main_segment, "--mode knn", flags, finetune=encoder, data_path=folder, output_dir=tmp_path / "out"
+        )
+    first, second = read_log(tmp_path / "out")
+    assert first == second
+    logits, masks = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    masks[:, :2] = 3
+    expected = F.cross_entropy(logits[:, :, 2:], masks[:, 2:])
+    torch.testing.assert_close(recipe.PixelLoss()(logits, masks), expected)
+
+
+def test_a_mask_that_cannot_be_read_counts_nowhere(masked, encoder, tmp_path, capsys):
+    whole, part = (shutil.copytree(masked, tmp_path / name) for name in ("whole", "part"))
+    mask = whole / "val/masks/sub/3.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    for kind in ("images", "masks"):
+        (part / f"val/{kind}/sub/3.png").unlink()
+    for data in (whole, part):
+        flags = "--mode knn --bad_images skip"
+        run(main_segment, flags, finetune=encoder, data_path=data, output_dir=tmp_path / "out")
+    first, second = read_log(tmp_path / "out")
+    assert first == second
+    assert "1 images could not be decoded and are left out of the figures: " in capsys.readouterr().err
+
+
+def test_an_evaluation_is_that_of_the_run(masked, encoder, tmp_path, capsys):
+    """--short_side and the names of the classes are the checkpoint's; other names are refused."""
+    data = shutil.copytree(masked, tmp_path / "data")
+    (data / "classes.txt").write_text("\ufeffground\nbright\nred\n", encoding="utf-8")
+    run(main_segment, FAST, "--short_side 50", finetune=encoder, data_path=data, output_dir=tmp_path / "run")
+    table = (tmp_path / "run/per_class.txt").read_text()
+    assert table.splitlines()[1].startswith("ground ")
+    best, last = tmp_path / "run/checkpoint-best.pth", tmp_path / "run/checkpoint-1.pth"
+    (data / "classes.txt").unlink()
+    run(main_segment, "--eval", resume=last, data_path=data, output_dir=tmp_path / "eval")
+    assert (tmp_path / "eval/per_class.txt").read_text() == table
+    (data / "classes.txt").write_text("red\nbright\nground\n")
+    with pytest.raises(UserError, match=r"classes\.txt: its classes are not those of --resume: ground"):
+        run(main_segment, "--eval", resume=best, data_path=data, output_dir=tmp_path / "eval")
 
 
 def test_without_data_it_says_what_is_needed(capsys):

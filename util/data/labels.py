@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from argparse import Namespace
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class LabelledFiles(ImageFiles):
 
     def describe(self) -> str:
         text, count = super().describe(), len(self.classes)
-        kind = f" with {count} {self.targets.task}"
+        kind = f" with {count} {self.targets.task} ({some(self.classes)})"
         return text if self.targets.task == "class" else text.replace(f" in {count} classes", kind, 1)
 
     def digest(self) -> str:
@@ -67,7 +68,8 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     splits, rows = _match(table, files, {"train", "val", None} if folds else set(needed))
     if task == "class":
         _check_folders(table, files, rows, [names[label] for label in labels])
-    groups = np.array(table.column(group)) if group else np.arange(len(labels))
+    files_of_rows = [re.sub(r"#\d+$", "", path) for path in table.column(table.named(*PATH))]
+    groups = np.array(table.column(group) if group else files_of_rows)  # pages of a file stay together
     if folds:
         pool = np.array([row for row in np.unique(rows[rows >= 0]) if splits[row] != "test"], int)
         number = deal(groups[pool], _strata(labels[pool]), folds)
@@ -124,6 +126,7 @@ def _match(table: Table, files: ImageFiles, wanted: set) -> tuple[list[str | Non
     lost = [path for path, row in row_of.items() if row not in used and _stands_in(path, splits[row], wanted)]
     if lost:
         text = f"{len(lost)} of {len(row_of)} rows have no file there: {some(lost)}"
+        text += " (folders are parted by /)" if os.sep == "/" and "\\" in lost[0] else ""
         raise UserError(f"{place}: {text}; remove them, or add the files")
     if without:
         text = f"{len(without)} of {count} files have no row: {some(without)}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from util.data.dataset import ImageDataset
 from util.data.depth import Depth
@@ -33,6 +33,7 @@ CROP_SCALE = (0.2, 1.0)  # share of the picture's area in a training crop, as in
 
 class SegmentedImages(ImageDataset):
     """Images with masks; item (epoch, index) or index -> (image (C, H, W), mask int64 (h, w), index).
+    Pixels of no class have the number `num_classes`, also where `ignore` is smaller.
 
     An unreadable mask is treated as an unreadable image: see `ImageDataset`.
 
@@ -64,6 +65,7 @@ class SegmentedImages(ImageDataset):
             raise BadImage(place, _other_size(mask.shape, image.shape))
         if beyond := [v for v in np.unique(mask).tolist() if v >= self.num_classes and v != self.ignore]:
             raise BadImage(place, _beyond(beyond, self.num_classes, self.ignore))
+        mask[mask == self.ignore] = self.num_classes
         return [self.transform(image, mask, random.Random(derive_seed(*numbers))) for numbers in draws]
 
     def _samples(self, epoch: int, index: int, repeats: list[int]) -> list[tuple]:
@@ -113,7 +115,9 @@ def read_mask(path: str) -> np.ndarray:
                 raise BadImage(path, f"a {picture.mode} picture; a mask has one channel of class numbers")
             mask = np.asarray(picture).astype(np.int64)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "is no PNG, or damaged" if unknown else getattr(error, "strerror", None) or str(error)
+        raise BadImage(path, reason) from None
     if mask.min() < 0:
         raise BadImage(path, f"a value below 0 ({mask.min()})")
     return mask
@@ -160,11 +164,13 @@ def _check_pairs(files: ImageFiles, masks: str) -> None:
         warn(f"{printable(masks)}: {len(alone):,} files are no image's mask and are not used: {some(alone)}")
 
 
-def look_at_masks(files: ImageFiles, masks: str, bad_images: str = "error") -> Counter:
-    """Reads masks, at most `MAX_LOOKED_AT`, before anything is trained: {value: number of pixels}.
+def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:
+    """Reads masks, at most `MAX_LOOKED_AT`, before anything is trained: {value: number of pixels}, but
+    `args.ignore_index`.
 
     Raises:
-        UserError: one that cannot be read or is of another size than its image, and `bad_images` is "error".
+        UserError: nothing but ignored pixels, or, where `args.bad_images` is "error", a mask that cannot be
+            read or is of another size than its image.
     """
     indices = np.unique(np.linspace(0, len(files.paths) - 1, MAX_LOOKED_AT).astype(int))
 
@@ -175,11 +181,16 @@ def look_at_masks(files: ImageFiles, masks: str, bad_images: str = "error") -> C
         one for part in ask_all(look, np.array_split(indices, max(1, len(indices) // 32))) for one in part
     ]
     bad = [reason for _, reason in found if reason]
-    if bad and bad_images == "error":
+    if bad and args.bad_images == "error":
         raise UserError(
             f"{printable(masks)}: {len(bad):,} of {len(indices):,} masks cannot be used: {some(bad)}"
         )
-    return sum((counts for counts, _ in found), Counter())
+    counts = sum((counts for counts, _ in found), Counter())
+    del counts[args.ignore_index]
+    if not counts:
+        raise UserError(f"--ignore_index {args.ignore_index}: the masks hold no other value "
+                        f"({printable(masks)})")  # fmt: skip
+    return counts
 
 
 def _look_at(path: str, images: str, masks: str) -> tuple[Counter, str]:
@@ -200,16 +211,23 @@ def _look_at(path: str, images: str, masks: str) -> tuple[Counter, str]:
 
 
 def count_masked_classes(args: Namespace, *counts: Counter) -> int:
-    """`args.nb_classes`, or one more than the largest class number in the masks, `args.ignore_index` aside.
+    """`args.nb_classes`, or one more than the largest class number in the masks (`counts`: train's first).
 
     Raises:
-        UserError: values beyond the classes, or nothing but ignored pixels.
+        UserError: values beyond the classes, or one class alone to learn.
     """
-    values = sorted(value for value in sum(counts, Counter()) if value != args.ignore_index)
-    if not values:
-        raise UserError(f"--ignore_index {args.ignore_index}: the masks hold no other value")
+    values = sorted(sum(counts, Counter()))
+    if not args.eval and len(counts[0]) == 1:
+        raise UserError(
+            f"the masks of train hold one class ({next(iter(counts[0]))}), so there is nothing to learn; "
+            f"number the classes 0, 1, ...: {args.ignore_index} is none (--ignore_index)"
+        )
     if args.nb_classes is None:
-        return values[-1] + 1
+        count = values[-1] + 1
+        if 2 * len(values) <= count and is_main_process():
+            warn(f"the masks hold {len(values)} of {count} class numbers ({some(values)}): are they classes, "
+                 "from 0 on? --nb_classes says how many there are")  # fmt: skip
+        return count
     if beyond := [value for value in values if value >= args.nb_classes]:
         raise UserError(
             f"--nb_classes {args.nb_classes}: {_beyond(beyond, args.nb_classes, args.ignore_index)}"
@@ -217,16 +235,20 @@ def count_masked_classes(args: Namespace, *counts: Counter) -> int:
     return args.nb_classes
 
 
-def read_class_names(args: Namespace) -> list[str]:
-    """One name a line of classes.txt in `args.data_path`; without that file the numbers are the names."""
-    path = os.path.join(args.data_path, "classes.txt")
+def read_class_names(args: Namespace, stored: Sequence[str] = ()) -> list[str]:
+    """One name a line of classes.txt in `args.data_path`; without that file those that a checkpoint has
+    stored, or the numbers. UserError where the file says others than the checkpoint.
+    """
+    path, numbers = os.path.join(args.data_path, "classes.txt"), [str(i) for i in range(args.nb_classes)]
     if not os.path.isfile(path):
-        return [str(number) for number in range(args.nb_classes)]
-    with open(path, encoding="utf-8", errors="replace") as file:
+        return list(stored) or numbers
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         names = [line.strip() for line in file if line.strip()]
     if len(names) != args.nb_classes:
         raise UserError(f"{printable(path)}: {len(names)} names for {args.nb_classes} classes "
                         "(--nb_classes says how many there are)")  # fmt: skip
+    if stored and list(stored) not in (names, numbers):
+        raise UserError(f"{printable(path)}: its classes are not those of --resume: {some(stored)}")
     return names
 
 

@@ -38,7 +38,8 @@ class Table:
 
 
 def read_table(path: str) -> Table:
-    """A CSV file with a header; its cells are parted by commas, semicolons or tabs.
+    """A CSV file with a header; its cells are parted by commas, semicolons or tabs. Columns without a name,
+    such as pandas' index, are left out.
 
     Raises UserError for one that cannot be read, has rows of other lengths, a name twice or no paths.
     """
@@ -58,11 +59,13 @@ def read_table(path: str) -> Table:
         raise UserError(f"{place}: has no rows; a header (path,label,...), then a line for each image")
     header = rows.pop(0)
     table = Table(place, header, rows, lines[1:])
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise UserError(f"{place}: two columns are named {some(twice)}; rename one")
     for row, cells in enumerate(rows):
         if len(cells) != len(header):
             raise table.error(row, f"has {len(cells)} cells, the header {len(header)}")
+    named = [i for i, name in enumerate(header) if name]
+    table.header, *table.rows = [[cells[i] for i in named] for cells in (header, *rows)]
     if table.named(*PATH) is None:
         raise UserError(f"{place}: no column is named {' or '.join(PATH)}; it has {some(header, 20)}")
     return table
@@ -89,8 +92,8 @@ def parse_labels(
     if not names:
         raise UserError(f"{table.place}: has no label column beside {some(others)}")
     columns = [table.column(name) for name in names]
-    for name, cells in zip(names, columns, strict=True):
-        if "" in cells:
+    for name in (*others, *names):
+        if "" in (cells := table.column(name)):
             raise table.error(cells.index(""), f"{name} is empty; fill it in, or remove the row")
     task = _guess(columns) if task in (None, "auto") else task
     if task == "class":

@@ -61,10 +61,14 @@ class Row:
 
 @dataclass
 class Column:
-    """What one encoder, or raw pixels, are worth: {protocol: Row}, {what: (block, tokens, its figure)}."""
+    """What one encoder, or raw pixels, are worth: {protocol: Row}, {what: (block, tokens, its figure)}.
+
+    images: how many it learned from, and was evaluated on.
+    """
 
     rows: dict[str, Row] = field(default_factory=dict)
     depth: dict[str, list[tuple[int, str, float]]] = field(default_factory=dict)
+    images: tuple[int, int] = (0, 0)
 
     def add(self, row: Row) -> None:
         self.rows[row.protocol] = row
@@ -125,7 +129,7 @@ def make_row(protocol: str, place: tuple, setting: str, decisions, targets, plan
 
 def make_column(train: Layers, val: Layers, plan: Plan) -> Column:
     """Measures one source of features on `val`."""
-    column, targets = Column(), val.labels.numpy()
+    column, targets = Column(images=(len(train.labels), len(val.labels))), val.labels.numpy()
     parts, last = plan.split(), train.sets[-1][0]
     add = partial(make_row, targets=targets, plan=plan)
 

@@ -22,7 +22,7 @@ def card_record(
     return {
         "finetune": args.finetune,
         "data": {"train": train_set.describe(), "val": val_set.describe()},
-        "images": [len(train_set), len(val_set)],
+        "images": list(next(iter(columns.values())).images),  # without those that cannot be read
         "metric": plan.task.name,
         "seed": plan.seed,
         "steps": plan.steps,

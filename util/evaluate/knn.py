@@ -165,5 +165,5 @@ def knn_loaders(args: Namespace, pin_memory: bool = False) -> tuple | None:
     try:
         return tuple(eval_loader(dataset, args, pin_memory) for dataset in knn_sets(args))
     except UserError as error:
-        log(f"no k-NN accuracy: {error}")
+        log(f"no k-NN accuracy and no report card: {error}")
         return None

@@ -125,5 +125,7 @@ def undefined(task: str, labels: np.ndarray, names: list[str]) -> list[tuple[str
     for k, name in enumerate(names):
         column = labels == k if task == "class" else labels[:, k] > 0
         if column.all() or not column.any():
-            found.append((name, "all images have it" if column.all() else "no image has it"))
+            found.append(
+                (name, "all evaluated images have it" if column.all() else "no evaluated image has it")
+            )
     return found

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from util.compute.precision import autocast, resolve_amp_dtype
 from util.data.transforms import normalize_batch
+from util.evaluate.exact import drop_unreadable
 from util.processes.collectives import gather
 
 GROUP = 8  # windows per forward pass
@@ -62,8 +63,10 @@ def count_pixels(loader: Iterable, predict: Callable, window, num_classes: int, 
         args: mean, std.
     """
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    dataset, seen = getattr(loader, "dataset", None), []
     for images, masks, indices in loader:
-        if (dataset := getattr(loader, "dataset", None)) is not None and dataset.bad[indices].any():
+        seen.append(indices)
+        if dataset is not None and dataset.bad[indices].any():
             continue  # another picture took the place of one that cannot be read, and is counted itself
         images = normalize_batch(images, device, args.mean, args.std)
         for image, mask in zip(images, masks, strict=True):
@@ -71,6 +74,8 @@ def count_pixels(loader: Iterable, predict: Callable, window, num_classes: int, 
             counted = mask < num_classes
             pairs = mask[counted] * num_classes + found[counted]
             matrix += torch.bincount(pairs, minlength=num_classes**2).view_as(matrix)
+    if seen:
+        drop_unreadable(loader, [], torch.cat(seen))  # says which
     return sum(gather(matrix.numpy()))
 
 

@@ -132,7 +132,7 @@ def _check_metric(args: argparse.Namespace, val: LabelledImages, trains: bool) -
     if not alike:
         return
     text = f"{val.files.source}: auroc and average_precision are not defined for {len(alike)} of "
-    text += f"{len(val.classes)}: {some(f'{name} ({why} of the evaluation)' for name, why in alike)}"
+    text += f"{len(val.classes)}: {some(f'{name} ({why})' for name, why in alike)}"
     if metric in ("auroc", "average_precision") and len(alike) == len(val.classes) and trains:
         raise UserError(f"{text}; pass another --best, such as --best loss")
     if is_main_process():

@@ -41,19 +41,13 @@ MAX_CLASSES = 256  # of the table
 
 
 class PixelLoss(nn.Module):
-    """Cross entropy, the mean over the pixels that are not ignored; 0 where all are."""
-
-    def __init__(self, ignore: int):
-        super().__init__()
-        self.ignore = ignore
+    """Cross entropy, the mean over the pixels of a class (number K is none); 0 where there are none."""
 
     def forward(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, H, W) and masks int64 (N, H, W) -> a number."""
-        total = F.cross_entropy(logits, masks, ignore_index=self.ignore, reduction="sum")
-        return total / (masks != self.ignore).sum().clamp(min=1)
-
-    def extra_repr(self) -> str:
-        return f"ignore={self.ignore}"
+        ignore = logits.shape[1]
+        total = F.cross_entropy(logits, masks, ignore_index=ignore, reduction="sum")
+        return total / (masks != ignore).sum().clamp(min=1)
 
 
 def build_segmenter(args: argparse.Namespace, **extra) -> SegmentationTransformer:
@@ -63,8 +57,10 @@ def build_segmenter(args: argparse.Namespace, **extra) -> SegmentationTransforme
     return build_classifier(args, make=SegmentationTransformer, head=head, num_layers=args.layers, **extra)
 
 
-def adopt_head(args: argparse.Namespace, content: dict, source: str, given: set[str]) -> None:
-    """Takes what is this script's own from the settings in a checkpoint; UserError where a flag differs."""
+def adopt_head(args: argparse.Namespace, content: dict, source: str, given: set[str]) -> list[str]:
+    """Takes what is this script's own from the settings in a checkpoint; UserError where a flag differs.
+    Returns the names of its classes.
+    """
     stored = content.get("args") if isinstance(content.get("args"), dict) else {}
     for name, kind in (("mode", str), ("layers", int), ("ignore_index", int)):
         theirs, own = stored.get(name), getattr(args, name)
@@ -73,6 +69,9 @@ def adopt_head(args: argparse.Namespace, content: dict, source: str, given: set[
         if name in given and own != theirs:
             raise UserError(f"--{name} {own}: {source} was trained with {theirs}; leave the flag out")
         setattr(args, name, theirs)
+    if "short_side" not in given and isinstance(stored.get("short_side"), int):
+        args.short_side = stored["short_side"]  # another is another way to evaluate the same model
+    return content["model_info"].get("class_names") or []
 
 
 def whole_images(dataset: SegmentedImages, args, pin_memory: bool = False) -> DataLoader:
@@ -139,7 +138,6 @@ def draw_overlays(dataset: SegmentedImages, predict, args, device):
         found = segment(predict, image, args.input_size, size).argmax(0).cpu()
         shown = F.interpolate((image.cpu() * std + mean)[None], size, mode="bilinear")[0].clamp(0, 1)
         shown = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
-        mask = torch.where(mask < dataset.num_classes, mask, dataset.num_classes)
         short = min(size)
         y, x = (size[0] - short) // 2, (size[1] - short) // 2
         over = [shown, *(0.35 * shown + 0.65 * palette[m].permute(2, 0, 1) for m in (mask, found))]
