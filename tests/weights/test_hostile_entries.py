@@ -39,7 +39,7 @@ SEEN = [
 
 def test_c6_hostile_entries(fuzz):
     torch.set_num_threads(1)
-    for case in [*SEEN, *random.Random(0).sample(fuzz.cases(), 70)]:
+    for case in [*SEEN, *random.Random(0).sample(fuzz.cases(), 45)]:
         fuzz.run(*case)
     assert not fuzz.bad, "\n".join(fuzz.bad)
-    assert fuzz.counts["refused"] > 30 and fuzz.counts["done"] > 30
+    assert fuzz.counts["refused"] > 20 and fuzz.counts["done"] > 20
