@@ -197,7 +197,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Training
     val_loader = whole_images(val_set, args, run.pin_memory)
-    after = SegmentationEpochEnd(args, state, model_without_ddp, val_loader, names, device, log_writer)
+    after = SegmentationEpochEnd(
+        args, state, model_without_ddp, val_loader, val_set, device, log_writer, names
+    )
     guard = RunGuard(args, state.save, train_set, len(loader), state.meters)
     if stats := state.unfinished_epoch(evaluates=True):
         after.finish(args.start_epoch - 1, stats)

@@ -50,15 +50,8 @@ class ClassifierEpochEnd:
         args, state = self.args, self.state
         share_buffers(self.trained)
         state.save(epoch, stats=stats)  # an evaluation may take longer than a scheduler waits
-        report = epoch + 1 == args.epochs
-        whole = full_copy(self.trained)
-        test = evaluate_and_report(self.val_loader, whole, self.device, args, self.val_set, report)
-        metric = best_metric(args, self.val_set.targets.task)
-        if metric == "acc1":
-            is_best, state.best_acc1 = test["acc1"] > state.best_acc1, max(state.best_acc1, test["acc1"])
-            text = f"best accuracy so far: {state.best_acc1:.3f} %\nMax accuracy: {state.best_acc1:.2f}%"
-        else:
-            is_best, text = self._compare(metric, test[metric])
+        test = self.evaluate(full_copy(self.trained), report=epoch + 1 == args.epochs)
+        is_best, text = self.judge(test)
         state.save(epoch, best=is_best, stats=stats, evaluated=True)
         log(text)
         record = {f"train_{name}": value for name, value in stats.items()}
@@ -71,6 +64,18 @@ class ClassifierEpochEnd:
                     continue
                 self.log_writer.add_scalar(f"perf/test_{name}", value, epoch)
             self.log_writer.flush()
+
+    def evaluate(self, model: torch.nn.Module, report: bool) -> dict[str, float | None]:
+        """The figures of `model`, printed; with `report` also what is known per class and per image."""
+        return evaluate_and_report(self.val_loader, model, self.device, self.args, self.val_set, report)
+
+    def judge(self, test: dict[str, float | None]) -> tuple[bool, str]:
+        """(whether these figures are the best so far, what to say of it)."""
+        metric, state = best_metric(self.args, self.val_set.targets.task), self.state
+        if metric != "acc1":
+            return self._compare(metric, test[metric])
+        is_best, state.best_acc1 = test["acc1"] > state.best_acc1, max(state.best_acc1, test["acc1"])
+        return is_best, f"best accuracy so far: {state.best_acc1:.3f} %\nMax accuracy: {state.best_acc1:.2f}%"
 
     def _compare(self, metric: str, value: float | None) -> tuple[bool, str]:
         """(whether `value` is the best so far, a line that says the best); checkpoints remember it."""

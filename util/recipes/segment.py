@@ -30,11 +30,9 @@ from util.evaluate.segments import (
 from util.figures.canvas import draw_grid
 from util.files import printable, replacing
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
-from util.processes.parallel import full_copy
 from util.recipes.classifier import build_classifier
-from util.recipes.epoch_end import count_trained, share_buffers
+from util.recipes.epoch_end import ClassifierEpochEnd
 from util.run.run_log import write_log
-from util.run.start import RunState
 
 SHOWN, SIDE = 6, 160  # pictures of the overlay figure, and their side in pixels
 MAX_CLASSES = 256  # of the table
@@ -149,33 +147,19 @@ def draw_overlays(dataset: SegmentedImages, predict, args, device):
 
 
 @dataclass
-class SegmentationEpochEnd:
-    """Evaluates, saves and logs. model: bare. loader: of `whole_images`. names: of the classes."""
+class SegmentationEpochEnd(ClassifierEpochEnd):
+    """As of a classifier, by mIoU. val_loader: of `whole_images`. names: of the classes."""
 
-    args: argparse.Namespace
-    state: RunState
-    model: torch.nn.Module
-    loader: DataLoader
     names: list[str]
-    device: torch.device
-    log_writer: object
 
-    def finish(self, epoch: int, stats: dict[str, float]) -> None:
-        """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
-        args, state = self.args, self.state
-        share_buffers(self.model)
-        state.save(epoch, stats=stats)
-        whole, training = full_copy(self.model), self.model.training
-        predict, last = probabilities(whole.eval(), self.device, args), epoch + 1 == args.epochs
-        test = evaluate_masks(self.loader, predict, args, self.device, self.names, last)
-        self.model.train(training)
+    def evaluate(self, model: torch.nn.Module, report: bool) -> dict[str, float]:
+        training = model.training
+        predict = probabilities(model.eval(), self.device, self.args)
+        test = evaluate_masks(self.val_loader, predict, self.args, self.device, self.names, report)
+        model.train(training)
+        return test
+
+    def judge(self, test: dict[str, float]) -> tuple[bool, str]:
+        state = self.state
         is_best, state.best_acc1 = test["miou"] > state.best_acc1, max(state.best_acc1, test["miou"])
-        state.save(epoch, best=is_best, stats=stats, evaluated=True)
-        log(f"best mIoU so far: {state.best_acc1:.3f} %")
-        record = {f"train_{name}": value for name, value in stats.items()}
-        record |= {f"test_{name}": value for name, value in test.items()}
-        write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": count_trained(state.model)})
-        if self.log_writer is not None:
-            for name, value in test.items():
-                self.log_writer.add_scalar(f"perf/test_{name}", value, epoch)
-            self.log_writer.flush()
+        return is_best, f"best mIoU so far: {state.best_acc1:.3f} %"
