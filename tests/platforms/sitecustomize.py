@@ -17,7 +17,7 @@ import sys
 import types
 
 SYSTEM = os.environ.get("MAE_TEST_PLATFORM", "")
-POSIX_MODULES = ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")
+POSIX_MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
 # os.posix_spawn is how a Mac starts children, so it stays there
 POSIX = {
     "os": "fork forkpty register_at_fork wait wait3 wait4 waitid killpg getpgid getpgrp getsid setsid setpgid "
