@@ -11,6 +11,7 @@ in a package's own modules, and the largest imports with all that they import in
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys

@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of `log.txt`, one dict an epoch."""
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

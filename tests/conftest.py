@@ -14,7 +14,8 @@ from util.run import owner
 torch.set_num_threads(1)
 _START = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 HAS = {
-    "posix": hasattr(os, "fork") and hasattr(os, "mkfifo"),  # pipes, links, signals to others; Windows has none
+    "posix": hasattr(os, "fork")
+    and hasattr(os, "mkfifo"),  # pipes, links, signals to others; Windows has none
     "forks": _START == "fork",  # workers see what a test has patched
 }
 

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import weakref
 from pathlib import Path
 
@@ -232,6 +233,20 @@ def test_the_layers_are_those_of_the_test():
         assert {room for room in rooms if not any(Path(room).match(path) for path in layer)} == set(), layer
         assert all(any(Path(room).match(path) for room in rooms) for path in layer), layer
     assert len(places) == len(set(places))
+
+
+def test_what_uv_installs_is_what_requirements_txt_says():
+    """pyproject.toml, uv.lock and requirements.txt name the same packages, and the lock only public places."""
+    lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = sorted(filter(None, (line.split("#")[0].strip() for line in lines)))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (REPO / "uv.lock").read_text(encoding="utf-8")
+    own = next(package for package in tomllib.loads(text)["package"] if package["name"] == project["name"])
+    locked = sorted(entry["name"] + entry["specifier"] for entry in own["metadata"]["requires-dist"])
+    assert wanted == sorted(project["dependencies"]) == locked
+    assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
+    bound = re.search(r"sys.version_info < \((\d+), (\d+)\)", (REPO / "Makefile").read_text(encoding="utf-8"))
+    assert project["requires-python"] == f">={bound[1]}.{bound[2]}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -148,7 +148,7 @@ def _lock(path: Path) -> filelock.FileLock:
         lock.acquire(timeout=1, poll_interval=0.1)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except filelock.Timeout:
-        who = printable(owner.read_text()) if owner.exists() else "another run"
+        who = printable(owner.read_text(encoding="utf-8")) if owner.exists() else "another run"
         raise UserError(f"{printable(path.parents[1])}: {who} is writing there") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass

@@ -38,7 +38,7 @@ ROWS = [row_of(name, i) for i, name in enumerate(NAMES)]
 
 
 def write(path: Path, rows=ROWS, columns=("path", "kind"), delimiter=",", start="") -> Path:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(start)
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(columns)

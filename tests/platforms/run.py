@@ -22,7 +22,9 @@ SHORT = {"windows": "test_console.py", "mac": "", "forkserver": ""}
 def main() -> int:
     words = sys.argv[1:]
     own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="default: all of them")
     parser.add_argument("--short", action="store_true", help="what CI runs: half a minute on 2 cores")
     args = parser.parse_args(own)
@@ -36,6 +38,7 @@ def main() -> int:
             "MAE_TEST_PLATFORM": system,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             "PYTHONIOENCODING": CONSOLE[system],
+            "PYTHONWARNDEFAULTENCODING": "1",
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "pytest", *rest]

@@ -1,13 +1,15 @@
 """Makes our files believe that they run on another system; `run.py` puts this folder on PYTHONPATH.
 
-Python imports it at every start, so child processes and loader workers are under it too. What a system has not
-is hidden from our files only: the standard library and packages ask for the system they were installed for, and
-need what it has. MAE_TEST_PLATFORM names the system:
+Python imports it at every start, so child processes and loader workers are under it too. What a system lacks
+is hidden from our files only: the standard library and packages ask for the system they were installed for,
+and need what it has. MAE_TEST_PLATFORM names the system:
 
-windows     POSIX's modules, functions and signals are missing, a signal cannot be sent, a file that is open
-            cannot be replaced or removed, a symbolic link cannot be made; workers are spawned
+windows     POSIX's modules, functions and signals are missing, signals cannot be sent, a file that is open
+            cannot be replaced or removed, links cannot be made, text files are not UTF-8 unless we say so;
+            workers are spawned
 mac         Linux's functions are missing; workers are spawned
-forkserver  what the issue of portability names is missing; workers come from a server (Python 3.14 on Linux)
+forkserver  fcntl, pwd, resource, os.fork, SIGUSR1, SIGKILL are missing; workers come from a server, as with
+            Python 3.14 on Linux
 """
 
 import builtins
@@ -15,27 +17,37 @@ import contextlib
 import os
 import sys
 import types
+import warnings
 
 SYSTEM = os.environ.get("MAE_TEST_PLATFORM", "")
 POSIX_MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
 # os.posix_spawn is how a Mac starts children, so it stays there
 POSIX = {
-    "os": "fork forkpty register_at_fork wait wait3 wait4 waitid killpg getpgid getpgrp getsid setsid setpgid "
-    "getuid geteuid getgid getegid getgroups setuid setgid uname sysconf statvfs fstatvfs pathconf nice "
-    "getpriority sched_getaffinity sched_setaffinity sched_yield getloadavg mkfifo mknod chown lchown fchown "
-    "chroot fchdir pread preadv pwrite pwritev readv writev sendfile posix_fadvise posix_fallocate pipe2 "
-    "posix_spawn posix_spawnp getxattr setxattr memfd_create environb getresuid WIFSIGNALED WTERMSIG "
-    "O_NONBLOCK O_DIRECTORY O_NOFOLLOW O_CLOEXEC O_SYNC O_DIRECT O_TMPFILE",
-    "signal": "SIGUSR1 SIGUSR2 SIGKILL SIGHUP SIGQUIT SIGCHLD SIGALRM SIGSTOP SIGCONT SIGTSTP SIGPIPE SIGBUS "
-    "SIG_BLOCK SIG_UNBLOCK SIG_SETMASK pthread_sigmask pthread_kill sigwait sigpending pause alarm setitimer "
-    "siginterrupt",
+    "os": """
+        fork forkpty register_at_fork wait wait3 wait4 waitid killpg getpgid getpgrp getsid setsid
+        setpgid getuid geteuid getgid getegid getgroups setuid setgid uname sysconf statvfs fstatvfs
+        pathconf nice getpriority sched_getaffinity sched_setaffinity sched_yield getloadavg mkfifo
+        mknod chown lchown fchown chroot fchdir pread preadv pwrite pwritev readv writev sendfile
+        posix_fadvise posix_fallocate pipe2 posix_spawn posix_spawnp getxattr setxattr memfd_create
+        environb getresuid WIFSIGNALED WTERMSIG O_NONBLOCK O_DIRECTORY O_NOFOLLOW O_CLOEXEC O_SYNC
+        O_DIRECT O_TMPFILE
+    """,
+    "signal": """
+        SIGUSR1 SIGUSR2 SIGKILL SIGHUP SIGQUIT SIGCHLD SIGALRM SIGSTOP SIGCONT SIGTSTP SIGPIPE SIGBUS
+        SIG_BLOCK SIG_UNBLOCK SIG_SETMASK pthread_sigmask pthread_kill sigwait sigpending pause alarm
+        setitimer siginterrupt
+    """,
 }
 LINUX = {
-    "os": "sched_getaffinity sched_setaffinity memfd_create getxattr setxattr posix_fadvise O_DIRECT O_TMPFILE "
-    "pipe2 getresuid"
+    "os": "sched_getaffinity sched_setaffinity memfd_create getxattr setxattr posix_fadvise O_DIRECT "
+    "O_TMPFILE pipe2 getresuid"
 }
 FEW = {"os": "fork", "signal": "SIGUSR1 SIGKILL"}
-HIDDEN = {"windows": (POSIX_MODULES, POSIX), "mac": ((), LINUX), "forkserver": (("fcntl", "pwd", "resource"), FEW)}
+HIDDEN = {
+    "windows": (POSIX_MODULES, POSIX),
+    "mac": ((), LINUX),
+    "forkserver": (("fcntl", "pwd", "resource"), FEW),
+}
 NAMES = {"windows": {"name": "nt", "platform": "win32"}, "mac": {"platform": "darwin"}}
 _LIBRARIES = tuple(os.path.realpath(path) + os.sep for path in {sys.prefix, sys.base_prefix})
 
@@ -94,24 +106,31 @@ def _is_open(path) -> bool:
 
 
 def _guard_files() -> None:
-    """Has files that are open refuse to be replaced, renamed or removed, signals and links to be made."""
-    for name in ("replace", "rename", "unlink", "remove"):
+    """Open files cannot be replaced, renamed or removed, signals not be sent, links not be made."""
 
-        def guarded(*paths, real=getattr(os, name), **options):
-            both = paths if options.get("dir_fd") is None and options.get("src_dir_fd") is None else ()
-            if any(os.path.isfile(path) and not os.path.islink(path) and _is_open(path) for path in both):
-                raise PermissionError(13, "The process cannot access the file because it is being used", *both[:1])
+    def guard(real):
+        def call(*paths, **options):
+            here = options.get("dir_fd") is None and options.get("src_dir_fd") is None
+            for path in paths if here else ():
+                if os.path.isfile(path) and not os.path.islink(path) and _is_open(path):
+                    raise PermissionError(13, "The process cannot access the file: it is being used", path)
             return real(*paths, **options)
 
-        setattr(os, name, guarded)
-    for name in ("kill", "symlink"):
+        return call
 
-        def refused(*arguments, real=getattr(os, name), name=name, **options):
-            if _ours(sys._getframe(1)) or (name == "symlink" and "pathlib" in sys._getframe(1).f_code.co_filename):
-                raise OSError(22, f"os.{name} on {SYSTEM}")
+    def refuse(real):
+        def call(*arguments, **options):
+            caller = sys._getframe(1)
+            if _ours(caller) or "pathlib" in caller.f_code.co_filename:
+                raise OSError(22, f"os.{real.__name__} on {SYSTEM}")
             return real(*arguments, **options)
 
-        setattr(os, name, refused)
+        return call
+
+    for name in ("replace", "rename", "unlink", "remove"):
+        setattr(os, name, guard(getattr(os, name)))
+    for name in ("kill", "symlink"):
+        setattr(os, name, refuse(getattr(os, name)))
 
 
 if SYSTEM:
@@ -129,3 +148,6 @@ if SYSTEM:
     multiprocessing.set_start_method("forkserver" if SYSTEM == "forkserver" else "spawn")
     if SYSTEM == "windows":
         _guard_files()
+        # Told by PYTHONWARNDEFAULTENCODING, which run.py sets
+        ours = r"(util|tools|demo|main_|models_|engine_|export|plan|predict)"
+        warnings.filterwarnings("error", category=EncodingWarning, module=ours)

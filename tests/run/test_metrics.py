@@ -144,7 +144,7 @@ def test_a15_meters_and_curves_keep_the_value_of_the_time(tmp_path):
 def test_a13_lines_of_other_tools_stay_in_a_resumed_log(tmp_path):
     write_log(tmp_path, {"epoch": 0})
     write_log(tmp_path, {"knn_acc1": 25.0, "finetune": "checkpoint-0.pth"})
-    with open(tmp_path / "log.txt", "a") as file:
+    with open(tmp_path / "log.txt", "a", encoding="utf-8") as file:
         file.write("# my own words\n")
     write_log(tmp_path, {"epoch": 1})
     assert trim_log(tmp_path, 1)

@@ -50,7 +50,7 @@ def data(tmp_path_factory):
         light = {"bright": 180, "dark": 70, "red": 103}[kind] + rs.normal()
         label = int(kind == "bright"), int(kind == "red"), i % 2
         rows.append([path.relative_to(root), kind, *label, f"{light:.3f}", 1e6 + i, f"g{i // 3}"])
-    with open(root / "labels.csv", "w", newline="") as file:
+    with open(root / "labels.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([HEADER, *rows])
     return root
 
@@ -71,7 +71,7 @@ def start(script, data, *flags, **paths):
 
 
 def rows_of(folder):
-    with open(folder / "predictions.csv", newline="") as file:
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -131,7 +131,7 @@ def test_evaluation_and_prediction_need_no_further_flags(trained, data, tmp_path
         start(main_finetune, data, f"--eval --save_predictions --batch_size {size}", **paths)
         assert rows_of(tmp_path) == rows_of(trained[task])
     call(predict, "--resume", best, data / "val", "--csv", tmp_path / "p.csv")
-    with open(tmp_path / "p.csv", newline="") as file:
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         found = {row["path"]: row for row in csv.DictReader(file)}
     for row in rows_of(trained[task]):
         theirs = found[row["path"]]

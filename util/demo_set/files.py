@@ -103,7 +103,7 @@ def make(root: Path, stamp: dict, workers: int) -> None:
 def is_complete(root: Path, stamp: dict) -> bool:
     """Whether `root` is a demo set of just this stamp with all its pictures there."""
     try:
-        if json.loads((root / STAMP).read_text()) != stamp:
+        if json.loads((root / STAMP).read_text(encoding="utf-8")) != stamp:
             return False
         for split in ("train", "val"):
             for name in stamp["classes"]:
