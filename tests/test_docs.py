@@ -236,7 +236,7 @@ def test_the_layers_are_those_of_the_test():
 
 
 def test_what_uv_installs_is_what_requirements_txt_says():
-    """pyproject.toml, uv.lock and requirements.txt name the same packages, and the lock only public places."""
+    """pyproject.toml, uv.lock and requirements.txt name the same packages; the lock, public places."""
     lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = sorted(filter(None, (line.split("#")[0].strip() for line in lines)))
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -245,8 +245,8 @@ def test_what_uv_installs_is_what_requirements_txt_says():
     locked = sorted(entry["name"] + entry["specifier"] for entry in own["metadata"]["requires-dist"])
     assert wanted == sorted(project["dependencies"]) == locked
     assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
-    bound = re.search(r"sys.version_info < \((\d+), (\d+)\)", (REPO / "Makefile").read_text(encoding="utf-8"))
-    assert project["requires-python"] == f">={bound[1]}.{bound[2]}"
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert f"sys.version_info < ({project['requires-python'].strip('>=').replace('.', ', ')})" in makefile
 
 
 @pytest.mark.parametrize("page", PAGES)
