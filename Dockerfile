@@ -40,6 +40,7 @@ CMD ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
 
 FROM base AS run
 COPY . .
+RUN chown mae .
 USER 1000
 ENTRYPOINT ["python"]
 CMD ["main_pretrain.py", "--help"]
