@@ -281,6 +281,7 @@ def test_flags_that_the_text_names_exist():
 
 
 @pytest.mark.slow
+@pytest.mark.needs("posix")
 def test_marked_blocks_run(tmp_path):
     """In a folder of links to everything here, so that what they write is not left behind."""
     for path in REPO.iterdir():

@@ -2,8 +2,8 @@
 
     python tests/platforms/run.py [--short] [SYSTEM ...] [-- arguments of pytest]
 
-What a SYSTEM (windows, mac, forkserver; default: all of them) lacks is in `sitecustomize.py`. Consoles show the
-characters of cp1252 (Windows) or ASCII only.
+What a SYSTEM (windows, mac, forkserver; default: all of them) lacks is in `sitecustomize.py`. Consoles show
+the characters of cp1252 (Windows) or ASCII only.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def run(system: str, words: list[str], collect: bool) -> subprocess.CompletedPro
 def main() -> int:
     words = sys.argv[1:]
     own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="default: all of them")
     parser.add_argument("--short", action="store_true", help="what CI runs: half a minute on 2 cores")
     args = parser.parse_args(own)

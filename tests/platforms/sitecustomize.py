@@ -97,6 +97,8 @@ def _is_open(path) -> bool:
     if isinstance(path, int):
         return False
     full = os.path.realpath(path)
+    if full.endswith(".lock"):
+        return False  # filelock removes its file when it gives it back; that of Linux leaves it to us
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{number}") == full:

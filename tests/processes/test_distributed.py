@@ -197,7 +197,11 @@ run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_pa
     "action, message",
     [
         ("return normalize(*args) * float('nan')", "the loss is nan; no process made this step; images: "),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "lost contact with another process"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "lost contact with another process",
+            marks=pytest.mark.needs("posix"),
+        ),
         pytest.param("raise TrainingError('broken')", "script.py: error: broken", marks=pytest.mark.slow),
         pytest.param("raise RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow),
     ],
@@ -236,6 +240,7 @@ run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_pa
 
 
 @pytest.mark.slow
+@pytest.mark.needs("posix")
 def test_c5_a_killed_loader_worker_of_one_process_has_both_save(images, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(KILLED_WORKER.format(repo=str(REPO)))
@@ -298,6 +303,7 @@ def test_torchrun_tries_again(tmp_path):
 @pytest.mark.parametrize(
     "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGUSR2", "SIGINT"))]
 )
+@pytest.mark.needs("posix")
 def test_signals_save_and_leave_with_the_requeue_status(images, tmp_path, name):
     flags = ("--batch_size", "4", "--epochs", "100000", "--num_workers", "1")
     process = launch(1, "main_pretrain.py", "--data_path", images, "--output_dir", tmp_path, *TINY, *flags)
