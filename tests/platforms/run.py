@@ -18,9 +18,19 @@ REPO = HERE.parent.parent
 CONSOLE = {"windows": "cp1252", "mac": "ascii", "forkserver": "ascii"}
 # Where systems differ: workers, files, signals, locks, what is printed, how a script starts
 SHORT = {
-    "windows": "tests/test_console.py tests/test_files.py tests/run/test_writer.py",
-    "mac": "tests/data/test_workers.py",
-    "forkserver": "tests/run/test_owner.py",
+    "windows": [
+        "tests/test_console.py",
+        "tests/test_files.py",
+        "tests/run/test_owner.py",
+        "tests/run/test_writer.py",
+        "tests/data/test_workers.py::test_c3_everything_that_workers_get_can_be_pickled",
+        "tests/data/test_sampler.py::test_workers_persist_and_use_one_thread",
+        "tests/data/test_sampler.py::test_a_bad_image_is_one_clear_line_in_the_main_process",
+        "tests/scripts/test_main_pretrain.py::test_a_signal_during_set_up_saves_after_the_first_step",
+        "tests/scripts/test_main_pretrain.py::test_from_the_shell",
+    ],
+    "mac": ["tests/test_console.py", "tests/data/test_finetune_data.py"],
+    "forkserver": ["tests/data/test_sampler.py::test_workers_persist_and_use_one_thread"],
 }
 
 
@@ -53,9 +63,7 @@ def main() -> int:
     failed = []
     systems = args.systems or list(CONSOLE)
     with ThreadPoolExecutor(2 if args.short else 1) as pool:
-        chosen = [[*(SHORT[system].split() if args.short else ["tests"]), *rest] for system in systems]
-        if rest and not args.short:
-            chosen = [rest] * len(systems)
+        chosen = [[*(SHORT[system] if args.short else []), *rest] for system in systems]
         for system, done in zip(systems, pool.map(run, systems, chosen, [args.short] * 3), strict=True):
             print(f"--- as on {system}: {'passed' if done.returncode == 0 else 'FAILED'}")
             print((done.stdout or b"").decode(errors="replace"), flush=True)
