@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from image_utils import make_folder
 
 import models_mae
 from util.errors import UserError
-from util.processes import collectives, group, parallel
+from util.processes import collectives, group, parallel, watch
 from util.weights.files import read_file
 
 TINY = [
@@ -315,6 +317,40 @@ def test_signals_save_and_leave_with_the_requeue_status(images, tmp_path, name):
     assert process.returncode == 75, out
     assert f"{name}: saved; the same command with --resume auto goes on" in out
     assert list(tmp_path.glob("checkpoint-*.pth")), out
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_gpus_exchange_through_gloo_where_there_is_no_nccl(monkeypatch, backend):
+    def begin(name, **_):
+        raise ValueError(f"by {name}")
+
+    monkeypatch.setattr(group.dist, "is_nccl_available", lambda: backend == "nccl")
+    monkeypatch.setattr(group.dist, "init_process_group", begin)
+    monkeypatch.setattr(group, "check_kernels", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", **address).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"could not join the others: by {backend}$"):
+        group.init_distributed_mode(Namespace(device="cuda"))
+
+
+@pytest.mark.parametrize("libuv", [True, False])
+def test_the_watch_connects_as_the_others_do(monkeypatch, libuv):
+    """Windows: torch may have no libuv, and refuses whoever asks for it."""
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=libuv
+    )
+    monkeypatch.setattr(watch.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    watch.start(0, 1, store, "part")
+    try:
+        monkeypatch.setattr(
+            watch.dist, "TCPStore", lambda *_, use_libuv, **__: pytest.fail(f"libuv {use_libuv}")
+        )
+        with pytest.raises(pytest.fail.Exception, match=f"libuv {libuv}"):
+            watch._connect()
+    finally:
+        watch._thread = watch._place = None
 
 
 def test_processes_must_agree(monkeypatch):
