@@ -148,8 +148,8 @@ if SYSTEM:
     _hide(signal, attributes.get("signal", "").split(), {})
     _hide(sys, [], {key: value for key, value in instead.items() if key == "platform"})
     multiprocessing.set_start_method("forkserver" if SYSTEM == "forkserver" else "spawn")
+    warnings.filterwarnings("ignore", category=EncodingWarning)  # run.py asks for them
     if SYSTEM == "windows":
         _guard_files()
-        # Told by PYTHONWARNDEFAULTENCODING, which run.py sets
         ours = r"(util|tools|demo|main_|models_|engine_|export|plan|predict)"
         warnings.filterwarnings("error", category=EncodingWarning, module=ours)
