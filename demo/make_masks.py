@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     with replacing_folder(root) as work:
         for split, kind in itertools.product(("train", "val"), ("images", "masks")):
             (work / split / kind).mkdir(parents=True)
-        (work / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
+        (work / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n", encoding="utf-8")
         keys = [
             (split, label, number)
             for split, count in enumerate(args.counts)

@@ -83,7 +83,7 @@ def make(root: Path, stamp: dict, workers: int) -> None:
             for name in CLASSES:
                 (work / split / name).mkdir(parents=True)
         draw_all(work, stamp["train"], stamp["val"], workers)
-        (work / STAMP).write_text(json.dumps(stamp) + "\n")
+        (work / STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
         if not is_complete(work, stamp):
             raise OSError(f"pictures vanished from {work}")
         if is_complete(root, stamp):
