@@ -117,12 +117,10 @@ def test_a_tracker_that_is_not_installed_is_one_line(images, monkeypatch):
 
 @pytest.mark.extra
 def test_the_real_packages_offline(images, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    for name in ("wandb", "trackio"):
-        pytest.importorskip(name)
-    monkeypatch.setenv("TRACKIO_DIR", str(images / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(images / "trackio"))  # read when it is imported
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow, trackio, _ = (pytest.importorskip(name) for name in ("mlflow", "trackio", "wandb"))
     names = ["--tracker", "wandb", "trackio", "mlflow", "--track_checkpoints"]
     run(images, *names, "--max_steps", "3")
     records = run(images, *names, "--resume", "auto")
@@ -139,8 +137,6 @@ def test_the_real_packages_offline(images, monkeypatch):
 
     files = list((images / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.stem.removeprefix("run-") for path in files} == {records[0]["run"]}
-
-    import trackio
 
     (own,) = trackio.Api().runs("mae")
     assert own.name == f"run-{records[0]['run'][:8]}"
