@@ -2,7 +2,7 @@ r"""Trains a linear classifier on a frozen encoder (linear probing; MAE, arXiv 2
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
     python main_linprobe.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
-        --patch_size 8 --epochs 20 --cache_features --output_dir probe --log_dir probe
+        --patch_size 8 --epochs 20 --cache_features --output_dir probe
 
 On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), in minutes, as the encoder sees each picture once:
     python main_linprobe.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
