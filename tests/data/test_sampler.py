@@ -186,7 +186,7 @@ def test_repeated_augmentation_decodes_once_and_crops_often(folder, kind):
             assert torch.equal(dataset[1, index, i % 3][0], images[i])
             assert i % 3 or torch.equal(dataset[1, index][0], images[i])
         assert len({image.numpy().tobytes() for image in images}) == 6
-    del dataset.decode  # workers that are not forked get no lambda
+    dataset.decode = decode  # workers that are not forked get no lambda
     for again in (batches(2), [*plain[:5], *batches(0, 5)]):
         assert all(
             torch.equal(a, b) for x, y in zip(plain, again, strict=True) for a, b in zip(x, y, strict=True)
