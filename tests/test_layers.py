@@ -18,7 +18,7 @@ LAYERS = [
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
     "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan",
-    "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
+    "submitit_pretrain submitit_finetune submitit_linprobe benchmarks study",
 ]
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 FILES = [
