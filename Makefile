@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu same-losses lint format bench bench-gpu clean setup
+.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu same-losses lint format bench bench-gpu record clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
@@ -76,6 +76,10 @@ bench: setup
 	$(PY) benchmarks/bench_startup.py
 	$(PY) benchmarks/bench_scaling.py
 	$(PY) benchmarks/bench_end_to_end.py --device cpu
+
+# Repeats the present record (records/README.md): make record CELLS=DIR
+record: setup
+	OMP_NUM_THREADS=1 $(PY) records/measure.py --cells "$(CELLS)" --json record.json
 
 # Within five minutes on an H100; what matters most comes first, and each table is printed when it is measured
 bench-gpu: setup
