@@ -25,6 +25,7 @@ from util.errors import UserError
 REPO = Path(__file__).resolve().parents[1]
 SIZES = ["--input_size", "64", "--patch_size", "8"]
 DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_heads", "4"]
+OPTIMIZER = ["--opt", "muon", "--opt_args", "ns_steps=3", "--lr", "5e-3"]
 PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
 
 
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
 
     log = output / "pretraining.txt"
     run(log, "main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
-        "--batch_size", "16", "--epochs", str(args.epochs), "--warmup_epochs", "1", "--blr", "1.6e-2",
+        "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "1", *OPTIMIZER,
         "--vis_freq", "4", "--print_freq", "50",
         "--output_dir", str(output))  # fmt: skip
     records = read_log(output)

@@ -171,14 +171,18 @@ def main(args: argparse.Namespace) -> None:
                 "--cells DIR: where are they? (python demo/prepare_elpv.py), or name other --tasks"
             )
         first = f"{TASKS['painted']} {args.flags}"
-        measure(recipes["fast"] + " --max_steps 2", first, 0, Path(scratch, "first"))  # what a process does once is not counted
+        measure(
+            recipes["fast"] + " --max_steps 2", first, 0, Path(scratch, "first")
+        )  # what a process does once is not counted
         for seed in range(args.seeds):
             for task in args.tasks:
                 for recipe in list(recipes)[:: 1 if seed % 2 == 0 else -1]:
                     if (key := f"{task} {recipe} {seed}") in runs:
                         continue
                     folder = Path(scratch, key.replace(" ", "-"))
-                    runs[key] = measure(recipes[recipe], f"{TASKS[task]} {data[task]} {args.flags}", seed, folder)
+                    runs[key] = measure(
+                        recipes[recipe], f"{TASKS[task]} {data[task]} {args.flags}", seed, folder
+                    )
                     with replacing(path) as temporary:
                         temporary.write_text(json.dumps(runs, indent=1) + "\n")
                     log(f"{key}: {runs[key]}")

@@ -49,7 +49,7 @@ def test_the_probe_finds_what_is_linear():
     x = torch.randn(300, 8, generator=generator)
     labels = (x[:, 3] > 0).long()
     assert measure.probe(x[:200], labels[:200], x[200:], labels[200:]) > 90
-    assert measure.probe(x[:200], labels[:200], -x[200:], labels[200:]) < 10
+    assert measure.probe(x[:200], labels[:200], -x[200:], labels[200:]) < 20
 
 
 def test_a_record_is_measured_once(tmp_path, monkeypatch, capsys):
