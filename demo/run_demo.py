@@ -25,7 +25,7 @@ from util.errors import UserError
 REPO = Path(__file__).resolve().parents[1]
 SIZES = ["--input_size", "64", "--patch_size", "8"]
 DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_heads", "4"]
-OPTIMIZER = ["--opt", "muon", "--opt_args", "ns_steps=3", "--lr", "5e-3"]
+OPTIMIZER = ["--opt", "muon", "--opt_args", "ns_steps=3", "nesterov=True", "--lr", "5e-3"]
 PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
 
 
