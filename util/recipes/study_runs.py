@@ -149,7 +149,7 @@ class Runner:
         """Trains and cards a run; TrainingError with the last line of a script that failed."""
         environment, state = self.places.get(), run.state()
         try:
-            if not state.get("trained"):
+            if not state.get("trained") or not list_checkpoints(run.folder):
                 run.write(state, starts=state["starts"] + 1)
                 log(f"{run.name}: " + ("goes on" if state["starts"] > 1 else "starts"))
                 status, *times = self.call(run, environment, "main_pretrain.py", run.training)
@@ -167,15 +167,22 @@ class Runner:
             raise TrainingError(next(filter(str.strip, reversed(lines)), f"exit status {status}"))
 
     def call(self, run: Run, environment: dict, script: str, words: list) -> tuple[int, float, float]:
-        """(exit status, seconds, processor seconds with its children) of a script of ours."""
+        """(exit status, seconds, processor seconds with its children) of a script of ours. Windows does not
+        tell the processor's: 0.
+        """
         began = time.monotonic()
         with open(run.folder / "out.txt", "ab") as out, self.lock:
             if self.stopped:
                 return EXIT_REQUEUE, 0.0, 0.0
             command = [sys.executable, str(REPO / script), *words]
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, process_group=0)
+            own_group = {"process_group": 0} if os.name == "posix" else {}  # signals come through us, once
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, **own_group)
             self.processes.add(process)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        processor = 0.0
+        if hasattr(os, "wait4"):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            processor = usage.ru_utime + usage.ru_stime
+        status = process.wait()
         self.processes.discard(process)
-        return process.returncode, time.monotonic() - began, usage.ru_utime + usage.ru_stime
+        return status, time.monotonic() - began, processor

@@ -11,6 +11,7 @@ from util.console import write
 from util.recipes.study_runs import Run
 from util.slurm.job import TrainingJob
 from util.slurm.submit import check_slurm_args, sbatch_script, submit
+from util.weights.names import list_checkpoints
 
 
 class RunJob(TrainingJob):
@@ -22,7 +23,7 @@ class RunJob(TrainingJob):
 
     def __call__(self) -> None:
         state, began, trained = self.run.state(), time.monotonic(), False
-        if not state.get("trained"):
+        if not state.get("trained") or not list_checkpoints(self.run.folder):
             self.run.write(state, starts=state["starts"] + 1)
             try:
                 super().__call__()  # leaves by SystemExit where the job is to be started again
