@@ -88,8 +88,9 @@ def check_row(row: Row, script) -> argparse.Namespace:
         args = parse_args(_RowParser(add_help=False, parents=[script.get_args_parser()]), list(row.flags))
         if own := OWN.intersection(args.given):
             raise UserError(f"--{min(own)}: the study sets it for every run; leave it out")
-        script.check_args(argparse.Namespace(**vars(args)))
-        script.build_model(args)
+        checked = argparse.Namespace(**vars(args))
+        script.check_args(checked)
+        script.build_model(checked)
     except UserError as error:
         raise UserError(f"row {row.name!r}: {error}") from None
     return args
