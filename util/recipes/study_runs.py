@@ -149,6 +149,8 @@ class Runner:
         """Trains and cards a run; TrainingError with the last line of a script that failed."""
         environment, state = self.places.get(), run.state()
         try:
+            if self.stopped:
+                return
             if not state.get("trained") or not list_checkpoints(run.folder):
                 run.write(state, starts=state["starts"] + 1)
                 log(f"{run.name}: " + ("goes on" if state["starts"] > 1 else "starts"))
