@@ -24,7 +24,8 @@ from engine_pretrain import evaluate, train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, check_flags, inner_fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.transforms import channel_stats
 from util.errors import UserError
@@ -67,6 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
          help="largest gradient norm (default: no clipping)")
+    add_optimizer_args(flag)
 
     flag = parser.add_argument_group("pre-training").add_argument
     flag("--loader", default="default", choices=["default", "reference"],
@@ -98,6 +100,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
+    check_optimizer(args)
     if args.init:
         from util.recipes.init import check_init  # here and below: only runs with --init need it
 
@@ -163,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     scale_learning_rate(args, get_world_size())
     groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
     groups = init.groups(groups, model_without_ddp) if init else groups
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=has_fused_adamw(device))
+    optimizer = build_optimizer(groups, args, device, betas=(0.9, 0.95))
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
 
     # Resume

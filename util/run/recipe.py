@@ -13,7 +13,7 @@ from util.weights.schema import comparable, in_words
 # Every flag of the training scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
     "model": "model input_size patch_size in_chans mean std pixel_range decoder_embed_dim decoder_depth "
-    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers init_freeze",
+    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers init_freeze opt opt_args",
     "data": "data_path labels label_columns task group_column folds fold pages loader shuffle repeated_aug "
     "no_aug cache_features cache_views color_jitter aa reprob remode recount",
     "recipe": "mask_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr min_lr "
@@ -31,6 +31,7 @@ RULES = {
     "recipe": "a change is an error inside an epoch, a warning at its end",
     "machine": "free",
 }
+_OF_TRAINING = ("trainable_blocks", "opt", "opt_args")  # weights alone fit any
 _BY_SHAPE = ("model", "patch_size", "decoder_embed_dim", "decoder_depth")  # not given: the model's own
 
 
@@ -56,9 +57,10 @@ def check_changes(
         UserError: a change that `RULES` calls an error.
     """
     saved = content.get("args") if isinstance(content.get("args"), dict) else {}
+    saved = {"opt": "adamw", "opt_args": [], **saved} if saved else saved  # before the flags were
     weights_only = "optimizer" not in content
     for name, theirs, own in _changes("model", args, saved) if listing is not None else ():
-        if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name == "trainable_blocks"):
+        if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name in _OF_TRAINING):
             continue
         own, theirs = in_words(name, own), in_words(name, theirs)
         raise UserError(f"--{name} {own}: {source} was trained with {theirs}; go on with that")

@@ -196,6 +196,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 same = same and all(map(number, theirs))
             elif name in ("foreach", "capturable", "differentiable", "fused"):  # how a step is computed
                 same = theirs is None or isinstance(theirs, bool)
+            elif isinstance(value, str):
+                same = theirs == value
             else:
                 same = theirs is value if value is None or isinstance(value, bool) else number(theirs)
             if not same:
@@ -213,6 +215,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             shapes = [()] if name == "step" else [parameters[number].shape]
             if isinstance(value, torch.Tensor) and value.dtype in _FLOATS and not odd(value):
                 same = value.shape in shapes
+            elif name == "use_muon":
+                same = isinstance(value, bool)
             else:
                 same = name == "step" and real(0, 2**53)(value)
             if not same:
