@@ -118,6 +118,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
     if epochs is not None and not getattr(args, "eval", False):
         _warn_of_warmup(getattr(args, "warmup_epochs", 0), epochs)
+        _check_cooldown(args)
 
 
 def _warn_of_warmup(warmup: int, epochs: int) -> None:
@@ -126,6 +127,18 @@ def _warn_of_warmup(warmup: int, epochs: int) -> None:
     if warmup >= epochs and is_main_process():
         text = f"--warmup_epochs {warmup}: not below --epochs {epochs}"
         warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
+
+
+def _check_cooldown(args: argparse.Namespace) -> None:
+    if getattr(args, "schedule", "cosine") != "wsd":
+        if getattr(args, "cooldown", None):
+            raise UserError(f"--cooldown {args.cooldown}: is the end of --schedule wsd, which is not given")
+        return
+    from util.lr_sched import stable_epochs
+
+    if (stable := stable_epochs(args)) < args.warmup_epochs:
+        raise UserError(f"--schedule wsd: --warmup_epochs {args.warmup_epochs} and --cooldown "
+                        f"{args.epochs - stable} are more than --epochs {args.epochs}")  # fmt: skip
 
 
 def add_training_args(
@@ -218,8 +231,14 @@ def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Cal
     flag("--warmup_epochs", type=at_least(0))
     flag("--blr", type=at_least(0, float), help="base learning rate: lr = blr * effective batch / 256")
     flag("--lr", type=at_least(0, float), help="absolute learning rate, instead of --blr")
-    flag("--min_lr", type=at_least(0, float), help="lower bound of the cosine")
+    flag("--min_lr", type=at_least(0, float), help="the learning rate's at the end")
     flag("--weight_decay", type=at_least(0, float))
+    flag("--schedule", default="cosine", choices=["cosine", "wsd", "constant"],
+         help="learning rate after the warm-up: half a cosine; constant, then linearly to --min_lr (wsd); "
+              "constant")
+    flag("--cooldown", type=at_least(1), metavar="N", help="epochs of wsd's end (default: a fifth of all)")
+    flag("--ema", type=inner_fraction, metavar="DECAY",
+         help="keep the weights' moving average too: DECAY of it and 1 - DECAY of the weights at each step")
     # fmt: on
     parser.set_defaults(**defaults)
     return flag

@@ -163,6 +163,13 @@ class RunState:
     data: tuple = (None, None)  # training and validation images
     run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
     started_from: str | None = None  # id of the run whose checkpoint it goes on from
+    ema: object = None  # `util.run.ema.Ema`, the weights' moving average, if `args.ema` asks for it
+
+    def __post_init__(self):
+        if getattr(self.args, "ema", None):
+            from util.run.ema import Ema  # here: only runs with --ema need it
+
+            self.ema = Ema(self.model, self.optimizer, self.args.ema)
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
@@ -184,6 +191,8 @@ class RunState:
         self.run = {"id": began, **listing}
         if checkpoint is None:
             return
+        if self.ema:
+            self.ema.restore(source, content)
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
         self.meters, self.stats = content.get("meters"), content.get("stats")
         if self.best_acc1 is not None:
@@ -194,6 +203,7 @@ class RunState:
         self, epoch: int, step: int = 0, meters: list | None = None, best: bool = False, **extra
     ) -> Path | None:
         """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_in_background`."""
+        extra |= {"model_ema": self.ema.state_dict()} if self.ema else {}
         return save_in_background(
             self.args, epoch, self.model, self.optimizer, self.loss_scaler, step, best,
             run=self.run, meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
