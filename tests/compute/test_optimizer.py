@@ -73,7 +73,7 @@ def test_the_names_that_work_are_most():
     assert {"adamw", "muon", "nadamuon", "lion", "lamb", "sgd"} <= {*NAMES} and len(NAMES) > 30
 
 
-def plain_muon(weights, grads, buffers, lr, decay, momentum=0.95):
+def plain_muon(weights, grads, buffers, lr, decay, momentum=0.9):
     """Muon (Jordan 2024), five steps of Newton-Schulz, the result times 0.2 sqrt(max(out, in)); in place."""
     coefficients = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                     (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]  # fmt: skip

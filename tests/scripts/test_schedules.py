@@ -167,7 +167,7 @@ def test_an_average_begins_late_and_another_optimizer_is_an_error(images, tmp_pa
     run(images, out, "--epochs", "2", "--resume", "auto", "--ema", "0.5")
     text = "".join(capsys.readouterr())
     assert "holds no average, so that it begins with the weights there" in text
-    assert "settings differ from the checkpoint's" in text and "ema none -> 0.5" in text
+    assert "settings differ from the checkpoint's: epochs 1 -> 2, ema None -> 0.5" in text
     assert "model_ema" in content_of(out / "checkpoint-1.pth")
 
 
@@ -257,9 +257,17 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(images, stab
     longer = (*WSD, "--epochs", "9")
     for file, flags, message in [
         (cosine, longer, "is of a cosine, which falls from the warm-up on"),
-        (end, longer, "holds 3 epochs, and its learning rate is on the way down, from epoch 2 on"),
-        (good, (*WSD, "--epochs", "2"), "this run's learning rate would be on the way down, from epoch 1 on"),
-        (good, ("--schedule", "constant", "--epochs", "2"), "--epochs 2 leaves nothing to do"),
+        (end, longer, "holds 3 epochs, and its run's stable phase ends after 2; take an earlier one"),
+        (
+            good,
+            (*WSD, "--epochs", "2"),
+            "holds 2 epochs, and this run's stable phase ends after 1; pass more --epochs",
+        ),
+        (
+            good,
+            ("--schedule", "constant", "--epochs", "2"),
+            "this run's stable phase ends after 2; pass more --epochs",
+        ),
         (good, ("--epochs", "9"), "needs --schedule wsd, or constant"),
         (good, (*longer, "--resume", str(end)), "leave the other out"),
         (tmp_path / "alone.pth", longer, "holds weights without their optimizer; --init"),

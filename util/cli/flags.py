@@ -117,28 +117,9 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if epochs is not None and (start_epoch := getattr(args, "start_epoch", 0)) >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
     if epochs is not None and not getattr(args, "eval", False):
-        _warn_of_warmup(getattr(args, "warmup_epochs", 0), epochs)
-        _check_cooldown(args)
+        from util.cli.schedule import check_schedule  # with torch
 
-
-def _warn_of_warmup(warmup: int, epochs: int) -> None:
-    from util.processes.collectives import is_main_process, warn  # with torch
-
-    if warmup >= epochs and is_main_process():
-        text = f"--warmup_epochs {warmup}: not below --epochs {epochs}"
-        warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
-
-
-def _check_cooldown(args: argparse.Namespace) -> None:
-    if getattr(args, "schedule", "cosine") != "wsd":
-        if getattr(args, "cooldown", None):
-            raise UserError(f"--cooldown {args.cooldown}: is the end of --schedule wsd, which is not given")
-        return
-    from util.lr_sched import stable_epochs
-
-    if (stable := stable_epochs(args)) < args.warmup_epochs:
-        raise UserError(f"--schedule wsd: --warmup_epochs {args.warmup_epochs} and --cooldown "
-                        f"{args.epochs - stable} are more than --epochs {args.epochs}")  # fmt: skip
+        check_schedule(args)
 
 
 def add_training_args(

@@ -16,23 +16,20 @@ from util.sizes import image_size, size_pair
 from util.weights.adapt import fit_table
 
 
+def _of_phase(name: str) -> property:
+    def now(self):
+        own = self._parameters[name] if name in self._parameters else self.__dict__[name]
+        return self.phase.get(name, own) if self.training else own
+
+    return property(now)
+
+
 class Sized(MaskedAutoencoderViT):
     """A masked autoencoder with a `phase`: {attribute: what it is in training mode}."""
 
-    def _now(self, name: str, own):
-        return self.phase.get(name, own) if self.training else own
-
-    @property
-    def img_size(self):
-        return self._now("img_size", self.__dict__["img_size"])
-
-    @property
-    def pos_embed(self):
-        return self._now("pos_embed", self._parameters["pos_embed"])
-
-    @property
-    def decoder_pos_embed(self):
-        return self._now("decoder_pos_embed", self._parameters["decoder_pos_embed"])
+    img_size = _of_phase("img_size")
+    pos_embed = _of_phase("pos_embed")
+    decoder_pos_embed = _of_phase("decoder_pos_embed")
 
 
 class SizedImages(ImageDataset):
@@ -88,37 +85,31 @@ class SizeSchedule:
 
 
 def read_phases(args: Namespace, patch: int) -> list[tuple[int, tuple[int, int]]]:
-    """[(first epoch, (height, width)), ...] of `args.size_schedule`; a share of the epochs is rounded, a half
-    up.
-    """
-    flag, phases, last = f"--size_schedule {' '.join(args.size_schedule)}", [], -1.0
+    """[(first epoch, (height, width)), ...] of `args.size_schedule`; shares are rounded to epochs, .5 up."""
+    flag, phases, share = f"--size_schedule {' '.join(args.size_schedule)}", [], -1.0
     for part in args.size_schedule:
         text, _, number = part.rpartition(":")
         try:
-            (height, width), share = size_pair(image_size(text)), float(number)
-        except ValueError:
+            (height, width), before, share = size_pair(image_size(text)), share, float(number)
+            first = int(share * args.epochs + 0.5)
+        except (ValueError, OverflowError):
             raise UserError(f"{flag}: {part} must be SIZE:SHARE, as 160:0.5") from None
-        first = int(share * args.epochs + 0.5) if 0 <= share < 1 else -1
-        if not phases and share != 0:
-            raise UserError(f"{flag}: the first share must be 0, not {number}")
-        if not last < share < 1:
-            raise UserError(f"{flag}: shares must rise and stay below 1, and {part} does not")
-        if phases and (
-            height < phases[-1][1][0] or width < phases[-1][1][1] or (height, width) == phases[-1][1]
-        ):
-            raise UserError(f"{flag}: sizes must rise, and {part} does not")
-        if height % patch or width % patch:
-            raise UserError(f"{flag}: {part} is not divisible by the patch size {patch}")
-        if not 0 < int(height * width // patch**2 * (1 - args.mask_ratio)) < height * width // patch**2:
-            raise UserError(f"{flag}: of {text} pixels --mask_ratio {args.mask_ratio} keeps no patch, or all")
-        if (phases and first == phases[-1][0]) or first >= args.epochs:
-            raise UserError(
-                f"{flag}: with --epochs {args.epochs} a size would have no epoch; pass more of them"
-            )
+        last, (low, narrow) = phases[-1] if phases else (-1, (0, 0))
+        length = height * width // patch**2
+        faults = {
+            "the first share must be 0": not phases and share != 0,
+            "shares must rise and stay below 1": not before < share < 1,
+            "sizes must rise": height < low or width < narrow or (height, width) == (low, narrow),
+            f"patches of {patch} pixels do not divide it": height % patch or width % patch,
+            f"--mask_ratio {args.mask_ratio} keeps no patch of it, or all": (
+                not 0 < int(length * (1 - args.mask_ratio)) < length
+            ),
+            f"of --epochs {args.epochs} none is left for a size": first == last or first >= args.epochs,
+        }
+        if fault := next((text for text, found in faults.items() if found), ""):
+            raise UserError(f"{flag}: {part}: {fault}")
         phases.append((first, (height, width)))
-        last = share
-    if phases[-1][1] != size_pair(args.input_size):
-        height, width = phases[-1][1]
+    if (height, width) != size_pair(args.input_size):
         raise UserError(f"{flag}: must end with --input_size; pass --input_size {height}x{width}")
     for name in ("fsdp", "teacher"):
         if getattr(args, name, None):

@@ -1,8 +1,4 @@
-"""`--ema`: an exponential moving average of the weights that are trained, beside them.
-
-It is `model_ema` in a checkpoint, a whole state dict, so that every reader takes it with `--weights_key
-model_ema`. Of a sharded model each process averages its own share.
-"""
+"""`--ema`: an exponential moving average of the weights that are trained; `model_ema` in checkpoints."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,24 +14,38 @@ class Ema:
     """average = decay * average + (1 - decay) * weights, after each step that `optimizer` makes.
 
     Args:
-        model: bare, on its device, sharded if it will be. decay: above 0 and below 1.
+        model: bare, on its device, with the weights to begin with; of a sharded one each process averages its
+            share.
+        source, content: of the checkpoint that the run goes on from, if any, whose average is taken over.
+
+    Raises:
+        UserError: that is of another model.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, decay: float):
+    def __init__(
+        self, model: torch.nn.Module, optimizer, decay: float, source: str = "", content: dict | None = None
+    ):
         self.model, self.decay = model, decay
         self.weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.clone() for name, p in self.weights.items()}
         optimizer.register_step_post_hook(lambda optimizer, *_: self.update(optimizer))
+        if "model_ema" in (content or {}):
+            state = model_state({"model": content["model_ema"]}, f"--resume {source}")
+            check_state(model, state, f"--resume {source}: its model_ema")
+            for name, average in self.average.items():
+                average.copy_(own_share(state[name], average))
+        elif content and is_main_process():
+            note(f"--ema {decay}: {source} holds no average, so that it begins with the weights there")
 
     def _pair(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(weights, average), of a sharded model this process's share."""
+        """(weights, average), of a sharded model this process's shares."""
         both = self.weights.values(), self.average.values()
         return tuple([t.to_local() if is_sharded(t) else t for t in tensors] for tensors in both)
 
     @torch.no_grad()
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the weights in, unless the step was none: a fused one is called all the same, on a GPU, which
-        nobody waits for, with `found_inf` (see `NativeScalerWithGradNormCount`).
+        """Takes the weights in, but of a step that a GPU will not make, and nobody waits for, as a fused
+        optimizer's `found_inf` says there (`NativeScalerWithGradNormCount`).
         """
         weights, average = self._pair()
         share, found_inf = 1 - self.decay, getattr(optimizer, "found_inf", None)
@@ -60,23 +70,5 @@ class Ema:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """All of a model's, so that `--weights_key model_ema` reads it anywhere."""
         return {**self.model.state_dict(), **self.average}
-
-    @torch.no_grad()
-    def restore(self, source: str, content: dict) -> None:
-        """Goes on from a checkpoint's average or, where it has none, from the model's weights as they are.
-
-        Raises UserError for an average of another model.
-        """
-        if "model_ema" in content:
-            state = model_state({"model": content["model_ema"]}, f"--resume {source}")
-            check_state(self.model, state, f"--resume {source}, model_ema")
-        else:
-            state = self.weights
-            if is_main_process():
-                note(
-                    f"--ema {self.decay}: {source} holds no average, so that it begins with the weights there"
-                )
-        for name, average in self.average.items():
-            value = state[name]
-            average.copy_(value if is_sharded(value) else own_share(value, average))

@@ -13,13 +13,9 @@ from util.weights.schema import whole
 
 
 def starts_here(args, source: str | None) -> bool:
-    """Whether a run starts from `args.extend_from`, if given, and not from what `--resume auto` has found,
-    `source`: checkpoints of its own, or what an earlier start of it began with.
-
-    Raises UserError for a --resume of another file.
+    """Whether a run starts from `args.extend_from`, and not from a checkpoint of its own, which `--resume
+    auto` has found: `source`, or what an earlier start began with. UserError for a --resume of another file.
     """
-    if not getattr(args, "extend_from", ""):
-        return False
     if args.resume not in ("", "auto"):
         raise UserError(f"--extend_from {args.extend_from}, --resume {args.resume}: a run starts from one of "
                         "them; leave the other out")  # fmt: skip
@@ -28,10 +24,10 @@ def starts_here(args, source: str | None) -> bool:
 
 def as_start(args, content: dict) -> dict:
     """A checkpoint's content as a new run begins with it: without the id of its run, and without what an
-    extension may change: the run's length and end.
+    extension changes, the run's length and end.
 
     Raises:
-        UserError: not of a stable phase, or none of this run.
+        UserError: not of a stable phase, or of none of this run's.
     """
     flag, saved = f"--extend_from {args.extend_from}", content.get("args", {})
     if "optimizer" not in content or "epoch" not in content:
@@ -43,15 +39,12 @@ def as_start(args, content: dict) -> dict:
                         f"extend; --init {args.extend_from} trains its weights on")  # fmt: skip
     if not whole()(saved.get("epochs")) or not whole(0)(saved.get("cooldown") or 0):
         raise UserError(f"{flag}: does not say how long its run was to be")
-    done, step = position_of(content)
-    for settings, text in (
-        (Namespace(**saved), "its learning rate is on the way down, from epoch {} on; take an earlier one"),
-        (args, "this run's learning rate would be on the way down, from epoch {} on; pass more --epochs"),
-    ):
-        if (done, step) > ((stable := stable_epochs(settings)), 0):
-            raise UserError(f"{flag}: holds {done} epochs, and {text.format(stable)}")
-    if done >= args.epochs:
-        raise UserError(f"{flag}: holds {done} epochs, and --epochs {args.epochs} leaves nothing to do")
+    (done, step), stable, own = position_of(content), stable_epochs(Namespace(**saved)), stable_epochs(args)
+    if (done, step) > (min(stable, own), 0) or done >= args.epochs:
+        whose, advice = ("its", "take an earlier one") if (done, step) > (stable, 0) else (
+            "this", "pass more --epochs")  # fmt: skip
+        raise UserError(f"{flag}: holds {done} epochs, and {whose} run's stable phase ends after "
+                        f"{min(stable, own)}; {advice}")  # fmt: skip
     kept = {name: value for name, value in saved.items() if name not in ("epochs", "schedule", "cooldown")}
     run = content.get("run", {})
     return {**content, "args": kept, "run": {name: value for name, value in run.items() if name != "id"}}

@@ -44,11 +44,11 @@ def read_resume(args) -> Checkpoint | None:
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     verify = not getattr(args, "no_verify", False)
     key = getattr(args, "weights_key", "") if getattr(args, "eval", False) else None  # else all of a run
-    source, extended = None, getattr(args, "extend_from", "")
+    source, extended = None, False
     if resume == "auto":
         chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
         source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
-    if extended:
+    if getattr(args, "extend_from", ""):
         from util.run.extend import as_start, starts_here
 
         extended = starts_here(args, source)

@@ -163,13 +163,7 @@ class RunState:
     data: tuple = (None, None)  # training and validation images
     run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
     started_from: str | None = None  # id of the run whose checkpoint it goes on from
-    ema: object = None  # `util.run.ema.Ema`, the weights' moving average, if `args.ema` asks for it
-
-    def __post_init__(self):
-        if getattr(self.args, "ema", None):
-            from util.run.ema import Ema  # here: only runs with --ema need it
-
-            self.ema = Ema(self.model, self.optimizer, self.args.ema)
+    ema: object = None  # `util.run.ema.Ema`, from `restore` on, if `args.ema` asks for it
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
@@ -184,15 +178,15 @@ class RunState:
         source, content = checkpoint or (None, {})
         self.started_from = owner.id_of(content)
         saved = content.get("run") if isinstance(content.get("run"), dict) else {}
-        others = (
-            listing and saved.get("files", listing["files"]) != listing["files"]
-        )  # a run has one data set
+        others = listing and saved.get("files", listing["files"]) != listing["files"]  # a run has one set
         began = owner.begin(source, {} if others else content, anew=not self.args.resume)
         self.run = {"id": began, **listing}
+        if getattr(self.args, "ema", None):
+            from util.run.ema import Ema
+
+            self.ema = Ema(self.model, self.optimizer, self.args.ema, source, content)
         if checkpoint is None:
             return
-        if self.ema:
-            self.ema.restore(source, content)
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
         self.meters, self.stats = content.get("meters"), content.get("stats")
         if self.best_acc1 is not None:
