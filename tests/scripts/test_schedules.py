@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from golden_utils import TINY_MAE
 from image_utils import make_folder
-from test_main_pretrain import names_in, run
+from test_main_pretrain import names_in
+from test_main_pretrain import run as run_tiny
 from test_resuming import content_of, state_of_folder
 from transfer_utils import make_mae, make_pictures, read_log, same_state, vit_test
 from transfer_utils import run as run_script
@@ -14,6 +16,7 @@ import engine_pretrain
 import main_finetune
 import main_linprobe
 import main_pretrain
+import models_mae
 import models_vit
 from util.data.dataset import build_val_dataset
 from util.data.loader import build_loader
@@ -28,17 +31,25 @@ SETS = {
 }
 
 
+def run(images, output, *flags):
+    return run_tiny(images, output, "--model", "mae_nano", *flags)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_models():
+    """`mae_nano` and its encoder `vit_test`, of two blocks, 24 wide."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models_vit.MODELS, "vit_test", vit_test)
+        patch.setitem(models_mae.MODELS, "mae_nano", lambda **sizes: models_mae.mae_vit(TINY_MAE, **sizes))
+        yield
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     make_folder(root / "train", 13, classes=2)
     make_folder(root / "val", 5, classes=2)
     return root
-
-
-@pytest.fixture(autouse=True)
-def small_model(monkeypatch):
-    monkeypatch.setitem(models_vit.MODELS, "vit_test", vit_test)
 
 
 def same(first, second):
@@ -136,7 +147,7 @@ def test_the_average_is_evaluated_and_every_reader_takes_it(images, tmp_path):
     assert log[0]["val_loss"] != log[0]["val_loss_ema"]
 
     torch.save({"model": content["model_ema"], "args": content["args"]}, tmp_path / "alone.pth")
-    tiny = "--model vit_tiny_patch16 --patch_size 8 --batch_size 4 --epochs 1 --warmup_epochs 0 --max_steps 1"
+    tiny = "--batch_size 4 --epochs 1 --warmup_epochs 0 --max_steps 1"
     for name, more in (("a", f"--finetune {out}/checkpoint-0.pth --weights_key model_ema"),
                        ("b", f"--finetune {tmp_path}/alone.pth"),
                        ("c", f"--finetune {out}/checkpoint-0.pth")):  # fmt: skip

@@ -142,7 +142,19 @@ def test_pictures_and_figures_are_of_the_last_size(images, tmp_path):
     (tmp_path / "only" / "train").symlink_to(images / "train")
     for root in (images, tmp_path / "only"):
         out = tmp_path / root.name
-        run(root, out, "--size_schedule", "16:0", "32:0.5", "--vis_freq", "1", "--knn_freq", "1")
+        run(
+            root,
+            out,
+            "--size_schedule",
+            "16:0",
+            "32:0.5",
+            "--vis_freq",
+            "1",
+            "--knn_freq",
+            "1",
+            "--epochs",
+            "2",
+        )
         assert (out / "reconstruction-0.png").is_file()
     assert weights(tmp_path / "only/checkpoint-1.pth")["pos_embed"].shape[1] == 17
 

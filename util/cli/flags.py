@@ -34,7 +34,7 @@ class Constructors(MutableMapping):
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self.namespace if name in self])
+        return iter([name for name in list(self.namespace) if name in self])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
