@@ -289,6 +289,7 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(images, stab
             run(images, tmp_path / "out", *flags, "--extend_from", str(file))
         assert "\n" not in str(error.value) and not list(tmp_path.glob("out/[!.]*"))
     before = state_of_folder(stable)
-    with pytest.raises(UserError, match=r"holds --extend_from .*, and this run would overwrite it"):
-        run(images, stable, *longer, "--extend_from", str(good))
+    for more in ((), ("--resume", "auto")):
+        with pytest.raises(UserError, match=r"holds --extend_from .*; pass a folder of its own"):
+            run(images, stable, *longer, "--extend_from", str(good), *more)
     assert state_of_folder(stable) == before

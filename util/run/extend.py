@@ -14,11 +14,16 @@ from util.weights.schema import whole
 
 def starts_here(args, source: str | None) -> bool:
     """Whether a run starts from `args.extend_from`, and not from a checkpoint of its own, which `--resume
-    auto` has found: `source`, or what an earlier start began with. UserError for a --resume of another file.
+    auto` has found: `source`, or what an earlier start began with.
+
+    Raises UserError for a --resume of another file, or a folder that is not the new run's own.
     """
     if args.resume not in ("", "auto"):
         raise UserError(f"--extend_from {args.extend_from}, --resume {args.resume}: a run starts from one of "
                         "them; leave the other out")  # fmt: skip
+    if os.path.dirname(os.path.abspath(args.extend_from)) == os.path.abspath(args.output_dir or os.sep):
+        raise UserError(f"--output_dir {args.output_dir}: holds --extend_from {args.extend_from}, whose run "
+                        "is another; pass a folder of its own")  # fmt: skip
     return source is None or os.path.abspath(source) == os.path.abspath(args.extend_from)
 
 

@@ -208,7 +208,7 @@ def _say_what_is_there(args) -> None:
 def _check_owner(args) -> None:
     """Raises UserError where a fresh run would overwrite another script's checkpoints or its own start."""
     newest = _all_there(args.output_dir)[0]
-    for flag in ("finetune", "init", "teacher", "extend_from"):
+    for flag in ("finetune", "init", "teacher"):
         given = Path(getattr(args, flag, "") or ".")
         if given.is_file() and given.resolve().parent == Path(args.output_dir).resolve():
             raise UserError(f"--output_dir {args.output_dir}: holds --{flag} {given}, and this run would "
