@@ -11,7 +11,7 @@ from util.data.sampler import EvalSampler
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log
 from util.processes.parallel import full_copy
 from util.run.run_log import write_log
-from util.run.start import Run, RunState
+from util.run.start import Run
 
 
 class EpochEnd:
@@ -19,19 +19,12 @@ class EpochEnd:
 
     Args:
         evaluate: `engine_pretrain.evaluate`.
-        state: of the run; of it the bare model and, with --ema, its average, which is measured as well.
+        state: the run's `RunState`; of it the bare model and, with --ema, its average, which is measured as well.
         val_set: validation images, each of which counts once; or None.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        run: Run,
-        evaluate: Callable,
-        state: RunState,
-        dataset,
-        val_set,
-        log_writer,
+        self, args: argparse.Namespace, run: Run, evaluate: Callable, state, dataset, val_set, log_writer
     ):
         self.args, self.device, self.state, self.log_writer = args, run.device, state, log_writer
         self.evaluate = evaluate
