@@ -19,7 +19,7 @@ class EpochEnd:
 
     Args:
         evaluate: `engine_pretrain.evaluate`.
-        state: the run's `RunState`; of it the bare model and, with --ema, its average, which is measured as well.
+        state: `RunState`, of which the bare model and, with --ema, the average of its weights are measured.
         val_set: validation images, each of which counts once; or None.
     """
 
