@@ -29,7 +29,7 @@ from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.transforms import channel_stats
 from util.errors import UserError
-from util.lr_sched import scale_learning_rate
+from util.lr_sched import scale_learning_rate, stable_epochs
 from util.processes.collectives import check_agreement, get_world_size
 from util.processes.parallel import check_fsdp, wrap_model
 from util.recipes.pretrain_end import EpochEnd
@@ -62,6 +62,9 @@ def get_args_parser() -> argparse.ArgumentParser:
               "scripts takes; also hf://OWNER/NAME and timm:NAME")
     flag("--init_freeze", default=0, type=at_least(0), metavar="N",
          help="train only what --init does not hold for N epochs")
+    flag("--extend_from", default="", metavar="FILE|URL",
+         help="checkpoint of another run's stable phase (--schedule wsd, constant): a new run goes on there, "
+              "for more --epochs or to cool down")
 
     flag = add_schedule_args(
         parser, batch_size=64, epochs=400, warmup_epochs=40, blr=1e-3, min_lr=0.0, weight_decay=0.05
@@ -69,6 +72,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
          help="largest gradient norm (default: no clipping)")
     add_optimizer_args(flag)
+    flag("--size_schedule", nargs="+", metavar="SIZE:SHARE",
+         help="image sizes, and the shares of --epochs after which they begin: 160:0 192:0.5 224:0.75")
 
     flag = parser.add_argument_group("pre-training").add_argument
     flag("--loader", default="default", choices=["default", "reference"],
@@ -156,6 +161,10 @@ def main(args: argparse.Namespace) -> None:
         from util.recipes.teacher import make_student
 
         make_student(model, args, device)
+    if args.size_schedule:
+        from util.recipes.sizes import SizeSchedule
+
+        sizes = SizeSchedule(args, model, dataset)
     model_without_ddp = model = model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
@@ -184,18 +193,20 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # Training
-    after = EpochEnd(args, run, evaluate, model_without_ddp, dataset, val_set, log_writer)
+    after = EpochEnd(args, run, evaluate, state, dataset, val_set, log_writer)
     guard = RunGuard(args, state.save, dataset, len(loader), state.meters)
     if stats := state.unfinished_epoch():
         after.finish(args.start_epoch - 1, stats)
     for epoch in guard.epochs(sampler):
         if init:
             init.freeze(optimizer, epoch)
+        if args.size_schedule:
+            sizes.begin(epoch)
         stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
         dataset.report_bad_images()
         if guard.inside_epoch:
             break
-        if guard.stopped or epoch + 1 == args.epochs or epoch % args.save_freq == 0:
+        if guard.stopped or epoch + 1 in (stable_epochs(args), args.epochs) or epoch % args.save_freq == 0:
             state.save(epoch, stats=stats)
         if guard.signal_came():  # there may be little time: the rest of the epoch comes after resuming
             break

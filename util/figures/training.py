@@ -14,10 +14,10 @@ from util.processes.collectives import warn
 from util.rng import fixed_noise
 
 
-def pick_images(dataset: torch.utils.data.Dataset, count: int = 8) -> torch.Tensor:
-    """(n, C, H, W): n <= `count` images spread evenly over a data set, as it gives them in epoch 0."""
+def pick_images(dataset: torch.utils.data.Dataset, count: int = 8, epoch: int = 0) -> torch.Tensor:
+    """(n, C, H, W): n <= `count` images spread evenly over a data set, as it gives them in `epoch`."""
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    return torch.stack([dataset[(0, int(index))][0] for index in indices])
+    return torch.stack([dataset[(epoch, int(index))][0] for index in indices])
 
 
 def write_pictures(

@@ -56,13 +56,17 @@ class ClassifierEpochEnd:
         log(text)
         record = {f"train_{name}": value for name, value in stats.items()}
         record |= {f"test_{name}": value for name, value in test.items()}
+        if state.ema:
+            log("with the average of the weights (--ema):")
+            with state.ema.in_place():
+                test = self.evaluate(full_copy(self.trained), report=False)
+            record |= {f"test_{name}_ema": value for name, value in test.items()}
         n_parameters = count_trained(state.model)
         write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": n_parameters})
         if self.log_writer is not None:
-            for name, value in test.items():
-                if value is None:  # not defined
-                    continue
-                self.log_writer.add_scalar(f"perf/test_{name}", value, epoch)
+            for name, value in record.items():
+                if name.startswith("test_") and value is not None:  # None: not defined
+                    self.log_writer.add_scalar(f"perf/{name}", value, epoch)
             self.log_writer.flush()
 
     def evaluate(self, model: torch.nn.Module, report: bool) -> dict[str, float | None]:

@@ -164,6 +164,7 @@ class RunState:
     data: tuple = (None, None)  # training and validation images
     run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
     started_from: str | None = None  # id of the run whose checkpoint it goes on from
+    ema: object = None  # `util.run.ema.Ema`, from `restore` on, if `args.ema` asks for it
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
@@ -178,11 +179,13 @@ class RunState:
         source, content = checkpoint or (None, {})
         self.started_from = owner.id_of(content)
         saved = content.get("run") if isinstance(content.get("run"), dict) else {}
-        others = (
-            listing and saved.get("files", listing["files"]) != listing["files"]
-        )  # a run has one data set
+        others = listing and saved.get("files", listing["files"]) != listing["files"]  # a run has one set
         began = owner.begin(source, {} if others else content, anew=not self.args.resume)
         self.run = {"id": began, **listing}
+        if getattr(self.args, "ema", None):
+            from util.run.ema import Ema
+
+            self.ema = Ema(self.model, self.optimizer, self.args.ema, source, content)
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
@@ -195,6 +198,7 @@ class RunState:
         self, epoch: int, step: int = 0, meters: list | None = None, best: bool = False, **extra
     ) -> Path | None:
         """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_in_background`."""
+        extra |= {"model_ema": self.ema.state_dict()} if self.ema else {}
         return save_in_background(
             self.args, epoch, self.model, self.optimizer, self.loss_scaler, step, best,
             run=self.run, meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
