@@ -1,11 +1,12 @@
 """The cross-attention decoder against a plain implementation, what it may see, and what it costs."""
 
+import importlib
 import math
 from argparse import Namespace
 
 import pytest
 import torch
-from golden_utils import TINY_MAE, fill
+from golden_utils import REPO, TINY_MAE, fill
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, linear
@@ -153,7 +154,7 @@ def counted(model) -> float:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25])
-def test_products_are_those_of_counting(ratio):
+def test_products_are_those_of_counting(ratio, monkeypatch):
     tokens, queries, width, narrow, pixels = 5, 12 * ratio, 24, 16, 192  # 4 visible and the class token
     encoder = 2 * 16 * pixels * width + 2 * (2 * tokens * width**2 * 12 + 4 * tokens**2 * width)
     block = (
@@ -161,6 +162,9 @@ def test_products_are_those_of_counting(ratio):
     )
     decoder = 2 * tokens * width * narrow + 2 * block + 2 * queries * narrow * pixels
     assert counted(tiny(predict_ratio=ratio)) == 3 * (encoder + decoder)
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    flop = importlib.import_module("bench_step").pretrain_flop(tiny(predict_ratio=ratio), 0.75)
+    assert flop == 3 * (encoder + decoder)  # of one image, and the backward pass
 
 
 def test_computed_again_in_the_backward_pass_the_gradients_are_the_same():
