@@ -87,5 +87,5 @@ class CrossDecoderViT(MaskedAutoencoderViT):
         ids = (mask + torch.rand_like(mask)).topk(count, dim=1).indices  # (N, M)
         pred = self.forward_decoder(latent, ids_restore, ids)  # (N, M, p * p * C)
         everywhere = pred.new_zeros(*mask.shape, pred.shape[2])  # (N, L, p * p * C)
-        everywhere = everywhere.scatter(1, ids.unsqueeze(2).expand_as(pred), pred)
-        return everywhere, torch.zeros_like(mask).scatter(1, ids, 1.0)
+        everywhere.scatter_(1, ids.unsqueeze(2).expand_as(pred), pred)
+        return everywhere, torch.zeros_like(mask).scatter_(1, ids, 1.0)
