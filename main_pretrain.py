@@ -55,6 +55,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--decoder_embed_dim", type=at_least(1), help="default: the model's")
     flag("--decoder_depth", type=at_least(1), help="default: the model's")
     flag("--decoder_num_heads", type=at_least(1), help="default: the model's")
+    flag("--decoder", default="self", choices=["self", "cross"],
+         help="self: the paper's; cross: masked patches look at the visible ones alone (models_cross.py)")
+    flag("--predict_ratio", default=1.0, type=float, metavar="R",
+         help="with --decoder cross: share of the masked patches that a step predicts and scores")
 
     flag = parser.add_argument_group("start").add_argument
     flag("--init", default="", metavar="FILE|URL|FOLDER",
@@ -110,6 +114,9 @@ def check_args(args: argparse.Namespace) -> None:
         from util.recipes.init import check_init  # here and below: only runs with --init need it
 
         check_init(args)
+    if args.predict_ratio != 1 and not (0 < args.predict_ratio < 1 and args.decoder == "cross"):
+        raise UserError(f"--predict_ratio {args.predict_ratio}: must be above 0 and at most 1, and 1 without "
+                        "--decoder cross")  # fmt: skip
     if args.batch_size % args.repeated_aug:
         raise UserError(
             f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a multiple of it, "
@@ -121,6 +128,10 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
     """The named model with the sizes that the flags override; raises UserError for sizes that do not fit."""
     sizes = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     overrides = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    if args.decoder == "cross":
+        from models_cross import CrossDecoderViT  # only runs with such a decoder need it
+
+        overrides |= {"make": CrossDecoderViT, "predict_ratio": args.predict_ratio}
     try:
         model = models_mae.MODELS[args.model](
             img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides

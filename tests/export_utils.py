@@ -26,8 +26,8 @@ def shake(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def make_mae(**changes):
-    return shake(models_mae.MaskedAutoencoderViT(**{**TINY_MAE, "norm_layer": NORM, **changes}))
+def make_mae(kind=models_mae.MaskedAutoencoderViT, **changes):
+    return shake(kind(**{**TINY_MAE, "norm_layer": NORM, **changes}))
 
 
 def make_vit(global_pool=False, **changes):

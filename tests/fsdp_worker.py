@@ -20,6 +20,7 @@ from golden_utils import TINY_MAE, fill
 
 import models_mae
 from engine_pretrain import train_one_epoch
+from models_cross import CrossDecoderViT
 from util.compute.optimizer import build_optimizer
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.processes import collectives, group, parallel
@@ -29,6 +30,7 @@ from util.run.guard import RunGuard
 from util.run.resume import load_model
 
 SETTINGS = dict(batch_size=4, accum_iter=2, clip_grad=0.5, mask_ratio=0.75, lr=1e-2, min_lr=0.0, seed=0)
+CROSS = dict(make=CrossDecoderViT, predict_ratio=0.5)
 SETTINGS |= dict(warmup_epochs=0, epochs=3, start_epoch=0, skip_nonfinite=1, amp_dtype="none")
 
 
@@ -43,10 +45,11 @@ def make_batches(device: torch.device, dtype: torch.dtype) -> list:
 class Run:
     """A tiny model's training, with the real loop, loss scaling and files, to `epochs` epochs in all."""
 
-    def __init__(self, folder, sharded, device="cpu", dtype=torch.float64, scaled=False, resume=""):
+    def __init__(self, folder, sharded, device="cpu", dtype=torch.float64, scaled=False, resume="", **sizes):
         self.args = Namespace(**SETTINGS, output_dir=str(folder), resume=str(resume))
         self.device, self.stats = torch.device(device), []
-        self.bare = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed")
+        model = models_mae.mae_vit(TINY_MAE, norm_pix_loss=True, **sizes)
+        self.bare = fill(model, seed=1, std=0.1, skip="pos_embed")
         self.bare.to(device, dtype)
         several = collectives.get_world_size() > 1 or sharded
         self.model = parallel.wrap_model(self.bare, self.device, sharded) if several else self.bare
@@ -118,6 +121,8 @@ def train(root: str, device: str) -> None:
         ("fsdp", True, 2, {}),
         ("ddp_scaled", False, 1, {"scaled": True}),
         ("fsdp_scaled", True, 1, {"scaled": True}),
+        ("ddp_cross", False, 2, CROSS),
+        ("fsdp_cross", True, 2, CROSS),
         ("ddp_then_fsdp", True, 2, {"resume": root / "ddp/checkpoint-0.pth"}),
         ("fsdp_then_ddp", False, 2, {"resume": root / "fsdp/checkpoint-0.pth"}),
         ("fsdp_then_fsdp", True, 2, {"resume": root / "fsdp/checkpoint-0.pth"}),

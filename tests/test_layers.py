@@ -13,7 +13,7 @@ LAYERS = [
     "util.files util.processes",
     "util.cli util.compute",
     "models_mae models_vit util.demo_set util.lars",
-    "models_seg util.data",
+    "models_cross models_seg util.data",
     "util.datasets util.weights util.figures tools",
     "util.trackers",
     "util.run util.evaluate util.slurm",

@@ -50,7 +50,7 @@ def assert_close(first, second, tolerance: float):
 
 def check_runs(root: Path, tolerance: float, exact: bool):
     stats = json.loads((root / "stats.json").read_text())
-    pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled")]
+    pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled"), ("ddp_cross", "fsdp_cross")]
     pairs += [("ddp", "ddp_then_fsdp"), ("ddp", "fsdp_then_ddp")]
     for names in pairs:
         newest = [list_checkpoints(root / name)[0] for name in names]

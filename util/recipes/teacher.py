@@ -155,7 +155,7 @@ class Student(MaskedAutoencoderViT):
         before = run_blocks(blocks[:place], x, recompute)
         after = run_blocks(blocks[place : place + 1], before, recompute)
         x = self.norm(run_blocks(blocks[place + 1 :], after, recompute))
-        loss = self.forward_loss(imgs, self.forward_decoder(x, ids_restore), mask)
+        loss = self.forward_loss(imgs, *self.predict(x, mask, ids_restore))
         if self.lesson.features:
             own = self.teacher_map(after) if hasattr(self, "teacher_map") else after
             return loss, feature_distance(own, target)
