@@ -91,6 +91,12 @@ def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> torch.Tens
     return torch.from_numpy(noise / np.float32(length))
 
 
+def fixed_masks(model: torch.nn.Module, rows: int | Sequence[int], seed: int = 0) -> torch.Tensor:
+    """`fixed_noise` for a masked autoencoder's images, of the kind of masks that it trains with."""
+    length, masks = model.patch_embed.num_patches, getattr(model, "masks", None)  # of `util.recipes.masks`
+    return masks(fixed_noise(rows, masks.numbers, seed)) if masks else fixed_noise(rows, length, seed)
+
+
 def takes_noise(model: torch.nn.Module) -> bool:
     """Whether a masked autoencoder can be told its masks: not if a subclass's `forward`, `forward_encoder` or
     `random_masking` has the reference's arguments only.
