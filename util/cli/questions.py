@@ -5,7 +5,7 @@ import argparse
 from util.cli.flags import above, at_least
 from util.errors import UserError
 
-PIXELS = ("pixels", "norm_pixels")
+PIXELS, NO_PIXELS = ("pixels", "norm_pixels"), ("hog", "pca", "lowpass", "teacher")
 
 
 def add_question_args(parser: argparse.ArgumentParser) -> None:
@@ -13,12 +13,12 @@ def add_question_args(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("questions").add_argument
     # fmt: off
     flag("--mask", default="random", choices=["random", "block", "grid", "inverse_block", "file"],
-         help="hides patches anywhere, blocks, all but one of every 2x2, all but a block, or what a file says")
+         help="hides any patches, blocks, all but one of every 2x2, all but a block, or what a file says")
     flag("--mask_file", default="", metavar="FILE",
          help="of --mask file: a picture or .npy with a value for each patch or pixel; white is hidden")
     flag("--visible_loss", default=0, type=at_least(0, float), metavar="W",
          help="weight of visible patches in the loss; masked ones have 1")
-    flag("--target", choices=[*PIXELS, "hog", "pca", "lowpass", "teacher"],
+    flag("--target", choices=[*PIXELS, *NO_PIXELS],
          help="what is predicted of a patch (default: pixels; norm_pixels is --norm_pix_loss)")
     flag("--target_size", type=at_least(1), metavar="N",
          help="pca: components (default: an eighth of a patch's numbers); lowpass: pixels a side (a quarter)")
