@@ -57,8 +57,8 @@ def make_target(model, args: Namespace, device: torch.device, dataset) -> Target
         if size > numbers:
             raise UserError(f"--target_size {size}: a patch has {numbers} numbers")
         mean, components, share = gather(fit(model, dataset, args, size) if is_main_process() else None)[0]
-        model.register_buffer("decoder_target_mean", mean)
-        model.register_buffer("decoder_target_components", components)
+        model.register_buffer("decoder_target_mean", mean.float())
+        model.register_buffer("decoder_target_components", components.float())
         text = f"{size} principal components of patches, {share:.1%} of their variance"
         return Target(size, coefficients, text, from_coefficients)
     if args.teacher_loss or args.teacher_weight or args.teacher_block or args.fsdp or not args.teacher:
@@ -121,7 +121,7 @@ def fit(model, dataset, args: Namespace, size: int) -> tuple[Tensor, Tensor, flo
     patches -= (mean := patches.mean(dim=0))
     variances, vectors = torch.linalg.eigh(patches.T @ patches)  # in rising order
     components, share = vectors.T.flip(0)[:size], variances[-size:].sum() / variances.sum()
-    return mean.float(), components.float().contiguous(), share.item()
+    return mean, components.contiguous(), share.item()
 
 
 @torch.no_grad()
