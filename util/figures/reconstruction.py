@@ -129,8 +129,6 @@ def reconstruct(
     with evaluation_mode(model):
         _, pred, mask = masked_by(noise.to(device), model, images, mask_ratio)
     pred = pred.to(images.dtype)  # autocast may have made it half
-    if hasattr(model, "pixel_patches"):  # of `util.recipes.questions`
-        pred = model.pixel_patches(pred)
     if model.norm_pix_loss:
         pred = undo_patch_normalization(pred, model.patchify(images))
     removed = model.unpatchify(mask[..., None].expand_as(pred)) > 0.5

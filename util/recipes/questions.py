@@ -29,16 +29,13 @@ class Targeted(MaskedAutoencoderViT):
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean of the patches' mean squared errors with weights: masked ones 1, visible ones visible_loss."""
+        mask = mask.to(imgs.dtype)
         weight = mask + self.visible_loss * (1 - mask)
         if self.target is None:
             return super().forward_loss(imgs, pred, weight)
         target = self.target.of(self, imgs)  # (N, L, T)
         loss = (pred.to(target.dtype) - target).square().mean(dim=-1)
         return (loss * weight).sum() / weight.sum()
-
-    def pixel_patches(self, pred: Tensor) -> Tensor:
-        """A prediction as patches to show (N, L, p * p * C)."""
-        return pred if self.target is None else self.target.pixels(self, pred)
 
 
 def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None:
@@ -106,6 +103,4 @@ def set_target(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) 
     model._init_weights(model.decoder_pred)
     taken = getattr(args, "init_taken", {}).get("parameters", [])  # of --init, but this layer is new
     taken[:] = [name for name in taken if not name.startswith("decoder_pred.")]
-    model.draws_pixels = model.target.pixels is not None
-    note = "" if model.draws_pixels else "; no pixels, so no reconstructions are drawn"
-    log(f"target: {model.target.text}, {model.target.width} numbers a patch{note}")
+    log(f"target: {model.target.text}, {model.target.width} numbers a patch; no reconstructions are drawn")

@@ -21,14 +21,11 @@ FITTED_ON = 256, 20_000  # images of the training set, and patches of them
 
 @dataclass
 class Target:
-    """of: (model, normalised images) -> (N, L, width). pixels: (model, prediction) -> patches to show,
-    (N, L, p * p * C); None: there are none. text: for the log.
-    """
+    """of: (model, normalised images (N, C, H, W)) -> (N, L, width). text: for the log."""
 
     width: int
     of: Callable
     text: str
-    pixels: Callable | None = None
 
 
 def make_target(model, args: Namespace, device: torch.device, dataset) -> Target:
@@ -48,9 +45,8 @@ def make_target(model, args: Namespace, device: torch.device, dataset) -> Target
         size = size or max((n for n in divisors if 4 * n <= side), default=1)
         if size not in divisors:
             raise UserError(f"--target_size {size}: does not divide the patch's side of {side} pixels")
-        show = lambda model, pred: enlarged(pred, side, size)  # noqa: E731
         text = f"{size} x {size} means of a patch's pixels"
-        return Target(size**2 * channels, lambda model, imgs: lowpass(imgs, side, size), text, show)
+        return Target(size**2 * channels, lambda model, imgs: lowpass(imgs, side, size), text)
     if args.target == "pca":
         numbers = side * side * channels
         size = size or max(1, numbers // 8)
@@ -60,7 +56,7 @@ def make_target(model, args: Namespace, device: torch.device, dataset) -> Target
         model.register_buffer("decoder_target_mean", mean.float())
         model.register_buffer("decoder_target_components", components.float())
         text = f"{size} principal components of patches, {share:.1%} of their variance"
-        return Target(size, coefficients, text, from_coefficients)
+        return Target(size, coefficients, text)
     if args.teacher_loss or args.teacher_weight or args.teacher_block or args.fsdp or not args.teacher:
         raise UserError("--target teacher: needs a --teacher FILE, and goes without --teacher_loss, _weight, "
                         "_block and --fsdp")  # fmt: skip
@@ -93,21 +89,11 @@ def lowpass(imgs: Tensor, side: int, size: int) -> Tensor:
     return by_patch(F.avg_pool2d(at_least_float32(imgs), side // size), size)
 
 
-def enlarged(pred: Tensor, side: int, size: int) -> Tensor:
-    """Patches of `size` x `size` pixels as ones of `side` x `side`."""
-    x = pred.unflatten(2, (size, size, -1))
-    return x.repeat_interleave(side // size, 2).repeat_interleave(side // size, 3).flatten(2)
-
-
 def coefficients(model, imgs: Tensor) -> Tensor:
     """The patches' coefficients of the model's components (N, L, K)."""
     with torch.autocast(imgs.device.type, enabled=False):
         patches = at_least_float32(model.patchify(imgs)) - model.decoder_target_mean
         return patches @ model.decoder_target_components.T
-
-
-def from_coefficients(model, pred: Tensor) -> Tensor:
-    return pred @ model.decoder_target_components + model.decoder_target_mean
 
 
 def fit(model, dataset, args: Namespace, size: int) -> tuple[Tensor, Tensor, float]:
