@@ -98,7 +98,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     model.eval()
     losses, counts = [], []  # of groups that are the same at any batch size and number of processes
     for images, _, indices in in_groups(data_loader):
-        noise = fixed_masks(model, indices.tolist()).to(device)
+        noise = fixed_masks(model, indices.tolist(), args.mask_ratio).to(device)
         with autocast(steps.device, steps.amp_dtype):
             losses.append(masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0])
         counts.append(len(images))

@@ -91,10 +91,11 @@ def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> torch.Tens
     return torch.from_numpy(noise / np.float32(length))
 
 
-def fixed_masks(model: torch.nn.Module, rows: int | Sequence[int], seed: int = 0) -> torch.Tensor:
+def fixed_masks(model: torch.nn.Module, rows: int | Sequence[int], mask_ratio: float) -> torch.Tensor:
     """`fixed_noise` for a masked autoencoder's images, of the kind of masks that it trains with."""
-    length, masks = model.patch_embed.num_patches, getattr(model, "masks", None)  # of `util.recipes.masks`
-    return masks(fixed_noise(rows, masks.numbers, seed)) if masks else fixed_noise(rows, length, seed)
+    if hasattr(model, "mask_noise"):  # of `util.recipes.questions`
+        return model.mask_noise(lambda length: fixed_noise(rows, length, seed=0), mask_ratio)
+    return fixed_noise(rows, model.patch_embed.num_patches, seed=0)
 
 
 def takes_noise(model: torch.nn.Module) -> bool:

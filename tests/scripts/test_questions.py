@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.export.source import read_source
 from util.figures.reconstruction import reconstruct
 from util.recipes import targets
-from util.recipes.masks import BLOCKS, DRAWS, KINDS, Masks
+from util.recipes.masks import BLOCKS, DRAWS, KINDS
 from util.recipes.questions import ask
 from util.rng import fixed_masks, fixed_noise, seed_step
 from util.run.start import Run
@@ -154,18 +154,17 @@ def test_masks_keep_the_exact_number_and_are_those_of_a_plain_implementation(kin
     length = grid[0] * grid[1]
     for ratio in (0.75, 0.5, 0.6, 0.9):
         kept = int(length * (1 - ratio))
-        masks = Masks(KINDS[kind], grid, kept)
         numbers = torch.rand(
-            1000, masks.numbers, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+            1000, DRAWS + length, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
         )
-        visible = visible_of(masks(numbers), ratio)
+        visible = visible_of(KINDS[kind](numbers, grid, kept), ratio)
         assert (visible.sum(dim=1) == kept).all()
         assert len(visible.unique(dim=0)) > 3  # draws differ, a corner of the grid by four
         for row, found in zip(numbers[:10].tolist(), visible, strict=False):
             found = {divmod(place, grid[1]) for place in found.nonzero().flatten().tolist()}
             assert found == plain_mask(kind, row, grid, kept)
         assert torch.equal(
-            visible_of(masks(numbers[5:7]), ratio), visible[5:7]
+            visible_of(KINDS[kind](numbers[5:7], grid, kept), ratio), visible[5:7]
         )  # whoever else is in the batch
 
 
@@ -191,16 +190,16 @@ def test_kinds_look_as_their_names_say():
 def test_training_draws_from_the_steps_generator_and_evaluation_by_image():
     model, _ = asked(mask="block")
     seed_step(3, 1, 4, 7)
-    numbers = torch.rand(2, model.masks.numbers)
+    numbers = torch.rand(2, DRAWS + 16)
     seed_step(3, 1, 4, 7)
     mask = model(some_images(2))[2]
-    assert torch.equal(mask == 0, visible_of(model.masks(numbers), 0.75))
-    fixed = fixed_masks(model, [4, 0, 2])
-    assert torch.equal(fixed[1:2], fixed_masks(model, 1)) and fixed.shape == (3, 16)
-    assert torch.equal(fixed, model.masks(fixed_noise([4, 0, 2], model.masks.numbers, 0)))
+    assert torch.equal(mask == 0, visible_of(KINDS["block"](numbers, (4, 4), 4), 0.75))
+    fixed = fixed_masks(model, [4, 0, 2], 0.75)
+    assert torch.equal(fixed[1:2], fixed_masks(model, 1, 0.75)) and fixed.shape == (3, 16)
+    assert torch.equal(fixed, KINDS["block"](fixed_noise([4, 0, 2], DRAWS + 16, 0), (4, 4), 4))
     assert torch.equal(model(some_images(3), 0.75, fixed)[2] == 0, visible_of(fixed, 0.75))
     plain = models_mae.mae_vit(TINY_MAE)
-    assert torch.equal(fixed_masks(plain, [4, 0]), fixed_noise([4, 0], 16, 0))
+    assert torch.equal(fixed_masks(plain, [4, 0], 0.75), fixed_noise([4, 0], 16, 0))
 
 
 def test_the_held_out_loss_has_masks_and_target_of_the_training():
@@ -208,8 +207,8 @@ def test_the_held_out_loss_has_masks_and_target_of_the_training():
     batch = some_images(5)
     found = [evaluate([(part, None) for part in batch.split(size)], model, CPU, args) for size in (2, 5)]
     assert found[0] == found[1]
-    mask = ~visible_of(fixed_masks(model, 5), 0.75)
-    pred = model(batch, 0.75, fixed_masks(model, 5))[1]
+    mask = ~visible_of(fixed_masks(model, 5, 0.75), 0.75)
+    pred = model(batch, 0.75, fixed_masks(model, 5, 0.75))[1]
     distance = (pred - plain_lowpass(batch, 2)).square().mean(dim=-1)
     weight = torch.where(mask, 1.0, 0.5).double()
     assert found[0] == pytest.approx(((distance * weight).sum() / weight.sum()).item(), rel=1e-10)
@@ -533,9 +532,11 @@ def test_an_init_of_another_target_is_warned_of(images, tmp_path, capsys):
 
 def test_pictures_show_the_kind_of_mask():
     model = asked(mask="inverse_block", visible_loss=0.5)[0].float()
-    panels = reconstruct(model, some_images(2).float(), fixed_masks(model, 2), 0.75, [0.5] * 3, [0.2] * 3)
+    panels = reconstruct(
+        model, some_images(2).float(), fixed_masks(model, 2, 0.75), 0.75, [0.5] * 3, [0.2] * 3
+    )
     grey = (panels["masked"] == 0.5).all(dim=1).unflatten(2, (4, 8)).unflatten(1, (4, 8)).all(4).all(2)
-    assert torch.equal(~grey.flatten(1), visible_of(fixed_masks(model, 2), 0.75))
+    assert torch.equal(~grey.flatten(1), visible_of(fixed_masks(model, 2, 0.75), 0.75))
 
 
 # Wrong inputs

@@ -2,11 +2,9 @@
 
 Each kind makes noise (N, L) for `MaskedAutoencoderViT.random_masking`, where the smallest stay visible, of
 uniform random numbers (N, DRAWS + L) in [0, 1), on their device and for all images at once. So each image
-keeps int(L * (1 - ratio)) patches, as with random masks. y, x are a patch's row and column.
+keeps int(L * (1 - ratio)) patches, as with random masks. `grid`: rows and columns of patches; `kept`: visible
+ones; y, x: a patch's row and column.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,22 +13,6 @@ BLOCKS = 15  # of a block-wise mask; they cover more than is hidden, and the las
 DRAWS = 4 * BLOCKS + 1  # numbers for blocks and sweep; one for each patch follows
 LEAST_BLOCK = 16 / 196  # share of the image, and LONGEST, long over short side: of BEiT, arXiv 2106.08254
 LONGEST = 1 / 0.3
-
-
-@dataclass
-class Masks:
-    """The masks of a run: `masks(numbers)` -> noise (N, L), of uniform numbers (N, `masks.numbers`)."""
-
-    kind: Callable
-    grid: tuple[int, int]  # rows and columns of patches
-    kept: int  # visible patches
-
-    @property
-    def numbers(self) -> int:
-        return DRAWS + self.grid[0] * self.grid[1]
-
-    def __call__(self, numbers: Tensor) -> Tensor:
-        return self.kind(numbers, self.grid, self.kept)
 
 
 def grid_noise(numbers: Tensor, grid: tuple[int, int], kept: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Other masks, targets and losses of pre-training (`util.cli.questions`), made of a run's model in place."""
 
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,23 @@ from util.cli.questions import PIXELS
 from util.errors import UserError
 from util.files import printable
 from util.processes.collectives import log
+from util.recipes.masks import DRAWS, KINDS
 from util.rng import takes_noise
 from util.run.start import Run
 
 
 class Masked(MaskedAutoencoderViT):
-    """A masked autoencoder with masks of its own: `masks`, of `util.recipes.masks`."""
+    """A masked autoencoder with a kind of masks: `mask_kind`, of `util.recipes.masks`."""
+
+    def mask_noise(self, draw: Callable, mask_ratio: float) -> Tensor:
+        """Noise (N, L), made of `draw(M)`, uniform numbers (N, M)."""
+        rows, columns = grid = tuple(side // self.patch_size for side in self.img_size)
+        return self.mask_kind(draw(DRAWS + rows * columns), grid, int(rows * columns * (1 - mask_ratio)))
 
     def random_masking(self, x: Tensor, mask_ratio: float, noise: Tensor | None = None):
         """As the model's; drawn in the same place, from the same generator."""
         if noise is None:
-            noise = self.masks(torch.rand(len(x), self.masks.numbers, device=x.device))
+            noise = self.mask_noise(lambda count: torch.rand(len(x), count, device=x.device), mask_ratio)
         return super().random_masking(x, mask_ratio, noise)
 
 
@@ -57,6 +64,8 @@ def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None
     if args.target_size and args.target not in ("pca", "lowpass"):
         raise UserError(f"--target_size {args.target_size}: is for --target pca and lowpass")
     if args.target not in PIXELS or args.visible_loss:
+        if args.visible_loss and getattr(args, "decoder", "self") == "cross":
+            raise UserError("--visible_loss: not with --decoder cross, which predicts masked patches alone")
         if own.forward_loss is not MaskedAutoencoderViT.forward_loss:
             raise UserError(f"--target, --visible_loss: {args.model} has a forward_loss of its own")
         model.visible_loss, model.target = args.visible_loss, None
@@ -74,24 +83,22 @@ def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None
 
 def set_masks(model: MaskedAutoencoderViT, args: Namespace, run: Run) -> None:
     """Gives `model` its masks; of a file they have the file's ratio."""
-    from util.recipes.masks import KINDS, Masks
-
-    grid, length = tuple(model.patch_embed.grid_size), model.patch_embed.num_patches
     if args.mask in KINDS and not args.mask_file:
-        model.masks = Masks(KINDS[args.mask], grid, int(length * (1 - args.mask_ratio)))
+        model.mask_kind = KINDS[args.mask]
         return
-    if args.mask != "file" or not args.mask_file or "mask_ratio" in run.given:
-        raise UserError(
-            "--mask file: needs a --mask_file FILE, which needs it, and goes without --mask_ratio"
-        )
+    sized = getattr(args, "size_schedule", None)
+    if args.mask != "file" or not args.mask_file or "mask_ratio" in run.given or sized:
+        raise UserError("--mask file: needs a --mask_file FILE, which needs it, and goes without "
+                        "--mask_ratio and --size_schedule")  # fmt: skip
     from util.figures.reconstruction import mask_noise, read_mask
     from util.weights.files import digest
 
+    grid = tuple(model.patch_embed.grid_size)
     hidden = read_mask(args.mask_file, grid, (grid, tuple(model.img_size)))
     noise, args.mask_ratio = mask_noise(hidden, 1)
     args.mask_digest, noise = digest({"mask": hidden}, {}), noise.to(run.device)
-    model.masks = Masks(lambda numbers, *_: noise.to(numbers).expand(len(numbers), -1), grid, 0)
-    log(f"mask: {printable(args.mask_file)} hides {int(hidden.sum())} of {length} patches")
+    model.mask_kind = lambda numbers, *_: noise.to(numbers).expand(len(numbers), -1)
+    log(f"mask: {printable(args.mask_file)} hides {int(hidden.sum())} of {len(hidden)} patches")
 
 
 def set_target(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None:
