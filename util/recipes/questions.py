@@ -109,5 +109,6 @@ def set_target(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) 
     model.decoder_pred = nn.Linear(model.decoder_pred.in_features, model.target.width)
     model._init_weights(model.decoder_pred)
     taken = getattr(args, "init_taken", {}).get("parameters", [])  # of --init, but this layer is new
-    taken[:] = [name for name in taken if not name.startswith("decoder_pred.")]
+    if isinstance(taken, list):
+        taken[:] = [name for name in taken if not str(name).startswith("decoder_pred.")]
     log(f"target: {model.target.text}, {model.target.width} numbers a patch; no reconstructions are drawn")

@@ -136,7 +136,7 @@ def _joined(settings: dict) -> dict:
     """
     settings = dict(settings)
     for name, digest in (("teacher", "teacher_digest"), ("mask_file", "mask_digest")):
-        settings[name] = settings.get(digest, settings.get(name))
+        settings |= {name: settings[digest]} if digest in settings else {}
     settings.pop("lr" if settings.get("lr") is None else "blr", None)
     parts = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
     if all(type(part) is int for part in parts):
