@@ -13,6 +13,7 @@ from test_engine_pretrain import make_args
 from test_main_pretrain import assert_same, names_in, run, weights
 from test_teacher import plain_encoder, write_teacher
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models_mae
 import models_vit
@@ -200,6 +201,16 @@ def test_training_draws_from_the_steps_generator_and_evaluation_by_image():
     assert torch.equal(model(some_images(3), 0.75, fixed)[2] == 0, visible_of(fixed, 0.75))
     plain = models_mae.mae_vit(TINY_MAE)
     assert torch.equal(fixed_masks(plain, [4, 0], 0.75), fixed_noise([4, 0], 16, 0))
+
+
+def test_on_a_gpu_nothing_waits_for_it():
+    """Tensors without values, as torch's compiler uses them: reading one, or mixing devices, is an error."""
+    with FakeTensorMode():
+        images = torch.rand(2, 3, 32, 32, device="cuda")
+        numbers = torch.rand(2, DRAWS + 16, device="cuda")
+        found = [kind(numbers, (4, 4), 4) for kind in KINDS.values()]
+        found += [targets.hog(images, 8, 8), targets.lowpass(images, 8, 2)]
+    assert all(tensor.is_cuda for tensor in found)
 
 
 def test_the_held_out_loss_has_masks_and_target_of_the_training():
