@@ -14,14 +14,11 @@ def add_question_args(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag("--mask", default="random", choices=["random", "block", "grid", "inverse_block", "file"],
          help="hides any patches, blocks, all but one of every 2x2, all but a block, or what a file says")
-    flag("--mask_file", default="", metavar="FILE",
-         help="of --mask file: a picture or .npy with a value for each patch or pixel; white is hidden")
-    flag("--visible_loss", default=0, type=at_least(0, float), metavar="W",
-         help="weight of visible patches in the loss; masked ones have 1")
+    flag("--mask_file", default="", metavar="FILE", help="of --mask file: a picture or .npy, white is hidden")
+    flag("--visible_loss", default=0, type=at_least(0, float), metavar="W", help="weight of visible patches")
     flag("--target", choices=[*PIXELS, *NO_PIXELS],
          help="what is predicted of a patch (default: pixels; norm_pixels is --norm_pix_loss)")
-    flag("--target_size", type=at_least(1), metavar="N",
-         help="pca: components (default: an eighth of a patch's numbers); lowpass: pixels a side (a quarter)")
+    flag("--target_size", type=at_least(1), metavar="N", help="pca: components; lowpass: pixels a side")
 
     flag = parser.add_argument_group("teacher").add_argument
     flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
@@ -41,6 +38,6 @@ def settle_target(args: argparse.Namespace) -> None:
 
 def asks(args: argparse.Namespace) -> bool:
     """Whether any of those flags asks for something."""
+    other = args.mask != "random" or args.target not in PIXELS, args.mask_file, args.visible_loss
     taught = args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block
-    masked = args.mask != "random" or args.mask_file
-    return any((masked, args.target not in PIXELS, args.target_size, args.visible_loss, *taught))
+    return any((*other, args.target_size, *taught))
