@@ -23,6 +23,7 @@ import models_mae
 from engine_pretrain import evaluate, train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, check_flags, inner_fraction
 from util.cli.parser import ArgumentParser, run_script
+from util.cli.questions import add_question_args, asks, settle_target
 from util.compute.compile import compile_model
 from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
 from util.compute.precision import NativeScalerWithGradNormCount
@@ -93,14 +94,9 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     flag("--card_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between small report cards of it (main_evaluate.py), with the same images (0: never)")
-
-    flag = parser.add_argument_group("teacher").add_argument
-    flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
-    flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
-    flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
-    flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
     # fmt: on
 
+    add_question_args(parser)
     add_training_args(parser, fsdp=True)
     return parser
 
@@ -110,6 +106,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_flags(args, get_args_parser())
     check_fsdp(args)
     check_optimizer(args)
+    settle_target(args)
     if args.init:
         from util.recipes.init import check_init  # here and below: only runs with --init need it
 
@@ -168,10 +165,10 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     if init:
         init.load(model)
-    if any((args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block)):
-        from util.recipes.teacher import make_student
+    if asks(args):
+        from util.recipes.questions import ask
 
-        make_student(model, args, device)
+        ask(model, args, run, dataset)
     if args.size_schedule:
         from util.recipes.sizes import SizeSchedule
 

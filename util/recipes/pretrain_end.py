@@ -37,7 +37,7 @@ class EpochEnd:
             from util.evaluate.growth import Growth  # with the labelled sets, which all else does without
 
             self.growth = Growth(args, run.pin_memory)
-        if args.vis_freq and is_main_process():
+        if args.vis_freq and is_main_process() and "pixels" in getattr(args, "target", "pixels"):
             from util.figures.training import pick_images
 
             size_of = args.epochs - 1 if getattr(args, "size_schedule", None) else 0

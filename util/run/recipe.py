@@ -19,7 +19,8 @@ GROUPS = {
     "recipe": "mask_ratio predict_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr "
     "min_lr weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
     "mixup_switch_prob mixup_mode ignore_index class_weight thresholds best amp_dtype seed finetune init "
-    "weights_key teacher teacher_loss teacher_weight teacher_block schedule cooldown ema size_schedule",
+    "weights_key mask mask_file visible_loss target target_size teacher teacher_loss teacher_weight "
+    "teacher_block schedule cooldown ema size_schedule",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir tracker track_checkpoints resume no_verify "
     "extend_from start_epoch max_steps save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq "
@@ -130,11 +131,12 @@ def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
 
 
 def _joined(settings: dict) -> dict:
-    """Settings with what counts of some in their place: the effective batch, `lr` for `blr`, the digest of
-    the teacher's tensors for its file.
+    """Settings with what counts of some in their place: the effective batch, `lr` for `blr`, the digests of
+    the teacher's tensors and of the mask for their files.
     """
     settings = dict(settings)
-    settings["teacher"] = settings.get("teacher_digest", settings.get("teacher"))
+    for name, digest in (("teacher", "teacher_digest"), ("mask_file", "mask_digest")):
+        settings |= {name: settings[digest]} if digest in settings else {}
     settings.pop("lr" if settings.get("lr") is None else "blr", None)
     parts = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
     if all(type(part) is int for part in parts):
