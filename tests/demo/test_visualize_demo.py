@@ -16,7 +16,7 @@ from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
 from util.evaluate.features import encoder_features
 from util.figures import canvas
-from util.figures.attention import attention_grid, block_attention, class_token_attention, overlay
+from util.figures.attention import attention_panels, block_attention, class_token_attention, overlay
 from util.weights.build import build
 from util.weights.describe import describe
 from util.weights.files import read_file
@@ -391,11 +391,11 @@ def test_overlay_is_brightest_where_attention_is_largest():
 
 def test_attention_grid_has_a_panel_per_head(drawn):
     model, images = tiny_mae(), torch.randn(3, 3, 32, 32)
-    one = attention_grid(model, images, [0.5] * 3, [0.2] * 3, "caption", ["a", "b", "c"], batch_size=2)
+    one = attention_panels(model, images, [0.5] * 3, [0.2] * 3, batch_size=2).draw("caption", ["a", "b", "c"])
     assert [t for t in drawn if "head" in t] == ["mean of heads", "head 1", "head 2", "head 3"]
     assert (
         one.tobytes()
-        == attention_grid(model, images, [0.5] * 3, [0.2] * 3, "caption", ["a", "b", "c"]).tobytes()
+        == attention_panels(model, images, [0.5] * 3, [0.2] * 3).draw("caption", ["a", "b", "c"]).tobytes()
     )
 
 
