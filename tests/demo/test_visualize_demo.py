@@ -150,7 +150,7 @@ def test_encoder_only_is_refused_but_has_attention(tmp_path, capsys):
         run(*words)
     assert not (tmp_path / "o.png").exists()
     run(*words, "--attention")
-    assert "attention only" in capsys.readouterr().out
+    assert "features only" in capsys.readouterr().out
     assert not (tmp_path / "o.png").exists() and (tmp_path / "o-attention.png").exists()
 
 

@@ -1,8 +1,9 @@
 """What an encoder's features hold, to be seen: principal components of patches as colours, nearest images.
 
-The same weights and images give the same bytes. The recipe of the colours is DINOv2's (arXiv 2304.07193): the
-first component of all images parts the foreground from the rest, and three of the foreground's are red, green
-and blue.
+The same weights and images give the same bytes. The recipe is DINOv2's (arXiv 2304.07193): a first component
+parts the foreground from the rest, and three components of the foreground are red, green and blue. Other than
+there, that first component is of what differs inside the images: of a young encoder's features the colour of
+whole images would be it.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,9 +71,10 @@ def pca_panels(
     n, length, _ = features.shape
     rows = features.flatten(0, 1)
     alone = torch.stack([colours(components(one)) for one in features])
-    scores = components(rows)
-    joint = colours(scores).view(n, length, 3)
-    shown = foreground(scores[:, 0].view(n, *model.patch_embed.grid_size), threshold).flatten()
+    joint = colours(components(rows)).view(n, length, 3)
+    within = (features - features.mean(dim=1, keepdim=True)).flatten(0, 1)
+    first = components(within, 1).view(n, *model.patch_embed.grid_size)
+    shown = foreground(first, threshold).flatten()
     front = torch.zeros(n * length, 3)
     if shown.sum() > 3:
         front[shown] = colours(components(rows[shown]))

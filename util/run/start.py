@@ -254,5 +254,10 @@ def close_run(log_writer, guard: RunGuard) -> None:
     if log_writer is not None:
         log_writer.close()
     finish_saving()
+    reports = getattr(guard.args, "report", False) and guard.output_dir and is_main_process()
     shut_down()
+    if reports and not guard.signum:
+        from util.report.page import write_at_end
+
+        write_at_end(guard.output_dir, owner.environment(), guard.device)
     guard.leave()
