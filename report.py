@@ -3,12 +3,12 @@
     python report.py out
     python report.py out tuned --output both.html
 
-On it: the curves of log.txt, settings, versions and data, the pictures, report card and predictions that lie in
-the folder, and what `python plan.py DIR` printed if it lies there as plan.txt; then what the newest checkpoint
-makes of some held-out images: best and worst reconstructed ones, principal components of patch features, nearest
-neighbours, attention. What differs between runs is marked. The training scripts write the page with --report.
+On it: the curves of log.txt, settings, versions and data; the pictures, report card and predictions that lie
+in the folder, and what `python plan.py DIR` printed if it lies there as plan.txt; then what the newest
+checkpoint makes of some held-out images: best and worst reconstructed ones, principal components of patch
+features, nearest neighbours, attention. What differs between runs is marked.
 
-Nothing else in a run's folder is touched, and the run may be going on.
+The training scripts write the page with --report. Nothing else in a run's folder is touched.
 """
 
 import argparse

@@ -15,8 +15,8 @@ from util.sizes import size_pair
 _MACHINE = {
     "card_freq", "device", "dist_backend", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url",
     "distributed", "given", "gpu", "job_dir", "keep_checkpoints", "knn_freq", "local_rank", "log_dir",
-    "no_verify", "num_workers", "output_dir", "pin_mem", "print_freq", "rank", "report", "resume", "save_freq",
-    "save_minutes", "save_predictions", "start_epoch", "start_step", "vis_freq",
+    "no_verify", "num_workers", "output_dir", "pin_mem", "print_freq", "rank", "report", "resume",
+    "save_freq", "save_minutes", "save_predictions", "start_epoch", "start_step", "vis_freq",
 }  # fmt: skip
 _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from util.errors import UserError
-from util.files import printable
 from util.weights.files import read_file
 from util.weights.names import list_checkpoints
 from util.weights.schema import in_words

@@ -34,14 +34,23 @@ def write_report(runs: Sequence[tuple], output: Path, images: int, device: torch
     if len({run.name for run in found}) < len(found):
         for number, run in enumerate(found, 1):
             run.name = f"{run.name} ({number})"
-    drawn = [[*written(run), *(of_model(run, images, device) if images else ())] for run in found]
-    budget = MOST * 7 // 10 // max(1, sum(map(len, drawn)))
-    for run, pictures in zip(found, drawn, strict=True):
-        run.pictures = [(title, embed(picture, budget), picture.width) for title, picture in pictures]
+    pictures = []
+    for run in found:
+        drawn = [
+            *written(run, 1 if len(found) > 1 else 3),
+            *(of_model(run, images, device) if images else ()),
+        ]
+        pictures += [(run.name, title, picture) for title, picture in drawn]
+    budget, grids = MOST * 7 // 10 // max(1, len(pictures)), {}
+    for name, title, picture in pictures:  # of several runs those of a kind beside each other
+        kind = title.split()[0] if len(found) > 1 else ""
+        grids.setdefault(kind, []).append((name, title, embed(picture, budget), picture.width))
+    for run in found:
         run.confusion = read_confusion(run.path / "predictions.csv")
         run.rows = [run.records[i] for i in _spread(run.records, ROWS)]
+        run.columns = dict.fromkeys(name for record in run.rows for name in record if name != "run")
     content = _TEMPLATES.get_template("report.html.jinja").render(
-        runs=found, panels=curves(found), facts=compare([run.facts for run in found]),
+        runs=found, grids=grids.values(), panels=curves(found), facts=compare([run.facts for run in found]),
         width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT,
     ).encode("utf-8", "backslashreplace")  # fmt: skip
     if len(content) > MOST:
@@ -70,7 +79,7 @@ def compare(facts: Sequence[dict[str, str]]) -> list[tuple[str, list[str], bool]
 
 
 def curves(runs: Sequence[RunFolder]) -> list[dict]:
-    """A panel for each figure that log.txt has, with the lines of all runs: 'title', 'lines', ticks 'x', 'y'."""
+    """A panel for each figure that log.txt has, with the lines of all runs: title, lines, ticks."""
     grouped: dict[str, list] = {}
     for number, run in enumerate(runs):
         for name in dict.fromkeys(name for record in run.records for name in record):

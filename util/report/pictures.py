@@ -34,12 +34,17 @@ _FOUND = {
 }
 
 
-def written(run: RunFolder) -> Iterator[tuple[str, Image.Image]]:
-    """(title, picture) of what the run's scripts have drawn: of reconstructions the first, middle and last."""
+def written(run: RunFolder, most: int) -> Iterator[tuple[str, Image.Image]]:
+    """(title, picture) of what the run's scripts drew; of reconstructions the last or, where there is room
+    for `most` of them, first, middle and last.
+    """
     drawn = sorted(run.path.glob("reconstruction-*.png"), key=lambda path: (len(path.name), path.name))
-    chosen = sorted({0, len(drawn) // 2, len(drawn) - 1} if drawn else ())
+    chosen = sorted({-1 % len(drawn), 0, len(drawn) // 2}) if most > 1 and drawn else [-1][: len(drawn)]
     paths = {drawn[i]: f"Reconstructions after epoch {drawn[i].stem.split('-')[-1]}" for i in chosen}
-    paths |= {run.path / name: title for name, title in _FOUND.items()}
+    matrix = (run.path / "predictions.csv").is_file()  # the page has that of the picture
+    paths |= {
+        run.path / name: title for name, title in _FOUND.items() if name != "confusion.png" or not matrix
+    }
     for path, title in paths.items():
         try:
             if path.is_file():

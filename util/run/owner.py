@@ -1,8 +1,8 @@
 """Which run an output folder belongs to, and who writes there now.
 
 `.run.json` says it: the id of the run, versions, process and host of its last start, and, for as long as the
-run has saved nothing of its own, the file that it started from. `.run.lock` is locked while a run is at work, so that
-no second one mixes its files with the first one's.
+run has saved nothing of its own, the file that it started from. `.run.lock` is locked while a run is at work,
+so that no second one mixes its files with the first one's.
 """
 
 import contextlib
