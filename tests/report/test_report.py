@@ -346,7 +346,7 @@ def browser():
 
 @pytest.mark.browser
 def test_the_page_in_a_browser(trained, tmp_path):
-    """Light, dark, on a phone: no console errors, no requests, no part beside the screen, readable colours."""
+    """Light, dark, on a phone: no console errors, no requests, nothing beside the screen, readable."""
     predictions(trained, [("a", "b"), ("a", "a"), ("b" * 200, "a")])
     run(trained)
     path, luminance = trained / "report.html", {}

@@ -137,7 +137,7 @@ def embed(picture: Image.Image, most: int) -> str:
         width = round(min(picture.width, 1400) * scale)
         small = picture.resize((width, max(1, round(picture.height * width / picture.width))))
         buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        small.save(buffer, "JPEG", quality=quality, subsampling=0)
         if buffer.tell() <= most * 3 // 4:
             break
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
