@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import socket
 from functools import partial
 from html.parser import HTMLParser
 
@@ -205,12 +206,28 @@ def test_epochs_of_earlier_runs_do_not_count():
     assert others == [{"knn_acc1": 5.0}] and broken == 1
 
 
-def test_a_run_that_is_going_on(trained, monkeypatch):
-    monkeypatch.setattr(owner, "_ourselves", lambda: {"host": "here", "pid": os.getppid()})
-    (trained / ".run.json").write_text(json.dumps({"id": "a", "host": "here", "pid": os.getpid()}))
+def test_odd_numbers_and_settings(trained):
+    """What no script writes, but a file may hold."""
+    lines = records(3)
+    lines[0] |= {"a": 1e12, "b": float("nan"), "c": 10**400, "d": True, "e": "x", "f": -1e299, "g": None}
+    lines[1] |= {"a": 1e12, "f": 1e299}
+    write_log(trained, [*lines, {"epoch": 10**400}, {"epoch": True}])
+    content = torch.load(trained / "checkpoint-2.pth", weights_only=True)
+    content["args"] |= {"data_path": 5, "epochs": "many", 7: [[]], "model": {}}
+    torch.save({**content, "run": {"held_out": 3, "images": "x" * 999}}, trained / "checkpoint-2.pth")
+    run(trained)
+    page = Page((trained / "report.html").read_text(encoding="utf-8"))
+    titles = [tag["aria-label"].split()[0] for _, tag in page.tags if "aria-label" in tag]
+    assert titles == ["lr", "loss", "a", "f"] and "No more pictures of features" in page.text
+
+
+def test_a_run_that_is_going_on(trained):
+    record = {"id": "a", "host": socket.gethostname(), "pid": os.getppid(), "environment": "Python 9"}
+    (trained / ".run.json").write_text(json.dumps(record))
+    assert owner.is_at_work(trained)
     run(trained, "--images", 0)
     text = (trained / "report.html").read_text(encoding="utf-8")
-    assert "This run is going on: 3 of 3 epochs are logged" in text
+    assert "This run is going on: 3 of 3 epochs are logged" in text and "<td>Python 9</td>" in text
     (trained / "log.txt").unlink()
     with pytest.raises(UserError, match=r"holds no log\.txt; its first epoch is not over"):
         run(trained)

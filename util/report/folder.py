@@ -104,7 +104,7 @@ def read_log(lines: list[str]) -> tuple[list[dict], list[dict], int]:
             record = None
         if not isinstance(record, dict):
             broken += bool(line.strip())
-        elif type(record.get("epoch")) is not int:
+        elif type(record.get("epoch")) is not int or abs(record["epoch"]) > 10**9:
             others.append(record)
         elif not epochs or record["epoch"] < epochs[-1]["epoch"]:
             epochs.append(record)

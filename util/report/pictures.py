@@ -27,11 +27,7 @@ from util.weights.build import build
 from util.weights.describe import WeightsFile, describe
 
 ROWS, EXTREMES, NEIGHBOURS, HEADS = 6, 3, 5, 6
-_FOUND = {
-    "card.png": "Report card over depth",
-    "segmentation.png": "Segmentation",
-    "confusion.png": "Confusion",
-}
+_FOUND = {"card.png": "Report card over depth", "segmentation.png": "Segmentation"}
 
 
 def written(run: RunFolder, most: int) -> Iterator[tuple[str, Image.Image]]:
@@ -39,12 +35,13 @@ def written(run: RunFolder, most: int) -> Iterator[tuple[str, Image.Image]]:
     for `most` of them, first, middle and last.
     """
     drawn = sorted(run.path.glob("reconstruction-*.png"), key=lambda path: (len(path.name), path.name))
-    chosen = sorted({-1 % len(drawn), 0, len(drawn) // 2}) if most > 1 and drawn else [-1][: len(drawn)]
-    paths = {drawn[i]: f"Reconstructions after epoch {drawn[i].stem.split('-')[-1]}" for i in chosen}
-    matrix = (run.path / "predictions.csv").is_file()  # the page has that of the picture
-    paths |= {
-        run.path / name: title for name, title in _FOUND.items() if name != "confusion.png" or not matrix
-    }
+    chosen = dict.fromkeys(
+        [*drawn[:1], *drawn[len(drawn) // 2 :][:1], *drawn[-1:]] if most > 1 else drawn[-1:]
+    )
+    paths = {path: f"Reconstructions after epoch {path.stem.split('-')[-1]}" for path in chosen}
+    paths |= {run.path / name: title for name, title in _FOUND.items()}
+    if not (run.path / "predictions.csv").is_file():  # of which the page makes a table
+        paths[run.path / "confusion.png"] = "Confusion"
     for path, title in paths.items():
         try:
             if path.is_file():
@@ -61,11 +58,13 @@ def of_model(run: RunFolder, count: int, device: torch.device) -> Iterator[tuple
         run.notes.append("No pictures of features: no checkpoint in the folder can be read.")
         return
     try:
+        settings = {str(name): value for name, value in run.settings.items()}
         weights = describe(run.content, run.checkpoint, Namespace(), "full", "encoder")
         model = build(weights).to(device)
-        yield from _draw(model, weights, _images(Namespace(**run.settings)), count)
-    except (UserError, OSError) as error:
-        run.notes.append(f"No more pictures of features: {error}")
+        yield from _draw(model, weights, _images(Namespace(**settings)), count)
+    except Exception as error:  # whatever a file says of itself or a device lacks: there is more on the page
+        known = isinstance(error, UserError | OSError)
+        run.notes.append(f"No more pictures of features: {error if known else repr(error)}")
 
 
 def _images(args: Namespace):
@@ -94,10 +93,8 @@ def _draw(model, weights: WeightsFile, files, count: int) -> Iterator[tuple[str,
     labels = [printable(files.paths.name(pool[i])) for i in shown]
     if weights.part == "full":
         yield _extremes(model, weights, read, files, pool)
-    yield (
-        "Principal components of patch features as colours",
-        pca_panels(model, few, mean, std).draw(None, labels),
-    )
+    panels = pca_panels(model, few, mean, std)
+    yield "Principal components of patch features as colours", panels.draw(None, labels)
     if len(pool) > 1:
         panels = neighbour_panels(model, read, len(pool), shown, NEIGHBOURS, mean, std)
         yield f"Nearest neighbours among {len(pool)} images", panels.draw(None, labels)
@@ -126,9 +123,8 @@ def _extremes(model, weights: WeightsFile, read, files, pool: list[int]) -> tupl
     masks = [("", fixed_noise(numbers, length, seed=0), ratio)]
     panels = ratio_panels(model, images, masks, weights.mean, weights.std)
     labels = [f"{losses[i]:.4f} {printable(Path(files.paths.name(pool[there[i]])).name)}" for i in chosen]
-    return f"Best and worst reconstructed of {len(there)} images, with their losses", panels.draw(
-        None, labels
-    )
+    title = f"Best and worst reconstructed of {len(there)} images, with their losses"
+    return title, panels.draw(None, labels)
 
 
 def embed(picture: Image.Image, most: int) -> str:
