@@ -55,7 +55,8 @@ class RunFolder:
             found |= {
                 f"{kind} {text}": in_words(key, part[key]) for key, text in names.items() if key in part
             }
-        return found | {str(name): in_words(name, value) for name, value in sorted(self.settings.items())}
+        settings = {str(name): in_words(str(name), value) for name, value in self.settings.items()}
+        return found | dict(sorted(settings.items()))
 
     @property
     def texts(self) -> dict[str, str]:
