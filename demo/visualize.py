@@ -214,6 +214,10 @@ def main(args: argparse.Namespace) -> None:
     for note in weights.notes:
         log(f"note: {printable(note)}")
     paths, names, indices = choose_images(args)
+    if args.neighbours and len(paths) < 2:
+        raise UserError(
+            "--neighbours: needs several images; name a folder of them, and --rows how many to draw"
+        )
     masks = choose_masks(args, len(indices), model.patch_embed.grid_size)
     widest = max(1 + 3 * len(masks), 2 + weights.sizes["num_heads"] * args.attention, 1 + args.neighbours)
     if not args.full_size:

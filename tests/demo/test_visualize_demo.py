@@ -192,6 +192,11 @@ def test_features_and_each_panel_as_a_file(tmp_path, drawn, capsys):
     assert names == sorted(f"{stem}-{kind}.png" for stem in stems for kind in kinds)
     one, other = ((tmp_path / f"x/{stems[0]}-{kind}.png").read_bytes() for kind in ("image", "neighbour-1"))
     assert one == other and "left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--neighbours: needs several images; name a folder"):
+        run(
+            "--resume", checkpoint, *HEADS, folder / "000.jpg", "--neighbours", "--output", tmp_path / "z.png"
+        )
+    assert not (tmp_path / "z.png").exists()
 
 
 @pytest.mark.parametrize("way", ["tiles", "positions"])

@@ -93,7 +93,7 @@ def nearest(features: Tensor, queries: Sequence[int], count: int) -> Tensor:
     unit = F.normalize(features.double(), dim=1)
     likeness = unit[list(queries)] @ unit.T
     likeness[range(len(queries)), list(queries)] = -2.0
-    return likeness.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return likeness.argsort(dim=1, descending=True, stable=True)[:, : min(count, len(unit) - 1)]
 
 
 def neighbour_panels(
