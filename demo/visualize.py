@@ -188,7 +188,7 @@ def check_size(rows: int, columns: int, input_size: tuple[int, int]) -> None:
         most = rows * MAX_PIXELS // pixels
         raise UserError(
             f"{rows} rows: a picture of {pixels / 1e6:.0f} million pixels, which few viewers open; "
-            f"pass --rows N, at most {most}"
+            + (f"pass --rows N, at most {most}" if most else "shrink the image or leave out --full_size")
         )
 
 
@@ -236,12 +236,11 @@ def main(args: argparse.Namespace) -> None:
         kind = printable(weights.kind)
         log(f"{printable(weights.path)} holds no decoder ({kind}): no reconstructions, features only")
     elif args.full_size:
+        how = f"{masks[0][0]}, " if len(masks) == 1 else ""
+        caption = f"{name}, full size by {args.full_size}, {how}seed {args.seed}"
         for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
-            panels = full_panels(model, weights, paths[index], args)
-            how = f"{masks[0][0]}, " if len(masks) == 1 else ""
-            caption = f"{name}, full size by {args.full_size}, {how}seed {args.seed}"
             output = args.output if len(indices) == 1 else f"{stem}-{row}{end}"
-            write(panels, caption, [label], output, args, row)
+            write(full_panels(model, weights, paths[index], args), caption, [label], output, args, row)
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""
