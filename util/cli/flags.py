@@ -190,6 +190,7 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
          help="also save inside epochs, when N minutes have passed since the last save (0: no)")
     flag("--skip_nonfinite", default=0, type=at_least(0), metavar="N",
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
+    flag("--report", action="store_true", help="write report.html into --output_dir at the end (report.py)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
     # fmt: on
 

@@ -89,7 +89,7 @@ def nice_range(values: list[float]) -> tuple[float, float, float]:
     ten, at most eight of them.
     """
     low, high = min(values), max(values)
-    steps = (unit * 10.0**power for power in range(-6, 12) for unit in (1, 2, 5))
-    step = next(step for step in steps if (high - low) / step <= 6)
+    steps = (unit * 10.0**power for power in range(-6, 300) for unit in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step <= 6 and high + step > high)
     low, high = step * (low // step), step * -(-high // step)
     return low, max(high, low + step), step

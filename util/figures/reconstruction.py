@@ -15,7 +15,7 @@ from torch import Tensor
 
 from util.data.read import open_pil
 from util.errors import UserError
-from util.figures.canvas import draw_grid
+from util.figures.canvas import Panels, draw_grid
 from util.rng import masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -174,16 +174,14 @@ def reconstruction_grid(
     return draw_grid(headings, list(panels.values()), caption, row_labels)
 
 
-def ratio_grid(
+def ratio_panels(
     model: torch.nn.Module,
     images: Tensor,
     maskings: Sequence[tuple[str, Tensor, float]],
     mean: Sequence[float],
     std: Sequence[float],
-    caption: str | None = None,
-    row_labels: Sequence[str] | None = None,
     batch_size: int = 32,
-) -> Image.Image:
+) -> Panels:
     """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
 
     Args:
@@ -201,4 +199,4 @@ def ratio_grid(
         columns += panels[1:] if columns else panels
         titles += headings[1:]
         groups.append((title, 3))
-    return draw_grid(titles, columns, caption, row_labels, groups if len(maskings) > 1 else None)
+    return Panels(titles, columns, groups if len(maskings) > 1 else None)

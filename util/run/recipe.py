@@ -24,7 +24,7 @@ GROUPS = {
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir tracker track_checkpoints resume no_verify "
     "extend_from start_epoch max_steps save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq "
-    "print_freq skip_nonfinite bad_images eval split dist_eval save_predictions short_side resplit",
+    "report print_freq skip_nonfinite bad_images eval split dist_eval save_predictions short_side resplit",
 }
 RULES = {
     "model": "a change is an error",

@@ -259,5 +259,10 @@ def close_run(log_writer, guard: RunGuard) -> None:
     finish_saving()
     if log_writer is not None:  # a tracker may take the last checkpoint
         log_writer.close()
+    reports = getattr(guard.args, "report", False) and guard.output_dir and is_main_process()
     shut_down()
+    if reports and not guard.signum:
+        from util.report.page import write_at_end
+
+        write_at_end(guard.output_dir, owner.environment(), guard.device)
     guard.leave()
