@@ -135,6 +135,8 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
+    if not isinstance(model, overrides.get("make", torch.nn.Module)):
+        raise UserError(f"--decoder cross: {args.model} makes a model with a decoder of its own")
     patches = model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))
     if not 0 < kept < patches:

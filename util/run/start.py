@@ -19,14 +19,7 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.processes import signals
-from util.processes.collectives import (
-    check_agreement,
-    get_rank,
-    get_world_size,
-    is_main_process,
-    log,
-    warn,
-)
+from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log, warn
 from util.processes.group import init_distributed_mode, shut_down
 from util.run import owner
 from util.run.checkpoint import finish_saving, prepare_output_dir, save_in_background, wait_for_saving
