@@ -31,8 +31,8 @@ class Target:
 def make_target(model, args: Namespace, device: torch.device, dataset) -> Target:
     """The target that `args` ask for; UserError for what does not fit the model or each other.
 
-    Of "pca" the model gets `decoder_target_mean` and `_components`, which are not trained, fitted on `dataset` by the
-    first process; a resumed run has those of its checkpoint.
+    Of "pca" the model gets `decoder_target_mean` and `_components`, not trained but fitted on `dataset` by
+    the first process; a resumed run has those of its checkpoint.
     """
     side, channels, size = model.patch_size, model.in_chans, args.target_size
     divisors = [n for n in range(1, side + 1) if side % n == 0]
