@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.data.transforms import normalize_batch
 from util.errors import UserError
@@ -31,8 +31,8 @@ class Target:
 def make_target(model, args: Namespace, device: torch.device, dataset) -> Target:
     """The target that `args` ask for; UserError for what does not fit the model or each other.
 
-    Of "pca" the model gets the buffers `decoder_target_mean` and `_components`, fitted on `dataset` by the
-    first process; a resumed run has those of its checkpoint.
+    Of "pca" the model gets `decoder_target_mean` and `_components`, not trained but fitted on `dataset` by
+    the first process; a resumed run has those of its checkpoint.
     """
     side, channels, size = model.patch_size, model.in_chans, args.target_size
     divisors = [n for n in range(1, side + 1) if side % n == 0]
@@ -53,8 +53,8 @@ def make_target(model, args: Namespace, device: torch.device, dataset) -> Target
         if size > numbers:
             raise UserError(f"--target_size {size}: a patch has {numbers} numbers")
         mean, components, share = gather(fit(model, dataset, args, size) if is_main_process() else None)[0]
-        model.register_buffer("decoder_target_mean", mean.float())
-        model.register_buffer("decoder_target_components", components.float())
+        for name, value in (("mean", mean), ("components", components)):  # as the fixed position tables
+            setattr(model, f"decoder_target_{name}", nn.Parameter(value.float(), requires_grad=False))
         text = f"{size} principal components of patches, {share:.1%} of their variance"
         return Target(size, coefficients, text)
     if args.teacher_loss or args.teacher_weight or args.teacher_block or args.fsdp or not args.teacher:
