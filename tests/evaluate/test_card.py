@@ -14,7 +14,7 @@ from util.evaluate.card_output import differences
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_from_features, knn_votes
 from util.evaluate.layers import EveryBlock, Layers, RawPixels, effective_rank
-from util.evaluate.probes import one_class_each
+from util.evaluate.tasks import one_class_each
 from util.figures.depth import draw_depth, nice_range
 
 

@@ -24,6 +24,13 @@ def deal(groups: np.ndarray, strata: np.ndarray, folds: int) -> np.ndarray:
     return fold_of[place]
 
 
+def strata_of(labels: np.ndarray) -> np.ndarray:
+    """One number of each image by which folds are to be alike: class, number of labels, first number."""
+    if labels.ndim == 1:
+        return labels
+    return labels.sum(axis=1) if np.isin(labels, (0, 1)).all() else labels[:, 0]
+
+
 def check_folds(args: Namespace, number: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
     """Raises UserError where a fold, of any number, leaves a class out of its val or of its train.
 
