@@ -1,18 +1,25 @@
 """Writes a report card: a table in Markdown, JSON, a picture."""
 
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from util.errors import TrainingError
 from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan
+from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE
 from util.files import printable, replacing
 from util.processes.collectives import log
 
 DEPTH = {"knn": "k-NN", "linear": "linear", "linear_norm": "BN, linear", "rank": "effective rank"}
-COMPARED = ("knn", "linear", "linear_norm", "attentive")
+COMPARED = {  # and their colours
+    "knn": (0, 114, 178), "linear": (213, 94, 0), "linear_norm": (0, 158, 115), "attentive": (204, 121, 167)
+}  # fmt: skip
+WIDTH, HEIGHT = 560, 420  # of a panel, in pixels
+STEPS = [unit * 10.0**power for power in range(-2, 12) for unit in (1, 2, 5)]  # of its axis
 
 
 def card_record(
@@ -91,6 +98,11 @@ def markdown(record: dict) -> str:
         "",
         *_table(head, rows),
     ]
+    if figures := {key: row["figures"] for key, row in first.items() if row["figures"]}:
+        head = ["", *next(iter(figures.values()))]
+        cells = [["-" if v is None else f"{v:.4g}" for v in found.values()] for found in figures.values()]
+        rows = [[PROTOCOLS[key], *row] for key, row in zip(figures, cells, strict=True)]
+        lines += ["", f"Further figures of {next(iter(columns))}:", "", *_table(head, rows)]
     if record["differences"]:
         lines += ["", "Differences, on the same images:", ""]
         lines += [f"- {one['what']}: {_interval(one, '+.1f')}" for one in record["differences"]]
@@ -129,22 +141,48 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _picture_parts(record: dict) -> tuple[str, dict, dict]:
-    """Title, panels and levels for `draw_depth`: encoders have panels, pixels a level."""
-    panels, levels = {}, {}
-    for name, column in record["columns"].items():
-        series = {}
-        for key in COMPARED:
-            for block, tokens, value in column["depth"].get(key, ()):
-                text = PROTOCOLS[key].split(":")[0]
-                text += {"class": ", class token", "mean": ", mean of patches"}.get(tokens, "")
-                if block:
-                    series.setdefault(text, []).append((block, value))
-                elif key == "linear_norm":
-                    levels[f"{name}: {text}"] = value
-        if series:
-            panels[name] = series
-    return f"{record['metric']} of {printable(Path(record['finetune']).name)}, over depth", panels, levels
+def draw_depth(record: dict) -> Image.Image:
+    """The metric over the blocks, a panel for each encoder: thin lines are of the class token, grey ones of
+    raw pixels (BatchNorm, linear).
+    """
+    names = [name for name, column in record["columns"].items() if len(column["depth"]["rank"]) > 1]
+    depths = {name: column["depth"] for name, column in record["columns"].items()}
+    points = [point for depth in depths.values() for key in COMPARED for point in depth.get(key, ())]
+    last, values = max(block for block, *_ in points), [value for *_, value in points]
+    step = next(step for step in STEPS if max(values) - min(values) <= 6 * step)
+    low, high = step * (min(values) // step), step * (max(values) // step + 1)
+    font, picture = (
+        ImageFont.load_default(13),
+        Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND),
+    )
+    draw = ImageDraw.Draw(picture)
+    title = f"{record['metric']} of {printable(Path(record['finetune']).name)}, over its blocks"
+    draw.text((18, 12), title, INK, ImageFont.load_default(16))
+    for i, name in enumerate(names):
+
+        def place(block: float, value: float, left=i * WIDTH + 60) -> tuple[float, float]:
+            x = left + (block - 1) / max(last - 1, 1) * (WIDTH - 90)
+            return x, HEIGHT - (value - low) / (high - low) * (HEIGHT - 70)
+
+        draw.text((place((1 + last) / 2, 0)[0], 42), name, INK, font, anchor="ma")
+        for tick in range(round((high - low) / step) + 1):
+            y = place(1, low + tick * step)[1]
+            draw.line((i * WIDTH + 46, y, (i + 1) * WIDTH - 18, y), RULE)
+            draw.text((i * WIDTH + 40, y), f"{low + tick * step:g}", FAINT_INK, font, anchor="rm")
+        for block in range(last, 0, last // -16):
+            draw.text((place(block, low)[0], HEIGHT + 5), f"{block}", FAINT_INK, font, anchor="ma")
+        for block, _, value in [point for d in depths.values() for point in d["linear_norm"] if not point[0]]:
+            draw.line((*place(1, value), *place(last, value)), FAINT_INK)
+        for (key, ink), tokens in itertools.product(COMPARED.items(), ("class", "mean", "patches")):
+            spots = [place(b, value) for b, kind, value in depths[name].get(key, ()) if kind == tokens]
+            draw.line(spots, ink, 1 if tokens == "class" else 3)
+            for x, y in spots:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
+    for i, (key, ink) in enumerate(COMPARED.items()):
+        x, y = 18 + WIDTH // 4 * i, HEIGHT + 50
+        draw.line((x, y, x + 25, y), ink, 3)
+        draw.text((x + 32, y), PROTOCOLS[key].split(":")[0], INK, font, anchor="lm")
+    return picture
 
 
 def write_card(folder: str, record: dict, text: str) -> None:
@@ -153,9 +191,7 @@ def write_card(folder: str, record: dict, text: str) -> None:
     """
     if not folder:
         return
-    from util.figures.depth import draw_depth
-
-    picture = draw_depth(*_picture_parts(record))
+    picture = draw_depth(record)
     writes = {
         "card.md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
         "card.json": lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"),

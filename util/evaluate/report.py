@@ -115,7 +115,7 @@ def target_table(predictions: Predictions, dataset: LabelledImages) -> str:
 
 
 def choose_thresholds(loader, model, device, args, targets: Targets) -> None:
-    """Sets the thresholds of `targets` to those of the best F1 on a loader's images; alike on all processes."""
+    """Sets the thresholds of `targets` to those of the best F1 on a loader's images, on all processes."""
     predictions = predict_samples(loader, model, device, args, targets.task)
     values = targets.values(torch.from_numpy(predictions.outputs)).numpy()
     targets.thresholds = best_thresholds(predictions.labels, values)
