@@ -36,6 +36,7 @@ from util.evaluate.card_output import card_record, markdown, write_card
 from util.evaluate.exact import eval_loader
 from util.evaluate.knn import knn_sets
 from util.evaluate.layers import EveryBlock, RawPixels, check_memory, extract_layers
+from util.evaluate.normal import anomaly_scores, measure_anomaly
 from util.evaluate.tasks import task_of
 from util.processes.collectives import check_agreement, gather, is_main_process, log
 from util.processes.group import init_distributed_mode, shut_down
@@ -47,6 +48,7 @@ from util.sizes import image_size
 from util.weights.build import build, random_encoder
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
+from util.weights.flags import add_decoder_args
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -66,6 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--token_blocks", type=int, nargs="+", metavar="N",
          help="blocks, counted from 1, whose patch tokens are kept for attentive probing; 0: none (default: "
               "the last, and the one at three quarters)")
+    flag("--normal", metavar="CLASS",
+         help="also the AUROC of the reconstruction error as an anomaly score: this class against the others")
     flag("--steps", default=300, type=at_least(1), help="of 256 images, that a probe learns for")
     flag("--memory", default=16.0, type=at_least(0, float), metavar="GB",
          help="that the features may take at most")
@@ -78,6 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="of the held-out part, the probes' batches, draws of few labels, and the random encoder")
     flag("--output_dir", default="./output_evaluate", help="where the card goes (default: %(default)s)")
     # fmt: on
+    add_decoder_args(parser)
     add_label_args(parser, trains=False)
     add_data_args(parser)
     add_distributed_args(parser)
@@ -88,7 +93,7 @@ def read_encoder(args: argparse.Namespace, given: set[str]) -> WeightsFile:
     """What the file says of its encoder; `args` get the image settings, UserError where they contradict."""
     content = read_file(args.finetune, "--finetune", not args.no_verify)
     try:
-        weights = describe(content, args.finetune, args, "encoder")
+        weights = describe(content, args.finetune, args, "full" if args.normal else "encoder")
     except UserError as error:
         raise UserError(str(error).replace("--resume ", "--finetune ")) from None
     channels = weights.sizes["in_chans"]
@@ -135,8 +140,9 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     ]
 
     # What is measured
+    scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
     blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
-    sources = {"encoder": EveryBlock(build(weights), blocks)}
+    sources = {"encoder": EveryBlock(build(weights, "encoder"), blocks)}
     if args.baselines:
         seed_all(args.seed)
         sources["random encoder"] = EveryBlock(random_encoder(weights), blocks)
@@ -162,8 +168,9 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
             columns[name] = make_column(train, val, plan)
             log(f"{name}: features in {passed - began:.0f} s, probes in {time.time() - passed:.0f} s")
         del train, val
+    anomaly = measure_anomaly(scores, (train_set, val_set), args, weights, device) if scores else None
     if is_main_process():
-        record = card_record(columns, args, plan, train_set, val_set, time.time() - start)
+        record = card_record(columns, args, plan, train_set, val_set, time.time() - start, anomaly)
         text = markdown(record)
         log(text)
         write_card(args.output_dir, record, text)

@@ -49,7 +49,7 @@ from util.recipes.classifier import (
     start_from,
 )
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
-from util.recipes.labels import LabelMixup, classifier_info, target_loss
+from util.recipes.labels import classifier_info, label_mixup, target_loss
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
@@ -124,7 +124,7 @@ def build_criterion(
             "mode": args.mixup_mode,
         }
         if loss and loss.task != "class":
-            mixup = LabelMixup(loss.task, **options)
+            mixup = label_mixup(loss.task, **options)
         else:
             mixup = Mixup(label_smoothing=args.smoothing, num_classes=args.nb_classes, **options)
     if loss or mixup:

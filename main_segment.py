@@ -1,7 +1,7 @@
 r"""Segments images: a pre-trained encoder under a head that gives each pixel a class.
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
-    python demo/make_masks.py shapes
+    python demo/make_shapes.py --masks shapes
     python main_segment.py --data_path shapes --finetune output_dir/checkpoint-9.pth --mode linear \
         --model vit_tiny_patch16 --input_size 64 --patch_size 8 --epochs 5 --warmup_epochs 1
 

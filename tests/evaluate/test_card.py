@@ -10,12 +10,12 @@ import models_mae
 import models_vit
 from util.errors import UserError
 from util.evaluate.card import PROTOCOLS, Column, Plan, make_column, make_row, stratified
-from util.evaluate.card_output import differences
+from util.evaluate.card_output import COMPARED, differences, draw_depth
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_from_features, knn_votes
 from util.evaluate.layers import EveryBlock, Layers, RawPixels, effective_rank
-from util.evaluate.tasks import one_class_each
-from util.figures.depth import draw_depth, nice_range
+from util.evaluate.tasks import auroc, one_class_each, r2, task_of
+from util.figures.canvas import FAINT_INK
 
 
 def models():
@@ -140,15 +140,18 @@ def test_intervals_of_the_same_images():
 
 
 def test_a_curve_is_where_its_figures_are():
-    series = {"linear, mean of patches": [(1, 10.0), (2, 30.0)], "attentive": [(2, 20.0)]}
-    picture = draw_depth("x", {"a": series, "b": series}, {"pixels": 20.0})
-    blue, orange = (0, 114, 178), (213, 94, 0)
-    pixels = np.asarray(picture)
-    rows, columns = np.nonzero((pixels == blue).all(-1))
-    panel = columns < picture.width // 2
+    depth = {"rank": [(1, "class", 2.0), (1, "mean", 2.0)], "attentive": [(2, "patches", 20.0)]}
+    depth |= {"linear": [(1, "mean", 10.0), (2, "mean", 30.0)], "knn": [], "linear_norm": []}
+    pixels = {"rank": [(0, "pixels", 3.0)], "linear_norm": [(0, "pixels", 20.0)]}
+    columns = {"encoder": depth, "random encoder": depth, "raw pixels": pixels}
+    columns = {name: {"depth": depth} for name, depth in columns.items()}
+    picture = draw_depth({"columns": columns, "metric": "accuracy (%)", "finetune": "a.pth"})
+    drawn, (linear, attentive) = np.asarray(picture), (COMPARED["linear"], COMPARED["attentive"])
+    rows, places = np.nonzero((drawn[:420] == linear).all(-1))
+    panel = places < picture.width // 2
     assert panel.any() and not panel.all()  # in both
-    upper, lower = rows[panel & (columns > 300)].min(), rows[panel & (columns < 100)]
-    dots, _ = np.nonzero((pixels[:400] == orange).all(-1))
-    assert upper < dots.mean() < lower.min() + 10
-    assert nice_range([3.0, 3.0])[0] <= 3 < nice_range([3.0, 3.0])[1]
-    assert nice_range([12.0, 47.5]) == (10.0, 50.0, 10.0)
+    upper, lower = rows[panel & (places > 400)].min(), rows[panel & (places < 100)]
+    dots, _ = np.nonzero((drawn[:420] == attentive).all(-1))
+    assert upper + 50 < dots.mean() < lower.min() - 50
+    level = (drawn[round(dots.mean()), 100:400] == FAINT_INK).all(-1)  # of the pixels, as high as the dot
+    assert level.mean() > 0.9

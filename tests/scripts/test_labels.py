@@ -24,7 +24,7 @@ from util.cli.parser import ArgumentParser, parse_args
 from util.data.labelled import labelled_images
 from util.errors import UserError
 from util.evaluate.knn import knn_values
-from util.recipes.labels import LabelMixup, TargetLoss, target_loss
+from util.recipes.labels import TargetLoss, label_mixup, target_loss
 from util.weights.describe import read_model_info
 from util.weights.files import read_file
 
@@ -295,7 +295,7 @@ def test_mixed_labels_are_the_shares_of_the_pictures():
     torch.manual_seed(0)
     np.random.seed(0)
     images, labels = torch.rand(6, 1, 4, 4), (torch.rand(6, 5) < 0.5).float()
-    mixed, soft = LabelMixup("labels", mixup_alpha=0.8, cutmix_alpha=0.0)(images.clone(), labels)
+    mixed, soft = label_mixup("labels", mixup_alpha=0.8, cutmix_alpha=0.0)(images.clone(), labels)
     share = ((mixed - images.flip(0)) / (images - images.flip(0))).mean()
     torch.testing.assert_close(soft, share * labels + (1 - share) * labels.flip(0), rtol=0, atol=1e-5)
     assert 0.01 < share < 0.99

@@ -310,5 +310,5 @@ def test_an_evaluation_is_that_of_the_run(masked, encoder, tmp_path, capsys):
 
 
 def test_without_data_it_says_what_is_needed(capsys):
-    with pytest.raises(UserError, match=r"demo/make_masks\.py DIR"):
+    with pytest.raises(UserError, match=r"demo/make_shapes\.py --masks DIR"):
         run(main_segment)

@@ -136,11 +136,16 @@ def find_masked(split: str, args: Namespace) -> tuple[ImageFiles, str]:
     """
     if args.data_path is None:
         raise UserError(
-            f"--data_path: is needed; {LAYOUT}; python demo/make_masks.py DIR makes a painted set"
+            f"--data_path: is needed; {LAYOUT}; python demo/make_shapes.py --masks DIR makes a painted set"
         )
-    if not isinstance(args.data_path, str | os.PathLike) or not os.path.isdir(args.data_path):
-        raise UserError(f"--data_path {printable(str(args.data_path))}: must be one folder; {LAYOUT}")
-    place = f"--data_path {printable(args.data_path)}"
+    place, one = (
+        f"--data_path {printable(str(args.data_path))}",
+        isinstance(args.data_path, str | os.PathLike),
+    )
+    if one and not os.path.exists(args.data_path):
+        raise UserError(f"{place}: does not exist")
+    if not one or not os.path.isdir(args.data_path):
+        raise UserError(f"{place}: must be one folder; {LAYOUT}")
     folder = split_folder(args.data_path, split)
     if folder is None:
         raise UserError(f"{place}: has no {split}/ folder; {LAYOUT}")

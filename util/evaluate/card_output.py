@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.errors import TrainingError
-from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan
+from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan, Row
+from util.evaluate.normal import SCORES
 from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE
 from util.files import printable, replacing
 from util.processes.collectives import log
@@ -23,10 +24,16 @@ STEPS = [unit * 10.0**power for power in range(-2, 12) for unit in (1, 2, 5)]  #
 
 
 def card_record(
-    columns: dict[str, Column], args: Namespace, plan: Plan, train_set, val_set, seconds: float
+    columns: dict[str, Column], args: Namespace, plan: Plan, train_set, val_set, seconds: float, anomaly=None
 ) -> dict:
-    """All of a card that can be written as JSON."""
-    return {
+    """All of a card that can be written as JSON; `anomaly`: of `measure_anomaly`."""
+    found = {}
+    if anomaly is not None:
+        text, rows = anomaly
+        pair = f"{SCORES['loss']}: above {SCORES['brightness']}", rows["loss"], rows["brightness"]
+        found = {"anomaly": {"what": text, "rows": {key: _plain(row) for key, row in rows.items()},
+                             "difference": _difference(*pair)}}  # fmt: skip
+    return found | {
         "finetune": args.finetune,
         "data": {"train": train_set.describe(), "val": val_set.describe()},
         "images": list(next(iter(columns.values())).images),  # without those that cannot be read
@@ -65,11 +72,12 @@ def differences(columns: dict[str, Column]) -> list[dict]:
             (f"{own}: attentive above {PROTOCOLS[key]}", first.rows["attentive"], first.rows[key])
             for key in ("linear", "linear_norm")
         ]
-    found = []
-    for text, one, two in pairs:
-        low, high = np.percentile(one.samples - two.samples, [2.5, 97.5]).tolist()
-        found.append({"what": text, "difference": one.score - two.score, "low": low, "high": high})
-    return found
+    return [_difference(*pair) for pair in pairs]
+
+
+def _difference(text: str, one: Row, two: Row) -> dict:
+    low, high = np.nanpercentile(one.samples - two.samples, [2.5, 97.5]).tolist()
+    return {"what": text, "difference": one.score - two.score, "low": low, "high": high}
 
 
 def markdown(record: dict) -> str:
@@ -106,6 +114,10 @@ def markdown(record: dict) -> str:
     if record["differences"]:
         lines += ["", "Differences, on the same images:", ""]
         lines += [f"- {one['what']}: {_interval(one, '+.1f')}" for one in record["differences"]]
+    if anomaly := record.get("anomaly"):
+        rows = [[SCORES[key], _interval(row)] for key, row in anomaly["rows"].items()]
+        lines += ["", f"Anomalies: {printable(anomaly['what'])}.", "", *_table(["score", "AUROC (%)"], rows)]
+        lines += ["", f"{anomaly['difference']['what']}: {_interval(anomaly['difference'], '+.1f')}"]
     for name, column in columns.items():
         if len(column["depth"]["rank"]) > 1:
             lines += ["", f"Over depth, {name}:", "", *_depth_table(column["depth"])]
@@ -171,7 +183,8 @@ def draw_depth(record: dict) -> Image.Image:
             draw.text((i * WIDTH + 40, y), f"{low + tick * step:g}", FAINT_INK, font, anchor="rm")
         for block in range(last, 0, last // -16):
             draw.text((place(block, low)[0], HEIGHT + 5), f"{block}", FAINT_INK, font, anchor="ma")
-        for block, _, value in [point for d in depths.values() for point in d["linear_norm"] if not point[0]]:
+        pixels = (value for d in depths.values() for block, _, value in d["linear_norm"] if block == 0)
+        for value in pixels:
             draw.line((*place(1, value), *place(last, value)), FAINT_INK)
         for (key, ink), tokens in itertools.product(COMPARED.items(), ("class", "mean", "patches")):
             spots = [place(b, value) for b, kind, value in depths[name].get(key, ()) if kind == tokens]

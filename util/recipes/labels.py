@@ -1,6 +1,7 @@
 """Flags of labels as they are (`--labels`), what is checked before the first step, and the losses."""
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -215,25 +216,17 @@ def target_loss(
     return None if task == "class" and weight is None else TargetLoss(task, smoothing, weight)
 
 
-class LabelMixup:
-    """Mixes images (N, C, H, W) and several labels (N, K) alike, to soft labels for binary cross entropy.
-
-    Args:
-        task: of the labels. options: of timm's Mixup, without num_classes and label_smoothing.
-
-    Raises UserError for numbers: half of one picture over another need not have half of its number.
+def label_mixup(task: str, **options) -> Callable:
+    """timm's Mixup, of `options`, for several labels (N, K), which become the shares of the two pictures'.
+    UserError for numbers: half of one picture over another need not have half of its number.
     """
+    if task == "numbers":
+        advice = "pass --mixup 0 --cutmix 0, and no --cutmix_minmax"
+        raise UserError(f"--mixup, --cutmix: no number is between those of two pictures; {advice}")
 
-    def __init__(self, task: str, **options):
-        if task == "numbers":
-            advice = "pass --mixup 0 --cutmix 0, and no --cutmix_minmax"
-            raise UserError(
-                f"--mixup, --cutmix: a mixed picture has no number between those of its two; {advice}"
-            )
-        self.options = options
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         places = torch.arange(len(images), device=images.device)  # as if each image were a class of its own
-        mix = Mixup(**self.options, label_smoothing=0.0, num_classes=len(images))
-        images, shares = mix(images, places)
+        images, shares = Mixup(**options, label_smoothing=0.0, num_classes=len(images))(images, places)
         return images, shares.to(labels.dtype) @ labels
+
+    return mix
