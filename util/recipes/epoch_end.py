@@ -18,6 +18,7 @@ from util.processes.collectives import get_world_size, log
 from util.processes.parallel import full_copy
 from util.recipes.labels import threshold_set
 from util.recipes.probe import feature_loader
+from util.run.guard import RunGuard
 from util.run.run_log import write_log
 from util.run.start import RunState
 
@@ -54,6 +55,19 @@ class ClassifierEpochEnd:
             self.held_loader = eval_loader(held, self.args)
         elif held:
             self.held_loader = feature_loader(self.state.model.eval(), held, self.args, self.device)
+
+    def end(self, epoch: int, stats: dict[str, float], guard: RunGuard) -> None:
+        """All processes call this after `epoch`, which was perhaps left inside; `guard` says then that the run
+        ends. stats: the epoch's averages, for the log.
+        """
+        guard.dataset.report_bad_images()
+        if guard.inside_epoch:
+            return
+        if guard.signal_came():  # there may be little time: evaluate after resuming
+            return self.state.save(epoch, stats=stats)
+        self.finish(epoch, stats)
+        if epoch + 1 < self.args.epochs:  # one that came during the evaluation ends the run now
+            guard.signal_came()
 
     def finish(self, epoch: int, stats: dict[str, float]) -> None:
         """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
