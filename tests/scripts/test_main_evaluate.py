@@ -150,8 +150,8 @@ def test_a_card_of_a_table(kind, pictures, table, encoder, tmp_path, capsys):
 
 CLASS, LABELS, NUMBERS = (f"--label_columns {columns}" for columns in KINDS.values())
 BAD_TABLES = {
-    "a row without a file": ("train/red/0", "train/red/99", "", "1 of 48 rows have no file there"),
-    "a file without a row": ("train/red/0.png.*\n", "", "", "1 of 48 files have no row: train/red/0.png"),
+    "a row without a file": ("train/red/0", "train/red/99", CLASS, "1 of 48 rows have no file there"),
+    "a file without a row": ("train/red/0.png.*\n", "", CLASS, "1 of 48 files have no row: train/red/0.png"),
     "one image of a class": (
         "in/red/0.png,red",
         "in/red/0.png,wine",

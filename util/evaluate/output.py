@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,24 +72,19 @@ def write_csv(
     targets = targets or Targets()
     ranks = range(predictions.classes.shape[1])
 
-    def rows() -> Iterator[list]:
-        if targets.task == "class":
-            yield ["path", *(f"{name}_{i + 1}" for i in ranks for name in ("class", "probability"))]
-            for name, places, shares in zip(
-                files, predictions.classes, predictions.probabilities, strict=True
-            ):
-                cells = ((class_names[i], f"{p:.6f}") for i, p in zip(places, shares, strict=True))
-                yield [name, *(cell for pair in cells for cell in pair)]
+    with csv_writer(path, "--csv") as writer:
+        if targets.task != "class":
+            words = ("probability ", "prediction ") if targets.thresholds else ("",)
+            writer.writerow(["path", *(word + name for name in class_names for word in words)])
+            for name, values in zip(files, predictions.probabilities.tolist(), strict=True):
+                pairs = zip(values, targets.thresholds or (), strict=False)
+                cells = [cell for value, least in pairs for cell in (f"{value:.6f}", int(value >= least))]
+                writer.writerow([name, *(cells or [f"{value:.7g}" for value in values])])
             return
-        words = ("probability ", "prediction ") if targets.thresholds else ("",)
-        yield ["path", *(word + name for name in class_names for word in words)]
-        for name, values in zip(files, predictions.probabilities.tolist(), strict=True):
-            pairs = zip(values, targets.thresholds or (), strict=False)
-            cells = [cell for value, least in pairs for cell in (f"{value:.6f}", int(value >= least))]
-            yield [name, *(cells or [f"{value:.7g}" for value in values])]
-
-    with _replacing("--csv", path) as temporary:
-        write_rows(temporary, rows())
+        writer.writerow(["path", *(f"{name}_{i + 1}" for i in ranks for name in ("class", "probability"))])
+        for name, classes, shares in zip(files, predictions.classes, predictions.probabilities, strict=True):
+            cells = ((class_names[i], f"{p:.6f}") for i, p in zip(classes, shares, strict=True))
+            writer.writerow([name, *(cell for pair in cells for cell in pair)])
 
 
 def check_new_folder(flag: str, path: str) -> None:
@@ -103,12 +98,11 @@ def write_losses(path: str, files: list[str], losses: np.ndarray, maps: Sequence
     """Writes path, loss, largest: of each image the mean of its patches' `losses` (n, L) and the largest; and
     where there are `maps` (n names), map.
     """
-    rows = [["path", "loss", "largest", *(["map"] if maps else [])]]
-    for i, (name, values) in enumerate(zip(files, losses, strict=True)):
-        row = [name, f"{values.mean(dtype=np.float64):.7g}", f"{values.max():.7g}"]
-        rows.append(row + ([maps[i]] if maps else []))
-    with _replacing("--loss", path) as temporary:
-        write_rows(temporary, rows)
+    with csv_writer(path, "--loss") as writer:
+        writer.writerow(["path", "loss", "largest", *(["map"] if maps else [])])
+        for i, (name, values) in enumerate(zip(files, losses, strict=True)):
+            row = [name, f"{values.mean(dtype=np.float64):.7g}", f"{values.max():.7g}"]
+            writer.writerow(row + ([maps[i]] if maps else []))
 
 
 def write_maps(folder: str, files: list[str], losses: np.ndarray, grid: tuple[int, int]) -> list[str]:
@@ -152,10 +146,13 @@ def write_features(
         np.savez(file, **arrays)
 
 
-def write_rows(path: Path, rows: Iterable[Sequence]) -> None:
-    """Writes a CSV file; names of files may be any bytes."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows(rows)
+@contextlib.contextmanager
+def csv_writer(path: str | Path, flag: str = "") -> Iterator:
+    """A `csv.writer` of a file that takes the place of `path` when it is whole; UserError names a `flag`."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    replaces = _replacing(flag, path) if flag else replacing(path)
+    with replaces as temporary, open(temporary, "w", **text) as file:
+        yield csv.writer(file)
 
 
 @contextlib.contextmanager

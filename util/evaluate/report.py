@@ -1,7 +1,6 @@
 """What an evaluation reports per class, label or number and per image: tables, a CSV file, a picture."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from util.data.labelled import LabelledImages
 from util.data.targets import Targets
 from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
 from util.evaluate.metrics import METRICS, best_thresholds, measure, measures_all
-from util.evaluate.output import write_rows
+from util.evaluate.output import csv_writer
 from util.figures.canvas import save_png
 from util.files import printable, replacing, some
 from util.processes.collectives import gather, is_main_process, log, warn
@@ -155,17 +154,13 @@ def write_predictions(path: str | Path, predictions: Predictions, paths, class_n
     """
     each = [] if predictions.outputs is None else class_names
     shares = torch.from_numpy(predictions.outputs).softmax(dim=1).numpy() if each else None
-
-    def rows() -> Iterator[list]:
-        yield ["path", "label", "prediction", "correct", "confidence", "loss", *each]
+    with csv_writer(path) as writer:
+        writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss", *each])
         for i, index in enumerate(predictions.indices.tolist()):
             label, best = predictions.labels[i], predictions.top[i, 0]
             figures = predictions.confidence[i], predictions.losses[i], *(shares[i] if each else ())
             named = class_names[label], class_names[best], int(label == best)
-            yield [paths[index], *named, *(f"{figure:.6f}" for figure in figures)]
-
-    with replacing(path) as temporary:
-        write_rows(temporary, rows())
+            writer.writerow([paths[index], *named, *(f"{figure:.6f}" for figure in figures)])
 
 
 def write_target_predictions(path: Path, predictions: Predictions, dataset: LabelledImages) -> None:
@@ -174,16 +169,16 @@ def write_target_predictions(path: Path, predictions: Predictions, dataset: Labe
     """
     targets, (labels, values) = dataset.targets, values_of(predictions, dataset)
     words = ["label", "probability", "prediction"] if targets.thresholds else ["value", "prediction"]
-    rows = [["path", *(f"{word} {name}" for name in targets.names for word in words)]]
-    for row, index in enumerate(predictions.indices.tolist()):
-        rows.append([dataset.files.paths[index]])
-        for k, (label, value) in enumerate(zip(labels[row].tolist(), values[row].tolist(), strict=True)):
-            if targets.thresholds:
-                rows[-1] += [int(label), f"{value:.6f}", int(value >= targets.thresholds[k])]
-            else:
-                rows[-1] += [f"{label:.15g}", f"{value:.12g}"]
-    with replacing(path) as temporary:
-        write_rows(temporary, rows)
+    with csv_writer(path) as writer:
+        writer.writerow(["path", *(f"{word} {name}" for name in targets.names for word in words)])
+        for row, index in enumerate(predictions.indices.tolist()):
+            cells = []
+            for k, (label, value) in enumerate(zip(labels[row].tolist(), values[row].tolist(), strict=True)):
+                if targets.thresholds:
+                    cells += [int(label), f"{value:.6f}", int(value >= targets.thresholds[k])]
+                else:
+                    cells += [f"{label:.15g}", f"{value:.12g}"]
+            writer.writerow([dataset.files.paths[index], *cells])
 
 
 def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:

@@ -57,8 +57,8 @@ class ClassifierEpochEnd:
             self.held_loader = feature_loader(self.state.model.eval(), held, self.args, self.device)
 
     def end(self, epoch: int, stats: dict[str, float], guard: RunGuard) -> None:
-        """All processes call this after `epoch`, which was perhaps left inside; `guard` says then that the run
-        ends. stats: the epoch's averages, for the log.
+        """All processes call this after `epoch`, which was perhaps left inside: `guard` then ends the run.
+        stats: averages of the epoch, for the log.
         """
         guard.dataset.report_bad_images()
         if guard.inside_epoch:
