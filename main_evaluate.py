@@ -14,6 +14,7 @@ printed, card.json, card.png (accuracy over depth), and a line of log.txt.
 """
 
 import argparse
+import math
 import time
 
 import torch
@@ -151,7 +152,11 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
 
     strata = torch.as_tensor(strata_of(train_set.files.labels))
     groups = getattr(train_set.files, "groups", None)
-    task = task_of(val_set.targets, bool(args.labels))
+    task, truth = task_of(val_set.targets, bool(args.labels)), val_set.files.labels
+    if math.isnan(task.metric(truth, truth)):
+        raise UserError(
+            f"{val_set.files.source}: {task.name} is not defined, as all evaluated images are alike"
+        )
     whole = Plan(task, strata, args.seed, args.steps, device, groups=groups)
     whole.split()  # before the first pass, if it cannot be
 

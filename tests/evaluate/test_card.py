@@ -138,10 +138,11 @@ def test_what_is_held_out_of_a_table_parts_no_group():
     groups, labels = np.arange(60) // 4, torch.arange(60) % 2
     learns, held = Plan(one_class_each(2), labels, groups=groups).split()
     assert len(held) == 12 and not set(groups[held]) & set(groups[learns])
+    assert Plan(one_class_each(2), labels, seed=1, groups=groups).split()[1].tolist() != held.tolist()
     some = Plan(one_class_each(2), labels, groups=groups).of(torch.arange(60) >= 8)
     assert len(some.strata) == len(some.groups) == 52 and some.groups[0] == 2
     with pytest.raises(UserError, match="all images are of one group"):
-        Plan(one_class_each(2), labels, groups=np.zeros(60)).split()
+        Plan(one_class_each(2), labels, groups=np.zeros(60, int)).split()
 
 
 @pytest.mark.parametrize("seed", range(20))

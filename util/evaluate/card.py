@@ -103,7 +103,10 @@ class Plan:
         if self.groups is None:
             held = stratified(self.strata, _fifth, derive_seed(self.seed, 1))
         else:
-            held = torch.from_numpy(deal(self.groups, self.strata.numpy(), round(1 / HELD)) == 0)
+            order = np.random.RandomState(derive_seed(self.seed, 1) % 2**32).permutation(
+                self.groups.max() + 1
+            )
+            held = torch.from_numpy(deal(order[self.groups], self.strata.numpy(), round(1 / HELD)) == 0)
             held = held.nonzero().flatten() if not held.all() else held[:0]
         if not len(held):
             what = "no class has two images" if self.groups is None else "all images are of one group"

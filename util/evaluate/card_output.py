@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from util.errors import TrainingError
 from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan, Row
 from util.evaluate.normal import SCORES
-from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE
+from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE, save_png
 from util.files import printable, replacing
 from util.processes.collectives import log
 
@@ -205,15 +205,11 @@ def write_card(folder: str, record: dict, text: str) -> None:
     if not folder:
         return
     picture = draw_depth(record)
-    writes = {
-        "card.md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        "card.json": lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"),
-        "card.png": lambda path: picture.save(path, format="PNG"),
-    }
     try:
-        for name, write in writes.items():
+        for name, content in {"card.md": text, "card.json": json.dumps(record, indent=1)}.items():
             with replacing(Path(folder) / name) as temporary:
-                write(temporary)
+                temporary.write_text(content + "\n", encoding="utf-8")
+        save_png(picture, Path(folder) / "card.png")
     except OSError as error:
         raise TrainingError(f"{folder}: the card was not written: {error.strerror or error}") from None
     log(f"wrote {printable(Path(folder) / 'card.md')}, card.json and card.png")
