@@ -166,7 +166,7 @@ BAD_TABLES = {
         "bright, red: alike in all images",
     ),
     "text": (r"(?m)^(train/red/0.png,red,0,1),[\d.]+", r"\1,heavy", NUMBERS, "heavy, which is no number"),
-    "numbers alike in val": (r"(?m)^(val/.*?,.,.,).*,", r"\1 1,2,", NUMBERS, "R2 x 100 is not defined"),
+    "numbers alike in val": (r"(?m)^(val.*?,\d,\d,).*,", r"\g<1>1,2,", NUMBERS, "R2 x 100 is not defined"),
     "one group": (",g[0-9]+", ",g1", LABELS, "train/: all images are of one group"),
     "a fold without a class": (",red,(.*),g.*", r",red,\1,a", CLASS + " --folds 2", "leaves the class red"),
     "folders": (

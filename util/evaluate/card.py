@@ -103,9 +103,8 @@ class Plan:
         if self.groups is None:
             held = stratified(self.strata, _fifth, derive_seed(self.seed, 1))
         else:
-            order = np.random.RandomState(derive_seed(self.seed, 1) % 2**32).permutation(
-                self.groups.max() + 1
-            )
+            draw = np.random.RandomState(derive_seed(self.seed, 1) % 2**32)
+            order = draw.permutation(self.groups.max() + 1)
             held = torch.from_numpy(deal(order[self.groups], self.strata.numpy(), round(1 / HELD)) == 0)
             held = held.nonzero().flatten() if not held.all() else held[:0]
         if not len(held):
