@@ -153,10 +153,10 @@ BAD_TABLES = {
     "a row without a file": ("train/red/0", "train/red/99", CLASS, "1 of 48 rows have no file there"),
     "a file without a row": ("train/red/0.png.*\n", "", CLASS, "1 of 48 files have no row: train/red/0.png"),
     "one image of a class": (
-        "in/red/0.png,red",
-        "in/red/0.png,wine",
-        CLASS,
-        r"1 classes have one image \(wine",
+        "path",
+        "path",
+        "--label_columns place --task class",
+        "48 classes have one image",
     ),
     "labels alike in val": (r"(?m)^(val.*?),\d,\d,", r"\1,1,0,", LABELS, "are not defined for 2 of 2: .*all"),
     "labels alike in train": (
@@ -168,7 +168,7 @@ BAD_TABLES = {
     "text": (r"(?m)^(train/red/0.png,red,0,1),[\d.]+", r"\1,heavy", NUMBERS, "heavy, which is no number"),
     "numbers alike in val": (r"(?m)^(val.*?,\d,\d,).*,", r"\g<1>1,2,", NUMBERS, "R2 x 100 is not defined"),
     "one group": (",g[0-9]+", ",g1", LABELS, "train/: all images are of one group"),
-    "a fold without a class": (",red,(.*),g.*", r",red,\1,a", CLASS + " --folds 2", "leaves the class red"),
+    "fold": (r"(?m)^(\w+/red/.*),g\d+$", r"\1,a", CLASS + " --folds 2", "fold 0 leaves the class red"),
     "folders": (
         "in/red/0.png,red",
         "in/red/0.png,dark",

@@ -222,7 +222,7 @@ def label_mixup(task: str, **options) -> Callable:
     """
     if task == "numbers":
         advice = "pass --mixup 0 --cutmix 0, and no --cutmix_minmax"
-        raise UserError(f"--mixup, --cutmix: no number is between those of two pictures; {advice}")
+        raise UserError(f"--mixup, --cutmix: a mixed picture has no number of its own; {advice}")
 
     def mix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         places = torch.arange(len(images), device=images.device)  # as if each image were a class of its own
