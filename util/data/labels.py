@@ -12,7 +12,7 @@ import numpy as np
 from util.data.dataset import find_split
 from util.data.find import ImageFiles
 from util.data.folders import SPLITS
-from util.data.folds import check_folds, check_sets, deal, strata_of
+from util.data.folds import check_sets, deal, strata_of
 from util.data.table import PATH, Table, parse_labels, read_table
 from util.data.targets import Targets, targets_of
 from util.errors import UserError
@@ -75,8 +75,9 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     if folds:
         pool = np.array([row for row in np.unique(rows[rows >= 0]) if splits[row] != "test"], int)
         number = deal(groups[pool], strata_of(labels[pool]), folds)
-        if task == "class":
-            check_folds(args, number, labels[pool], names)
+        for one in range(folds if task == "class" else 0):  # whichever is asked for
+            parts = {"train": labels[pool[number != one]], "val": labels[pool[number == one]]}
+            check_sets(f"{table.place}: fold {one} of {folds}", task, names, parts)
         for row, fold in zip(pool.tolist(), number.tolist(), strict=True):
             splits[row] = "val" if fold == args.fold else "train"
     part_of = np.array([splits[row] if row >= 0 else "" for row in rows], object)

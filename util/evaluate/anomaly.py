@@ -10,6 +10,7 @@ import itertools
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -35,23 +36,17 @@ def mask_count(ratio: float, masks: int | None = None) -> int:
 
     Raises UserError where there is no such number up to 100, or `masks` is none.
     """
-
-    def fits(count: int) -> bool:
-        visible = count * (1 - ratio)
-        return abs(visible - round(visible)) < 0.01 and 0 < round(visible) < count
-
-    good = [count for count in range(2, MOST + 1) if fits(count)]
-    if masks is None and (found := [count for count in good if count >= LEAST]):
-        return found[0]
-    if masks is None or not fits(masks):
-        flag = f"--mask_ratio {ratio:g}" if masks is None else f"--masks {masks}"
-        others = ", ".join(map(str, good[:3]))
-        advice = f"pass --masks {others}, ..." if good else "pass --mask_ratio 0.75"
-        raise UserError(
-            f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole "
-            f"number; with a ratio of {ratio:g} {advice}"
-        )
-    return masks
+    visible = Fraction(1 - ratio).limit_denominator(MOST)
+    step, flag = visible.denominator, f"--mask_ratio {ratio:g}" if masks is None else f"--masks {masks}"
+    if 0 < visible < 1 and (masks is None or (masks % step == 0 and masks <= MOST)):
+        return masks or step * -(-LEAST // step)
+    advice = (
+        f"pass --masks {step}, {2 * step}, {3 * step}, ..." if 0 < visible < 1 else "pass --mask_ratio 0.75"
+    )
+    raise UserError(
+        f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole number; with "
+        f"a ratio of {ratio:g} {advice}"
+    )
 
 
 def complementary_masks(length: int, masks: int, ratio: float, seed: int) -> Masks:

@@ -104,9 +104,7 @@ def _of_labels(labels: np.ndarray, values: np.ndarray, there: np.ndarray) -> dic
     return {
         "accuracy": metrics.accuracy_score(labels, there),
         "balanced_accuracy": _mean(metrics.balanced_accuracy_score, both),
-        "f1": metrics.f1_score(labels, there, average="macro", zero_division=0)
-        if labels.shape[1] > 1
-        else metrics.f1_score(labels[:, 0], there[:, 0], zero_division=0),
+        "f1": np.mean([metrics.f1_score(*pair, zero_division=0) for pair in both]),
         "auroc": _mean(metrics.roc_auc_score, probable),
         "average_precision": _mean(metrics.average_precision_score, probable),
         "kappa": _mean(metrics.cohen_kappa_score, both),
