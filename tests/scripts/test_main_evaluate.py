@@ -168,7 +168,12 @@ BAD_TABLES = {
     "text": (r"(?m)^(train/red/0.png,red,0,1),[\d.]+", r"\1,heavy", NUMBERS, "heavy, which is no number"),
     "numbers alike in val": (r"(?m)^(val.*?,\d,\d,).*,", r"\g<1>1,2,", NUMBERS, "R2 x 100 is not defined"),
     "one group": (",g[0-9]+", ",g1", LABELS, "train/: all images are of one group"),
-    "fold": (r"(?m)^(\w+/red/.*),g\d+$", r"\1,a", CLASS + " --folds 2", "fold 0 leaves the class red"),
+    "fold": (
+        r"(?m)^(\w+/red/.*),g\d+$",
+        r"\1,a",
+        CLASS + " --folds 2",
+        "fold 0 of 2: .* has no image of 1 classes .red",
+    ),
     "folders": (
         "in/red/0.png,red",
         "in/red/0.png,dark",

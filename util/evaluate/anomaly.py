@@ -40,13 +40,10 @@ def mask_count(ratio: float, masks: int | None = None) -> int:
     step, flag = visible.denominator, f"--mask_ratio {ratio:g}" if masks is None else f"--masks {masks}"
     if 0 < visible < 1 and (masks is None or (masks % step == 0 and masks <= MOST)):
         return masks or step * -(-LEAST // step)
-    advice = (
-        f"pass --masks {step}, {2 * step}, {3 * step}, ..." if 0 < visible < 1 else "pass --mask_ratio 0.75"
-    )
-    raise UserError(
-        f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole number; with "
-        f"a ratio of {ratio:g} {advice}"
-    )
+    counts = ", ".join(f"{i * step}" for i in (1, 2, 3))
+    advice = f"pass --masks {counts}, ..." if 0 < visible < 1 else "pass --mask_ratio 0.75"
+    raise UserError(f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole "
+                    f"number; with a ratio of {ratio:g} {advice}")  # fmt: skip
 
 
 def complementary_masks(length: int, masks: int, ratio: float, seed: int) -> Masks:
