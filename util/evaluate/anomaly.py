@@ -42,8 +42,8 @@ def mask_count(ratio: float, masks: int | None = None) -> int:
         return masks or step * -(-LEAST // step)
     counts = ", ".join(f"{i * step}" for i in (1, 2, 3))
     advice = f"pass --masks {counts}, ..." if 0 < visible < 1 else "pass --mask_ratio 0.75"
-    raise UserError(f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole "
-                    f"number; with a ratio of {ratio:g} {advice}")  # fmt: skip
+    rule = f"only if masks x (1 - mask ratio) is a whole number; with a ratio of {ratio:g} {advice}"
+    raise UserError(f"{flag}: every patch is hidden equally often {rule}")
 
 
 def complementary_masks(length: int, masks: int, ratio: float, seed: int) -> Masks:
