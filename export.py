@@ -7,6 +7,9 @@ An encoder for timm, or the whole MAE for Hugging Face's transformers:
 A fine-tuned classifier as ONNX (or torch_export, or safetensors with this code's names):
     python export.py --resume tuned/checkpoint-best.pth --to onnx --output exported/onnx
 
+A finished export to the Hugging Face hub; without --yes it says what would go:
+    python export.py --output exported/timm --push OWNER/NAME --private
+
 The other way, to a file for --resume and --finetune of the main scripts:
     python export.py --from hf --resume vit-mae-base/ --output imported
 
@@ -15,6 +18,7 @@ a difference of 1e-4 nothing is left and the exit code is 1.
 """
 
 import argparse
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -68,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("MAE export", add_help=False)
     # fmt: off
     flag = parser.add_argument_group("export").add_argument
-    flag("--resume", required=True, metavar="FILE|URL|DIR",
+    flag("--resume", default="", metavar="FILE|URL|DIR",
          help="a checkpoint of pre-training, fine-tuning or probing, a released file; a folder of a Hugging "
               "Face or timm model")
     add_verify_arg(flag)
@@ -79,6 +83,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--output", required=True, metavar="DIR", help="a folder that is made; must be new or empty")
     flag("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
     flag("--encoder_only", action="store_true", help="leave out the decoder, or the classifier's head")
+    flag = parser.add_argument_group("Hugging Face hub").add_argument
+    flag("--push", default="", metavar="OWNER/NAME",
+         help="upload --output there, after --to or of an earlier export; a dry run without --yes")
+    flag("--private", action="store_true", help="make a private repository")
+    flag("--yes", action="store_true", help="do upload it")
     flag = parser.add_argument_group("what a file may not say (released files)").add_argument
     flag("--input_size", type=image_size, help="pixels: 224, or 32x128 (height x width)")
     flag("--mean", default=None, type=float, nargs="+", help="channel means of pixels in [0, 1]")
@@ -94,7 +103,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
-    if (args.to is None) == (args.from_ is None):
+    if args.push:
+        from util.export.push import check_push  # huggingface_hub is slow to import
+
+        check_push(args.push)
+        if args.from_ or bool(args.to) != bool(args.resume):
+            raise UserError("--push: of a new export needs --to and --resume; of an earlier one neither")
+    elif args.private or args.yes:
+        raise UserError("--private and --yes: are of --push OWNER/NAME")
+    elif not args.resume:
+        raise UserError("--resume: is needed, the file to export or import")
+    elif (args.to is None) == (args.from_ is None):
         raise UserError("pass one of --to (what to write) and --from (what to read)")
     if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio}: must be at least 0 and below 1")
@@ -119,6 +138,16 @@ def require_agreement(source: Source, differences: dict[str, float]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
+    if args.to or args.from_:
+        convert(args)
+    if args.push:
+        from util.export.push import push
+
+        push(Path(args.output), args.push, args.private, args.yes, args.overwrite)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes the export, or what is imported, to `args.output`."""
     output = check_output(args.output, args.overwrite)
     target = TARGETS[args.to or args.from_]
     require(args.to or args.from_, target.packages)

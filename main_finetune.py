@@ -2,7 +2,7 @@ r"""Fine-tunes a pre-trained encoder for classification, or evaluates the result
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
     python main_finetune.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
-        --patch_size 8 --epochs 5 --warmup_epochs 1 --output_dir finetuned --log_dir finetuned
+        --patch_size 8 --epochs 5 --warmup_epochs 1 --output_dir finetuned
 
 On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), one GPU:
     python main_finetune.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
     data = (train_set, val_set)
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
-    log_writer = make_log_writer(args.log_dir, state.purge_step)
+    log_writer = make_log_writer(args.log_dir, state.purge_step, args)
     millions = count_trained(model_without_ddp) / 1e6
     announce(
         run, args, log_writer,

@@ -2,7 +2,7 @@ r"""Trains a linear classifier on a frozen encoder (linear probing; MAE, arXiv 2
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
     python main_linprobe.py --finetune output_dir/checkpoint-9.pth --model vit_tiny_patch16 --input_size 64 \
-        --patch_size 8 --epochs 20 --cache_features --output_dir probe --log_dir probe
+        --patch_size 8 --epochs 20 --cache_features --output_dir probe
 
 On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), in minutes, as the encoder sees each picture once:
     python main_linprobe.py --data_path DIR --finetune mae_pretrain_vit_base.pth --model vit_base_patch16 \
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     data = (train_set, val_set)
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
-    log_writer = make_log_writer(args.log_dir, state.purge_step)
+    log_writer = make_log_writer(args.log_dir, state.purge_step, args)
     millions = count_trained(model_without_ddp) / 1e6
     announce(
         run, args, log_writer,

@@ -169,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     # Resume
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, data=(dataset, val_set))
     state.restore(checkpoint)
-    log_writer = make_log_writer(args.log_dir, state.purge_step)
+    log_writer = make_log_writer(args.log_dir, state.purge_step, args)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     announce(
         run, args, log_writer,

@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     data = (train_set, val_set)
     state = RunState(args, model_without_ddp, optimizer, loss_scaler, info, best_acc1=-1.0, data=data)
     state.restore(checkpoint)
-    log_writer = make_log_writer(args.log_dir, state.purge_step)
+    log_writer = make_log_writer(args.log_dir, state.purge_step, args)
     announce(
         run, args, log_writer,
         data=f"{train_set.describe()}; evaluation: {val_set.describe()}",

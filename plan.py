@@ -40,7 +40,7 @@ from util.processes.collectives import log as say
 from util.recipes.choose import choose, words
 from util.sizes import image_size
 
-OUTPUT = ["--output_dir", "pretrained", "--log_dir", "pretrained"]
+OUTPUT = ["--output_dir", "pretrained"]
 TRIAL_STEPS = 10  # micro-steps; the first half warms caches up and compiles, the rest is timed
 REPO = Path(__file__).resolve().parent
 

@@ -2,7 +2,7 @@
 
     python demo/run_demo.py [--output_dir demo_output] [--epochs 12]
 
-Prints every command that it runs, so that they can be repeated by hand.
+Prints every command that it runs, so that they can be repeated by hand; what they say goes to text files.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,12 +28,28 @@ DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_
 PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
 
 
-def run(*command: str) -> None:
-    """Prints and runs a command of this repository; stops the demo if it fails."""
+def run(log: Path, *command: str) -> None:
+    """Runs a command of this repository: prints it, how far it is, and when it ended; all that it says
+    goes to the file `log`. Stops the demo if it fails, with the last lines of that.
+    """
     say(f"\n$ python {shlex.join(command)}")
-    result = subprocess.run([sys.executable, *command], cwd=REPO)
-    if result.returncode:
-        sys.exit(result.returncode)
+    start = time.time()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    with (
+        log.open("w", encoding="utf-8") as file,
+        tqdm(file=sys.stdout, bar_format="{desc}", leave=False, disable=None) as progress,
+        subprocess.Popen([sys.executable, *command], cwd=REPO, **pipes) as process,
+    ):
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if line.startswith("Epoch: ["):
+                progress.set_description_str(" ".join(line.split())[: shutil.get_terminal_size().columns - 1])
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8").splitlines()
+        say("\n".join([*lines[-20:], "", f"this command failed; all that it said: {log}"]), sys.stderr)
+        sys.exit(max(process.returncode, 1))
+    say(f"  {time.time() - start:.0f} s; all that it said: {log}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,10 +62,11 @@ def main(args: argparse.Namespace) -> None:
     output.mkdir(parents=True)
     marker.touch()
 
-    run("main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
+    log = output / "pretraining.txt"
+    run(log, "main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
         "--batch_size", "16", "--epochs", str(args.epochs), "--warmup_epochs", "1", "--blr", "1.6e-2",
         "--vis_freq", "4", "--print_freq", "50",
-        "--output_dir", str(output), "--log_dir", str(output))  # fmt: skip
+        "--output_dir", str(output))  # fmt: skip
     records = read_log(output)
     checkpoint = output / f"checkpoint-{records[-1]['epoch']}.pth"
 
@@ -55,8 +74,9 @@ def main(args: argparse.Namespace) -> None:
     accuracy = {}
     for name, flags in {"pre-trained": ["--finetune", str(checkpoint)], "random": []}.items():
         folder = output / f"probe-{name}"
-        run("main_linprobe.py", "--model", "vit_tiny_patch16", *SIZES, *PROBE, *flags,
-            "--output_dir", str(folder), "--log_dir", str(folder))  # fmt: skip
+        log = output / f"probe-{name}.txt"
+        run(log, "main_linprobe.py", "--model", "vit_tiny_patch16", *SIZES, *PROBE, *flags,
+            "--output_dir", str(folder))  # fmt: skip
         accuracy[name] = read_log(folder)[-1]["test_acc1"]
 
     held_out = [record["val_loss"] for record in records if "val_loss" in record]

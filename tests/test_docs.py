@@ -197,7 +197,7 @@ def test_everything_that_a_page_names_is_there(page):
 def names_in(words: str) -> list[str]:
     """The paths in `words`, with a/{b,c} taken apart."""
     found = []
-    for path in re.findall(r"[\w./*]+(?:{[^}]*}[\w.*]*)?", words):
+    for path in re.findall(r"[\w./*]*{[^}]*}[\w.*]*|[\w./*]+", words):
         head, _, rest = path.partition("{")
         inner, _, tail = rest.partition("}")
         found += [head.rstrip("/") if not rest else head + part + tail for part in inner.split(",")]

@@ -15,6 +15,7 @@ LAYERS = [
     "models_mae models_vit util.demo_set util.lars",
     "models_seg util.data",
     "util.datasets util.weights util.figures tools",
+    "util.trackers",
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
     "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan",

@@ -175,7 +175,11 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
     flag = parser.add_argument_group("run").add_argument
     # fmt: off
     flag("--output_dir", default=folder, help=f"folder of checkpoints and log.txt (default: {folder})")
-    flag("--log_dir", default=folder, help=f"folder of TensorBoard curves (default: {folder})")
+    flag("--log_dir", default=folder, help="folder of curves (default: --output_dir)")
+    flag("--tracker", default=["tensorboard"], nargs="+", metavar="NAME",
+         choices=["tensorboard", "wandb", "trackio", "mlflow", "none"],
+         help="who draws the curves: tensorboard, wandb, trackio, mlflow, or none; one or several")
+    flag("--track_checkpoints", action="store_true", help="hand them the checkpoints as well")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision; auto: bf16 where the GPU has it, else fp16; none on CPU")

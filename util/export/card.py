@@ -9,15 +9,12 @@ import torch
 from util.export.files import last_part, render
 from util.export.source import Source
 from util.files import shown
+from util.run.recipe import GROUPS
 from util.sizes import size_pair
 
-# Settings of the machine, not of the training
-_MACHINE = {
-    "card_freq", "device", "dist_backend", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url",
-    "distributed", "given", "gpu", "job_dir", "keep_checkpoints", "knn_freq", "local_rank", "log_dir",
-    "no_verify", "num_workers", "output_dir", "pin_mem", "print_freq", "rank", "resume", "save_freq",
-    "save_minutes", "save_predictions", "start_epoch", "start_step", "vis_freq",
-}  # fmt: skip
+# Settings of the machine, not of the training; but of the processes, which make the effective batch
+_MACHINE = {*GROUPS["machine"].split(), "dist_backend", "distributed", "given", "gpu", "job_dir", "rank"}
+_MACHINE = {*_MACHINE, "start_step"} - {"world_size"}
 _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
     "encoder": "encoder",

@@ -16,7 +16,7 @@ from util.files import nameable, printable, replacing_folder, shown, some
 from util.weights.files import digest
 
 # All that an export writes: --overwrite deletes folders of these files, and no other
-_WRITTEN = {
+WRITTEN = {
     "README.md", "config.json", "model.onnx", "model.onnx.data", "model.pt2", "model.pth",
     "model.safetensors", "preprocessor_config.json",
 }  # fmt: skip
@@ -47,7 +47,7 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     if path.is_dir() and (there := sorted(p.name for p in path.iterdir())):
         if not overwrite:
             raise UserError(f"--output {output}: exists and is not empty; pass --overwrite or another folder")
-        if strange := [name for name in there if name not in _WRITTEN]:
+        if strange := [name for name in there if name not in WRITTEN]:
             raise UserError(
                 f"--output {output}: --overwrite replaces folders of an earlier export only, and this one "
                 f"also holds {some(strange, 3)}; name another folder"

@@ -21,9 +21,9 @@ GROUPS = {
     "mixup_switch_prob mixup_mode ignore_index class_weight thresholds best amp_dtype seed finetune init "
     "weights_key teacher teacher_loss teacher_weight teacher_block",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
-    "compile compile_mode grad_checkpointing output_dir log_dir resume no_verify start_epoch max_steps "
-    "save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq print_freq skip_nonfinite "
-    "bad_images eval split dist_eval save_predictions short_side resplit",
+    "compile compile_mode grad_checkpointing output_dir log_dir tracker track_checkpoints resume no_verify "
+    "start_epoch max_steps save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq print_freq "
+    "skip_nonfinite bad_images eval split dist_eval save_predictions short_side resplit",
 }
 RULES = {
     "model": "a change is an error",

@@ -1,20 +1,18 @@
 """What a run writes about itself: its settings, log.txt and TensorBoard's curves."""
 
 import contextlib
-import functools
 import json
 import math
 import os
 import shlex
 import sys
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from util.errors import UserError
-from util.files import nameable, printable, replacing
+from util.files import printable, replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 from util.run import owner
 from util.weights.schema import plain
@@ -172,76 +170,29 @@ def run_text(settings: dict, facts: Sequence[str]) -> str:
     return "\n".join([f"    {command}", "", *lines, "", "| setting | value |", "| --- | --- |", *rows])
 
 
-class CurveWriter:
-    """TensorBoard's writer, but a full disk ends the curves, with a warning, and not the training."""
-
-    def __init__(self, log_dir: str | Path, purge_step: int | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        _expect_full_disks()
-        os.makedirs(log_dir, exist_ok=True)
-        self.name = contextlib.ExitStack()  # until the writer is gone
-        folder = str(self.name.enter_context(nameable(log_dir)))
-        self.writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
-
-    def __getattr__(self, name: str):
-        return lambda *args, **kwargs: self._try(lambda writer: getattr(writer, name)(*args, **kwargs))
-
-    def _try(self, write: Callable) -> None:
-        if self.writer is not None:
-            try:
-                write(self.writer)
-            except OSError as error:
-                warn(f"no more TensorBoard curves: {error.strerror or error}")
-                self.writer = None
-
-    def add_run(self, text: str, settings: dict, metrics: Sequence[str], step: int) -> None:
-        """Adds a markdown text, "run", and hyper-parameters; lists and the like go as text.
-
-        `SummaryWriter.add_hparams` would make a folder of its own for them, which TensorBoard shows as
-        another run.
-        """
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {
-            name: value if isinstance(value, bool | int | float) else printable(str(value))
-            for name, value in settings.items()
-        }
-        experiment, start, _ = hparams(
-            plain, dict.fromkeys(metrics, 0.0)
-        )  # the third would say that it is over
-
-        def write(writer) -> None:
-            writer.add_text("run", text, step)
-            for summary in (experiment, start):
-                writer.file_writer.add_summary(summary, step)
-
-        self._try(write)
-
-
-@functools.cache  # once
-def _expect_full_disks() -> None:
-    """TensorBoard writes in a thread, which a full disk ends with a traceback; `_try` is told, and warns."""
-    usual = threading.excepthook
-
-    def hook(failed) -> None:
-        if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
-            usual(failed)
-
-    threading.excepthook = hook
-
-
-def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None) -> CurveWriter | None:
-    """TensorBoard's writer on the first process; None elsewhere and without a folder.
+def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None, args=None):
+    """The writer of curves on the first process: TensorBoard's, or what `args.tracker` names; None elsewhere
+    and where nothing is to be written.
 
     `purge_step`: x from which a resumed run draws again; what an earlier one drew there is hidden.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or a tracker's package is not installed.
     """
-    if not log_dir or not is_main_process():
+    from util.trackers import several, tensorboard  # which is slow to import
+
+    names = [name for name in getattr(args, "tracker", ["tensorboard"]) if name != "none"]
+    several.check_installed(names)
+    if not is_main_process():
         return None
-    try:
-        return CurveWriter(log_dir, purge_step)
-    except OSError as error:
-        raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+    writers = []
+    if log_dir and "tensorboard" in names:
+        try:
+            writers.append(tensorboard.CurveWriter(log_dir, purge_step))
+        except OSError as error:
+            raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+    for name in names:
+        if name != "tensorboard":
+            run, keeps = owner.run_id(args.output_dir), args.track_checkpoints
+            writers.append(several.Tracked(name, run, args.output_dir, log_dir, keeps))
+    return several.Several(writers) if len(writers) > 1 else next(iter(writers), None)

@@ -72,6 +72,7 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
         parser: the script's.
     """
     given = take_given(args, parser)
+    args.log_dir = args.log_dir if "log_dir" in given else args.output_dir
     # From the first second: a scheduler may want its nodes back while images are listed or a model is
     # compiled; the run then saves after its first step. An evaluation has nothing to save
     if not getattr(args, "eval", False):
@@ -251,8 +252,8 @@ def close_run(log_writer, guard: RunGuard) -> None:
     if guard.reached_max_steps:
         log(f"stopped by --max_steps {guard.max_steps}")
     log(f"Training time {timedelta(seconds=int(time.monotonic() - guard.start))}")
-    if log_writer is not None:
-        log_writer.close()
     finish_saving()
+    if log_writer is not None:  # a tracker may take the last checkpoint
+        log_writer.close()
     shut_down()
     guard.leave()

@@ -1,0 +1,119 @@
+"""`--tracker`: what TensorBoard's writer is told, told to other trackers of experiments as well.
+
+A tracker is a module of this room with five functions over a handle that the first returns:
+
+    start(settings, folder, name, run_id) -> handle     run_id: of the run, None without --output_dir
+    scalars(handle, values, epoch)                      {name: number} at a fractional epoch
+    picture(handle, name, image, epoch)                 uint8 (H, W, 3)
+    checkpoint(handle, path)                            a file of the run, for --track_checkpoints
+    finish(handle)
+
+A tracker that fails is left out from then on, with a warning; training goes on.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from util.errors import UserError
+from util.processes.collectives import warn
+from util.weights.names import is_inside_epoch, list_checkpoints
+
+PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}  # tracker: what pip installs
+
+
+def check_installed(names: list[str]) -> None:
+    """Raises UserError for a tracker whose package is not there."""
+    for name in names:
+        if name in PACKAGES and importlib.util.find_spec(name) is None:
+            raise UserError(f"--tracker {name}: is not installed; pip install {PACKAGES[name]}")
+
+
+class Several:
+    """A log writer as `util.run.run_log.CurveWriter`, for all of `writers`."""
+
+    def __init__(self, writers: list):
+        self.writers = writers
+
+    def __getattr__(self, name: str) -> Callable:
+        def tell(*args, **kwargs) -> None:
+            for writer in self.writers:
+                getattr(writer, name)(*args, **kwargs)
+
+        return tell
+
+
+class Tracked:
+    """The part of a log writer's calls that the scripts make, for the tracker `name`.
+
+    Args:
+        run_id: of the run. output_dir: its folder, "" for none. log_dir: where the tracker may keep files.
+        checkpoints: also hand over the checkpoints of whole epochs that the run writes.
+    """
+
+    def __init__(self, name: str, run_id: str | None, output_dir: str, log_dir: str, checkpoints: bool):
+        self.name, self.run_id, self.handle, self.values, self.x = name, run_id, None, {}, None
+        self.output_dir, self.log_dir, self.checkpoints = (
+            output_dir,
+            log_dir or output_dir or ".",
+            checkpoints,
+        )
+        self.module, self.sent = importlib.import_module(f"util.trackers.{name}"), set()
+
+    def _try(self, call: Callable, *args):
+        """What `call` returns; after the first failure nothing is called any more."""
+        if self.module is None:
+            return None
+        try:
+            return call(*args)
+        except Exception as error:  # other people's code, on a network: whatever it is, training goes on
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            warn(f"--tracker {self.name}: no more of it from here on ({text})")
+            self.module = None
+            return None
+
+    def add_run(self, text: str, settings: dict, metrics, step: int) -> None:
+        """Starts the run there, or goes on with it if it is the run of the same id."""
+        if self.checkpoints:
+            self.sent = set(self._checkpoints())  # what was there before is an earlier start's
+        name = Path(self.output_dir).resolve().name if self.output_dir else "run"
+        folder = Path(self.log_dir).resolve()
+        self.handle = self._try(self.module.start, settings, folder, name, self.run_id)
+
+    def add_scalar(self, name: str, value: float, x: float) -> None:
+        """A point of a curve; those of one x go together. x: 1000 epochs; of "perf/" curves the epoch."""
+        x = x if name.startswith("perf/") else x / 1000
+        if x != self.x:
+            self._send()
+        self.x, self.values[name] = x, float(value)
+
+    def add_image(self, name: str, image, x: float) -> None:
+        """A picture, uint8 (3, H, W)."""
+        self._send()
+        if self.module:
+            picture = np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0))
+            self._try(self.module.picture, self.handle, name, picture, x / 1000)
+
+    def flush(self) -> None:
+        self._send()
+        for path in self._checkpoints() if self.checkpoints and self.module else ():
+            if path not in self.sent:
+                self.sent.add(path)
+                self._try(self.module.checkpoint, self.handle, path)
+
+    def close(self) -> None:
+        self.flush()
+        if self.module:
+            self._try(self.module.finish, self.handle)
+
+    def _send(self) -> None:
+        values, self.values = self.values, {}
+        if values and self.module:
+            self._try(self.module.scalars, self.handle, values, self.x)
+
+    def _checkpoints(self) -> list[Path]:
+        there = list_checkpoints(Path(self.output_dir)) if self.output_dir else []
+        return [path for path in there if not is_inside_epoch(path)]
