@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +30,21 @@ def table(
             there = values >= targets.thresholds[k] if targets.thresholds else np.zeros(len(values), bool)
             columns += [["+" if mark else "" for mark in there]]
             columns += [[f"{100 * v:.2f} %" if targets.thresholds else f"{v:.6g}" for v in values.tolist()]]
-        rows = [head, *zip(*columns, strict=True)]
-        return _aligned(rows)
+        return aligned([head, *zip(*columns, strict=True)], range(2, len(head), 2))
     for rank in range(predictions.classes.shape[1]):
         head += [f"{rank + 1}.", ""]
         columns.append([shown(class_names[i]) for i in predictions.classes[:, rank]])
         columns.append([f"{100 * p:.2f} %" for p in predictions.probabilities[:, rank]])
-    return _aligned([head, *zip(*columns, strict=True)])
+    return aligned([head, *zip(*columns, strict=True)], range(2, len(head), 2))
 
 
-def _aligned(rows: list) -> str:
-    """Rows of cells in columns, every second one but the first to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: list, right: Container[int]) -> str:
+    """Rows of cells as text in columns, those with numbers in `right` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if i and i % 2 == 0 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in cells).rstrip())
     return "\n".join(lines)
 
 

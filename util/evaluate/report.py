@@ -11,7 +11,7 @@ from util.data.labelled import LabelledImages
 from util.data.targets import Targets
 from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
 from util.evaluate.metrics import METRICS, best_thresholds, measure, measures_all
-from util.evaluate.output import csv_writer
+from util.evaluate.output import aligned, csv_writer
 from util.figures.canvas import save_png
 from util.files import printable, replacing, some
 from util.processes.collectives import gather, is_main_process, log, warn
@@ -108,9 +108,7 @@ def target_table(predictions: Predictions, dataset: LabelledImages) -> str:
         cells = ["-" if own[metric] is None else f"{own[metric]:.4g}" for metric in names]
         rows.append([printable(name), *cells])
         rows[-1] += [f"{int(labels[:, k].sum())}", f"{threshold:g}"] if labelled else []
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, ())
 
 
 def choose_thresholds(loader, model, device, args, targets: Targets) -> None:
@@ -134,16 +132,14 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 
 def per_class_table(matrix: np.ndarray, class_names: list[str]) -> str:
     """A text table: per class the samples, how many were right, and what it was else taken for most often."""
-    width = max(len("class"), *(len(name) for name in class_names))
-    lines = [f"{'class':{width}s}  samples  correct  acc (%)  most often taken for"]
+    rows = [["class", "samples", "correct", "acc (%)", "most often taken for"]]
     for i, name in enumerate(class_names):
         samples, correct = int(matrix[i].sum()), int(matrix[i, i])
-        wrong = matrix[i].copy()
-        wrong[i] = 0
+        wrong = np.where(np.arange(len(matrix)) == i, 0, matrix[i])
         other = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"
-        accuracy = f"{100 * correct / samples:7.2f}" if samples else "      -"
-        lines.append(f"{name:{width}s}  {samples:7d}  {correct:7d}  {accuracy}  {other}")
-    return "\n".join(lines)
+        share = f"{100 * correct / samples:.2f}" if samples else "-"
+        rows.append([name, str(samples), str(correct), share, other])
+    return aligned(rows, (1, 2, 3))
 
 
 def write_predictions(path: str | Path, predictions: Predictions, paths, class_names: list[str]) -> None:

@@ -52,7 +52,10 @@ def task_of(targets: Targets, table: bool = True) -> Task:
         return one_class_each(count, kept)
     if kind == "numbers":
         return Task(count, sample_loss(kind), lambda outputs: outputs, r2, "R2 x 100", kind, kept)
-    decide = lambda logits: logits.cpu().double().sigmoid()  # noqa: E731  of float32 many would be 1
+
+    def decide(logits: Tensor) -> Tensor:
+        return logits.cpu().double().sigmoid()  # in float32 many would be 1, which ranks nothing
+
     return Task(count, sample_loss(kind), decide, auroc, "AUROC (%)", kind, kept)
 
 
