@@ -148,6 +148,16 @@ def test_a_card_of_a_table(kind, pictures, table, encoder, tmp_path, capsys):
         assert other.rows["linear_norm"].score < column.rows["linear_norm"].score - 20
 
 
+def test_a_card_of_a_fold(pictures, table, encoder, tmp_path):
+    words, seen = "--label_columns bright red --folds 3 --token_blocks 0 --fold", []
+    for fold in (0, 2):
+        run(f"{words} {fold}", labels=table, data_path=pictures, finetune=encoder, output_dir=tmp_path)
+        record = json.loads((tmp_path / "card.json").read_text())
+        assert sum(record["images"]) == 48 and record["images"][1] in (15, 18)  # five or six groups of three
+        seen.append(record["columns"]["encoder"]["rows"]["linear"])
+    assert seen[0] != seen[1]
+
+
 CLASS, LABELS, NUMBERS = (f"--label_columns {columns}" for columns in KINDS.values())
 BAD_TABLES = {
     "a row without a file": ("train/red/0", "train/red/99", CLASS, "1 of 48 rows have no file there"),
