@@ -126,6 +126,11 @@ def test_the_evaluated_images_choose_nothing(kind):
         metric = {"class": "accuracy", "labels": "auroc", "numbers": "r2"}[kind]
         if not key.startswith("few"):  # scikit-learn's, of probabilities, or numbers in their own units
             assert 100 * row.figures[metric] == pytest.approx(row.score, abs=1e-9)
+    if kind == "labels":  # what neighbours give are probabilities
+        assert (
+            0.65 < column.rows["knn"].figures["balanced_accuracy"]
+            and column.rows["knn"].figures["kappa"] > 0.3
+        )
     if kind == "numbers":
         errors = column.rows["knn"].figures
         assert errors["rmse"] >= errors["mae"] > 0 and column.rows["knn_main"].score > least

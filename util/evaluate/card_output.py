@@ -168,7 +168,8 @@ def draw_depth(record: dict) -> Image.Image:
         Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND),
     )
     draw = ImageDraw.Draw(picture)
-    title = f"{record['metric']} of {printable(Path(record['finetune']).name)}, over its blocks"
+    name = printable(Path(record["finetune"]).name)
+    title = f"{record['metric']} of {name}, over its blocks (thin: class token)"
     draw.text((18, 12), title, INK, ImageFont.load_default(16))
     for i, name in enumerate(names):
 
@@ -192,7 +193,7 @@ def draw_depth(record: dict) -> Image.Image:
             for x, y in spots:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
     for i, (key, ink) in enumerate(COMPARED.items()):
-        x, y = 18 + WIDTH // 4 * i, HEIGHT + 50
+        x, y = 18 + 125 * i + 40 * (i > 2), HEIGHT + 50  # "BatchNorm, linear" is long
         draw.line((x, y, x + 25, y), ink, 3)
         draw.text((x + 32, y), PROTOCOLS[key].split(":")[0], INK, font, anchor="lm")
     return picture
