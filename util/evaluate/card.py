@@ -214,9 +214,8 @@ def _decided(memory, labels, queries, settings: list, plan: Plan) -> list[np.nda
     parts = [[] for _ in settings]
     votes = knn_votes(memory, labels, queries, settings, plan.task.outputs, plan.device)
     for i, (_, vote) in enumerate(votes):
-        vote = (
-            plan.task.decide(vote) if plan.task.kind == "class" else vote
-        )  # probabilities, numbers as it is
+        if plan.task.kind == "class":  # else it is probabilities or numbers already
+            vote = plan.task.decide(vote)
         parts[i % len(settings)].append(vote.cpu().numpy())
     return [np.concatenate(part) for part in parts]
 
