@@ -8,7 +8,6 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.errors import UserError
-from util.figures.depth import nice_range
 from util.files import printable, replacing
 from util.processes.collectives import log, warn
 from util.report.folder import RunFolder, read_confusion, read_run
@@ -126,3 +125,14 @@ _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
+
+
+def nice_range(values: list[float]) -> tuple[float, float, float]:
+    """(low, high, step) of an axis for finite `values`: multiples of a step of 1, 2 or 5 times a power of
+    ten, at most eight of them.
+    """
+    low, high = min(values), max(values)
+    steps = (unit * 10.0**power for power in range(-6, 300) for unit in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step <= 6 and high + step > high)
+    low, high = step * (low // step), step * -(-high // step)
+    return low, max(high, low + step), step
