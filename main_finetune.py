@@ -50,7 +50,7 @@ from util.recipes.classifier import (
     start_from,
 )
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
-from util.recipes.labels import LabelMixup, classifier_info, target_loss
+from util.recipes.labels import classifier_info, label_mixup, target_loss
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
@@ -127,7 +127,7 @@ def build_criterion(
             "mode": args.mixup_mode,
         }
         if loss and loss.task != "class":
-            mixup = LabelMixup(loss.task, **options)
+            mixup = label_mixup(loss.task, **options)
         else:
             mixup = Mixup(label_smoothing=args.smoothing, num_classes=args.nb_classes, **options)
     if loss or mixup:
@@ -210,15 +210,7 @@ def main(args: argparse.Namespace) -> None:
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, mixup, log_writer, args, guard,
         )  # fmt: skip
-        train_set.report_bad_images()
-        if guard.inside_epoch:
-            break
-        if guard.signal_came():  # there may be little time: evaluate after resuming
-            state.save(epoch, stats=stats)
-            break
-        after.finish(epoch, stats)
-        if epoch + 1 < args.epochs:  # one that came during the evaluation ends the run now
-            guard.signal_came()
+        after.end(epoch, stats, guard)
 
     close_run(log_writer, guard)
 

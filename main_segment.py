@@ -1,7 +1,7 @@
 r"""Segments images: a pre-trained encoder under a head that gives each pixel a class.
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
-    python demo/make_masks.py shapes
+    python demo/make_shapes.py --masks shapes
     python main_segment.py --data_path shapes --finetune output_dir/checkpoint-9.pth --mode linear \
         --model vit_tiny_patch16 --input_size 64 --patch_size 8 --epochs 5 --warmup_epochs 1
 
@@ -211,15 +211,7 @@ def main(args: argparse.Namespace) -> None:
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, None, log_writer, args, guard,
         )  # fmt: skip
-        train_set.report_bad_images()
-        if guard.inside_epoch:
-            break
-        if guard.signal_came():  # there may be little time: evaluate after resuming
-            state.save(epoch, stats=stats)
-            break
-        after.finish(epoch, stats)
-        if epoch + 1 < args.epochs:
-            guard.signal_came()
+        after.end(epoch, stats, guard)
 
     close_run(log_writer, guard)
 

@@ -23,9 +23,9 @@ from util.cli.parser import ArgumentParser, parse_args, run_script
 from util.errors import TrainingError, UserError
 from util.evaluate.knn import knn_sets
 from util.figures.canvas import save_png
-from util.figures.study import draw_study
 from util.files import check_writable, printable, replacing
 from util.processes.collectives import log
+from util.recipes.study_picture import draw_study
 from util.recipes.study_rows import check_row, read_rows
 from util.recipes.study_runs import REPO, Run, Runner, card_flags
 from util.slurm.submit import add_slurm_args

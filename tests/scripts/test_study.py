@@ -13,7 +13,7 @@ import main_pretrain
 import study
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import TrainingError, UserError
-from util.figures.study import draw_study
+from util.recipes.study_picture import draw_study
 from util.recipes.study_rows import read_rows
 from util.recipes.study_runs import Run, Runner
 from util.run import owner

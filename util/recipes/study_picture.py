@@ -5,8 +5,9 @@ import statistics
 from PIL import Image, ImageDraw, ImageFont
 
 from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE, shorten
-from util.figures.depth import COLOURS, nice_range
+from util.report.page import nice_range
 
+COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (120, 94, 20)]
 LABEL, WIDTH, LINE, MARGIN = 230, 300, 26, 18  # of the names, a panel, a row, the border, in pixels
 
 
