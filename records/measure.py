@@ -57,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     flag("--seeds", default=6, type=at_least(2))
     flag("--cells", default="", metavar="DIR", help="the solar cells, with four labels")
-    flag("--fast", default=RECIPES["fast"], metavar="FILE", help="flags of the recipe (default: %(default)s)")
+    fast = str(ROOT / RECIPES["fast"])
+    flag("--fast", default=fast, metavar="FILE", help=f"flags of the recipe (default: {RECIPES['fast']})")
     flag("--flags", default="", metavar="TEXT", help="flags of both sides, such as --amp_dtype, as one text")
     flag("--json", default="records/record.json", metavar="FILE", help="what is measured is added to it")
     return parser
