@@ -3,18 +3,24 @@
     pip install scikit-image
     python benchmarks/make_real_sets.py DIR
 
-DIR/digits: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, enlarged to 28, every fourth of a class in
-val/. DIR/photographs: squares of 64 pixels out of eleven photographs of scikit-image and scikit-learn, each a
-class, train/ from the left two thirds and val/ from the right third of it.
+DIR/digits: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, enlarged to 28, every fourth of a class
+in val/. DIR/photographs: squares of 64 pixels out of eleven photographs of scikit-image and scikit-learn,
+each a class, train/ from the left two thirds and val/ from the right third of it.
 """
 
+import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
-import skimage
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.cli.parser import ArgumentParser, run_script
+from util.errors import UserError
 
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png"),
@@ -35,7 +41,10 @@ def digits(folder: Path) -> None:
 
 
 def photographs(folder: Path) -> None:
-    home = Path(skimage.__file__).parent / "data"
+    found = importlib.util.find_spec("skimage")  # without importing it: only its files are needed
+    if found is None:
+        raise UserError("the photographs are scikit-image's: pip install scikit-image")
+    home = Path(found.origin).parent / "data"
     rng = np.random.default_rng(0)
     pictures = {name[:-4]: np.asarray(Image.open(home / name).convert("RGB")) for name in PHOTOGRAPHS}
     for name, picture in zip(("china", "flower"), load_sample_images().images, strict=True):
@@ -51,8 +60,14 @@ def photographs(folder: Path) -> None:
                 Image.fromarray(square).save(folder / split / name / f"{number:03}.png")
 
 
+def main(args: argparse.Namespace) -> None:
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: is there already; name a new folder")
+    digits(args.folder / "digits")
+    photographs(args.folder / "photographs")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    digits(Path(sys.argv[1]) / "digits")
-    photographs(Path(sys.argv[1]) / "photographs")
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
+    run_script(main, parser)
