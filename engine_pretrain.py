@@ -12,7 +12,7 @@ from util.compute.prefetch import DevicePrefetcher
 from util.data.loader import open_batch
 from util.processes.collectives import gather
 from util.processes.parallel import without_gradient_traffic
-from util.rng import fixed_noise, masked_by
+from util.rng import fixed_masks, masked_by
 from util.run.guard import RunGuard
 from util.run.meters import epoch_metrics
 from util.run.run_log import StepCurves
@@ -98,7 +98,7 @@ def evaluate(data_loader: Iterable, model: torch.nn.Module, device: torch.device
     model.eval()
     losses, counts = [], []  # of groups that are the same at any batch size and number of processes
     for images, _, indices in in_groups(data_loader):
-        noise = fixed_noise(indices.tolist(), model.patch_embed.num_patches, seed=0).to(device)
+        noise = fixed_masks(model, indices.tolist(), args.mask_ratio).to(device)
         with autocast(steps.device, steps.amp_dtype):
             losses.append(masked_by(noise, model, *steps.move([images]), args.mask_ratio)[0])
         counts.append(len(images))

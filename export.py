@@ -62,7 +62,7 @@ TARGETS = {
     "timm": Target(timm, "timm", "timm"),
     "hf": Target(hf, "Hugging Face transformers", "transformers", ("transformers",), decoder=True),
     "torch_export": Target(torch_export, "torch.export", pixels=True),
-    "onnx": Target(onnx, "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Target(onnx, "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), pixels=True),
     "safetensors": Target(safetensors, "this code, as safetensors", decoder=True),
 }
 

@@ -3,8 +3,10 @@ r"""Says what an encoder is worth: a report card of neighbours and probes on its
 After a pre-training of the tiny model on the demo set:
     python main_evaluate.py --finetune output_dir/checkpoint-9.pth
 
-On your images (DIR/train/CLASS/..., DIR/val/CLASS/...), beside a random encoder and raw pixels:
+On your images (DIR/train/CLASS/..., DIR/val/CLASS/..., or a table of labels), beside a random encoder and
+raw pixels:
     python main_evaluate.py --finetune mae_pretrain_vit_base.pth --data_path DIR --baselines
+    python main_evaluate.py --finetune mae_pretrain_vit_base.pth --data_path DIR --labels FILE.csv
 
 The encoder sees each image once; model and image size come from the file. k, temperatures, learning rates,
 blocks and pooling are chosen on a fifth of `train`, never on `val`. In --output_dir: card.md, which is also
@@ -12,6 +14,7 @@ printed, card.json, card.png (accuracy over depth), and a line of log.txt.
 """
 
 import argparse
+import math
 import time
 
 import torch
@@ -27,22 +30,26 @@ from util.cli.flags import (
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.depth import adopt_pixel_range
+from util.data.folds import strata_of
 from util.errors import UserError
 from util.evaluate.card import Column, Plan, make_column
 from util.evaluate.card_output import card_record, markdown, write_card
 from util.evaluate.exact import eval_loader
 from util.evaluate.knn import knn_sets
 from util.evaluate.layers import EveryBlock, RawPixels, check_memory, extract_layers
-from util.evaluate.probes import one_class_each
-from util.processes.collectives import check_agreement, is_main_process, log
+from util.evaluate.normal import anomaly_scores, measure_anomaly
+from util.evaluate.tasks import task_of
+from util.processes.collectives import check_agreement, gather, is_main_process, log
 from util.processes.group import init_distributed_mode, shut_down
 from util.recipes.classifier import make_report_dir
+from util.recipes.labels import add_label_args, check_label_args, prepare_targets
 from util.rng import seed_all
 from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
 from util.weights.build import build, random_encoder
 from util.weights.describe import WeightsFile, describe
 from util.weights.files import read_file
+from util.weights.flags import add_decoder_args
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,6 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--token_blocks", type=int, nargs="+", metavar="N",
          help="blocks, counted from 1, whose patch tokens are kept for attentive probing; 0: none (default: "
               "the last, and the one at three quarters)")
+    flag("--normal", metavar="CLASS",
+         help="also the AUROC of the reconstruction error as an anomaly score: this class against the others")
     flag("--steps", default=300, type=at_least(1), help="of 256 images, that a probe learns for")
     flag("--memory", default=16.0, type=at_least(0, float), metavar="GB",
          help="that the features may take at most")
@@ -74,6 +83,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="of the held-out part, the probes' batches, draws of few labels, and the random encoder")
     flag("--output_dir", default="./output_evaluate", help="where the card goes (default: %(default)s)")
     # fmt: on
+    add_decoder_args(parser)
+    add_label_args(parser, trains=False)
     add_data_args(parser)
     add_distributed_args(parser)
     return parser
@@ -83,7 +94,7 @@ def read_encoder(args: argparse.Namespace, given: set[str]) -> WeightsFile:
     """What the file says of its encoder; `args` get the image settings, UserError where they contradict."""
     content = read_file(args.finetune, "--finetune", not args.no_verify)
     try:
-        weights = describe(content, args.finetune, args, "encoder")
+        weights = describe(content, args.finetune, args, "full" if args.normal else "encoder")
     except UserError as error:
         raise UserError(str(error).replace("--resume ", "--finetune ")) from None
     channels = weights.sizes["in_chans"]
@@ -111,6 +122,7 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     given = take_given(args, parser)
     init_distributed_mode(args)
     check_flags(args, parser)
+    check_label_args(args)
     if not args.finetune:
         raise UserError("--finetune FILE is needed: the encoder that the card is of")
     make_report_dir(args.output_dir)
@@ -121,6 +133,7 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
 
     # Data
     train_set, val_set = knn_sets(args)
+    prepare_targets(args, train_set, val_set)
     check_agreement(args, images=len(train_set), evaluated=len(val_set))
     log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
     loaders = [
@@ -128,16 +141,24 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     ]
 
     # What is measured
+    scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
     blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
-    sources = {"encoder": EveryBlock(build(weights), blocks)}
+    sources = {"encoder": EveryBlock(build(weights, "encoder"), blocks)}
     if args.baselines:
         seed_all(args.seed)
         sources["random encoder"] = EveryBlock(random_encoder(weights), blocks)
         sources["raw pixels"] = RawPixels(weights.sizes, bool(blocks))
     check_memory(sources.values(), len(train_set) + len(val_set), args.memory)
 
-    task = one_class_each(len(val_set.classes))
-    Plan(task, torch.as_tensor(train_set.files.labels)).split()  # before the first pass, if it cannot be
+    strata = torch.as_tensor(strata_of(train_set.files.labels))
+    groups = getattr(train_set.files, "groups", None)
+    task, truth = task_of(val_set.targets, bool(args.labels)), val_set.files.labels
+    if math.isnan(task.metric(truth, truth)):
+        raise UserError(
+            f"{val_set.files.source}: {task.name} is not defined, as all evaluated images are alike"
+        )
+    whole = Plan(task, strata, args.seed, args.steps, device, groups=groups)
+    whole.split()  # before the first pass, if it cannot be
 
     # One column after the other, so that the features of one alone are in memory
     columns = {}
@@ -145,14 +166,16 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
         began = time.time()
         train, val = (extract_layers(source.to(device).eval(), loader, device, args) for loader in loaders)
         source.cpu()
+        kept = torch.from_numpy(sum(gather(train_set.bad.numpy())) == 0)  # the images that could be read
         if train is not None:
             passed = time.time()
-            plan = Plan(task, train.labels, args.seed, args.steps, device)
+            plan = whole.of(kept)
             columns[name] = make_column(train, val, plan)
             log(f"{name}: features in {passed - began:.0f} s, probes in {time.time() - passed:.0f} s")
         del train, val
+    anomaly = measure_anomaly(scores, (train_set, val_set), args, weights, device) if scores else None
     if is_main_process():
-        record = card_record(columns, args, plan, train_set, val_set, time.time() - start)
+        record = card_record(columns, args, plan, train_set, val_set, time.time() - start, anomaly)
         text = markdown(record)
         log(text)
         write_card(args.output_dir, record, text)

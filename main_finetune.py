@@ -25,7 +25,8 @@ from engine_finetune import train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.labelled import LabelledImages, labelled_images
 from util.data.transforms import channel_stats
 from util.errors import UserError
@@ -49,7 +50,7 @@ from util.recipes.classifier import (
     start_from,
 )
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
-from util.recipes.labels import LabelMixup, classifier_info, target_loss
+from util.recipes.labels import classifier_info, label_mixup, target_loss
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
@@ -64,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = add_schedule_args(
         parser, batch_size=64, epochs=50, warmup_epochs=5, blr=1e-3, min_lr=1e-6, weight_decay=0.05
     )
+    add_optimizer_args(flag)
     flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
          help="largest gradient norm (default: no clipping)")
@@ -97,6 +99,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_classifier_args(args, get_args_parser())
     check_fsdp(args)
+    check_optimizer(args)
     if uses_mixup(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
     if args.cutmix_minmax is not None:
@@ -124,7 +127,7 @@ def build_criterion(
             "mode": args.mixup_mode,
         }
         if loss and loss.task != "class":
-            mixup = LabelMixup(loss.task, **options)
+            mixup = label_mixup(loss.task, **options)
         else:
             mixup = Mixup(label_smoothing=args.smoothing, num_classes=args.nb_classes, **options)
     if loss or mixup:
@@ -176,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(
         model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
     )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
+    optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
     criterion, mixup = build_criterion(args, train_set)
     criterion.to(device)
@@ -207,15 +210,7 @@ def main(args: argparse.Namespace) -> None:
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, mixup, log_writer, args, guard,
         )  # fmt: skip
-        train_set.report_bad_images()
-        if guard.inside_epoch:
-            break
-        if guard.signal_came():  # there may be little time: evaluate after resuming
-            state.save(epoch, stats=stats)
-            break
-        after.finish(epoch, stats)
-        if epoch + 1 < args.epochs:  # one that came during the evaluation ends the run now
-            guard.signal_came()
+        after.end(epoch, stats, guard)
 
     close_run(log_writer, guard)
 

@@ -28,7 +28,7 @@ from util.data.transforms import channel_stats
 from util.evaluate.exact import eval_loader
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_accuracy, knn_sets
-from util.evaluate.targets import figures_line
+from util.evaluate.report import figures_line
 from util.processes.collectives import log
 from util.processes.group import init_distributed_mode, shut_down
 from util.recipes.classifier import build_classifier, make_report_dir, start_from

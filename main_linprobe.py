@@ -171,15 +171,7 @@ def main(args: argparse.Namespace) -> None:
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             None, None, log_writer, args, guard,
         )  # fmt: skip
-        train_set.report_bad_images()
-        if guard.inside_epoch:
-            break
-        if guard.signal_came():  # there may be little time: evaluate after resuming
-            state.save(epoch, stats=stats)
-            break
-        after.finish(epoch, stats)
-        if epoch + 1 < args.epochs:  # one that came during the evaluation ends the run now
-            guard.signal_came()
+        after.end(epoch, stats, guard)
 
     if encoder_digest(model_without_ddp) != before:
         raise TrainingError(

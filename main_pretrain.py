@@ -23,12 +23,14 @@ import models_mae
 from engine_pretrain import evaluate, train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, check_flags, inner_fraction
 from util.cli.parser import ArgumentParser, run_script
+from util.cli.questions import add_question_args, asks, settle_target
 from util.compute.compile import compile_model
-from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.transforms import channel_stats
 from util.errors import UserError
-from util.lr_sched import scale_learning_rate
+from util.lr_sched import scale_learning_rate, stable_epochs
 from util.processes.collectives import check_agreement, get_world_size
 from util.processes.parallel import check_fsdp, wrap_model
 from util.recipes.pretrain_end import EpochEnd
@@ -54,6 +56,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--decoder_embed_dim", type=at_least(1), help="default: the model's")
     flag("--decoder_depth", type=at_least(1), help="default: the model's")
     flag("--decoder_num_heads", type=at_least(1), help="default: the model's")
+    flag("--decoder", default="self", choices=["self", "cross"],
+         help="self: the paper's; cross: masked patches look at the visible ones alone (models_cross.py)")
+    flag("--predict_ratio", default=1.0, type=float, metavar="R",
+         help="with --decoder cross: share of the masked patches that a step predicts and scores")
 
     flag = parser.add_argument_group("start").add_argument
     flag("--init", default="", metavar="FILE|URL|FOLDER",
@@ -61,12 +67,18 @@ def get_args_parser() -> argparse.ArgumentParser:
               "scripts takes; also hf://OWNER/NAME and timm:NAME")
     flag("--init_freeze", default=0, type=at_least(0), metavar="N",
          help="train only what --init does not hold for N epochs")
+    flag("--extend_from", default="", metavar="FILE|URL",
+         help="checkpoint of another run's stable phase (--schedule wsd, constant): a new run goes on there, "
+              "for more --epochs or to cool down")
 
     flag = add_schedule_args(
         parser, batch_size=64, epochs=400, warmup_epochs=40, blr=1e-3, min_lr=0.0, weight_decay=0.05
     )
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"),
          help="largest gradient norm (default: no clipping)")
+    add_optimizer_args(flag)
+    flag("--size_schedule", nargs="+", metavar="SIZE:SHARE",
+         help="image sizes, and the shares of --epochs after which they begin: 160:0 192:0.5 224:0.75")
 
     flag = parser.add_argument_group("pre-training").add_argument
     flag("--loader", default="default", choices=["default", "reference"],
@@ -82,14 +94,9 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     flag("--card_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between small report cards of it (main_evaluate.py), with the same images (0: never)")
-
-    flag = parser.add_argument_group("teacher").add_argument
-    flag("--teacher", default="", metavar="FILE", help="weights of a model whose encoder is imitated as well")
-    flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
-    flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
-    flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
     # fmt: on
 
+    add_question_args(parser)
     add_training_args(parser, fsdp=True)
     return parser
 
@@ -98,10 +105,15 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
+    check_optimizer(args)
+    settle_target(args)
     if args.init:
         from util.recipes.init import check_init  # here and below: only runs with --init need it
 
         check_init(args)
+    if args.predict_ratio != 1 and not (0 < args.predict_ratio < 1 and args.decoder == "cross"):
+        raise UserError(f"--predict_ratio {args.predict_ratio}: must be above 0 and at most 1, and 1 without "
+                        "--decoder cross")  # fmt: skip
     if args.batch_size % args.repeated_aug:
         raise UserError(
             f"--repeated_aug {args.repeated_aug}: --batch_size {args.batch_size} must be a multiple of it, "
@@ -113,12 +125,18 @@ def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
     """The named model with the sizes that the flags override; raises UserError for sizes that do not fit."""
     sizes = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     overrides = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    if args.decoder == "cross":
+        from models_cross import CrossDecoderViT  # only runs with such a decoder need it
+
+        overrides |= {"make": CrossDecoderViT, "predict_ratio": args.predict_ratio}
     try:
         model = models_mae.MODELS[args.model](
             img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **overrides
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from None
+    if not isinstance(model, overrides.get("make", torch.nn.Module)):
+        raise UserError(f"--decoder cross: {args.model} makes a model with a decoder of its own")
     patches = model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))
     if not 0 < kept < patches:
@@ -149,10 +167,14 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     if init:
         init.load(model)
-    if any((args.teacher, args.teacher_loss, args.teacher_weight, args.teacher_block)):
-        from util.recipes.teacher import make_student
+    if asks(args):
+        from util.recipes.questions import ask
 
-        make_student(model, args, device)
+        ask(model, args, run, dataset)
+    if args.size_schedule:
+        from util.recipes.sizes import SizeSchedule
+
+        sizes = SizeSchedule(args, model, dataset)
     model_without_ddp = model = model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
@@ -163,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     scale_learning_rate(args, get_world_size())
     groups = param_groups_weight_decay(model_without_ddp, args.weight_decay)
     groups = init.groups(groups, model_without_ddp) if init else groups
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=has_fused_adamw(device))
+    optimizer = build_optimizer(groups, args, device, betas=(0.9, 0.95))
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
 
     # Resume
@@ -181,18 +203,20 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # Training
-    after = EpochEnd(args, run, evaluate, model_without_ddp, dataset, val_set, log_writer)
+    after = EpochEnd(args, run, evaluate, state, dataset, val_set, log_writer)
     guard = RunGuard(args, state.save, dataset, len(loader), state.meters)
     if stats := state.unfinished_epoch():
         after.finish(args.start_epoch - 1, stats)
     for epoch in guard.epochs(sampler):
         if init:
             init.freeze(optimizer, epoch)
+        if args.size_schedule:
+            sizes.begin(epoch)
         stats = train_one_epoch(model, loader, optimizer, device, epoch, loss_scaler, log_writer, args, guard)
         dataset.report_bad_images()
         if guard.inside_epoch:
             break
-        if guard.stopped or epoch + 1 == args.epochs or epoch % args.save_freq == 0:
+        if guard.stopped or epoch + 1 in (stable_epochs(args), args.epochs) or epoch % args.save_freq == 0:
             state.save(epoch, stats=stats)
         if guard.signal_came():  # there may be little time: the rest of the epoch comes after resuming
             break

@@ -1,7 +1,7 @@
 r"""Segments images: a pre-trained encoder under a head that gives each pixel a class.
 
 Look at it run, with no data and no GPU, after a pre-training of the tiny model on the demo set:
-    python demo/make_masks.py shapes
+    python demo/make_shapes.py --masks shapes
     python main_segment.py --data_path shapes --finetune output_dir/checkpoint-9.pth --mode linear \
         --model vit_tiny_patch16 --input_size 64 --patch_size 8 --epochs 5 --warmup_epochs 1
 
@@ -21,7 +21,8 @@ from engine_finetune import train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, check_flags, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.precision import NativeScalerWithGradNormCount, has_fused_adamw
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.depth import depth_of
 from util.data.segments import (
     CropBoth,
@@ -93,6 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = add_schedule_args(
         parser, batch_size=16, epochs=50, warmup_epochs=5, blr=None, min_lr=1e-6, weight_decay=0.05
     )
+    add_optimizer_args(flag)
     flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"), help="largest gradient norm")
     flag("--drop_path", default=0.1, type=fraction, help="stochastic depth of the last block")
@@ -105,6 +107,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
+    check_optimizer(args)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
     if args.split != "val" and not args.eval:
@@ -176,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(
         model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
     )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=has_fused_adamw(device))
+    optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
     criterion = PixelLoss()
 
@@ -208,15 +211,7 @@ def main(args: argparse.Namespace) -> None:
             model, criterion, loader, optimizer, device, epoch, loss_scaler,
             args.clip_grad, None, log_writer, args, guard,
         )  # fmt: skip
-        train_set.report_bad_images()
-        if guard.inside_epoch:
-            break
-        if guard.signal_came():  # there may be little time: evaluate after resuming
-            state.save(epoch, stats=stats)
-            break
-        after.finish(epoch, stats)
-        if epoch + 1 < args.epochs:
-            guard.signal_came()
+        after.end(epoch, stats, guard)
 
     close_run(log_writer, guard)
 

@@ -38,6 +38,8 @@ class MaskedAutoencoderViT(nn.Module):
         ValueError: sizes that do not divide (image by patch, width by heads or by 4).
     """
 
+    decoder_block = Block  # `models_cross` has another
+
     def __init__(
         self,
         img_size=224,
@@ -74,7 +76,9 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+            self.decoder_block(
+                decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer
+            )
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
@@ -173,6 +177,10 @@ class MaskedAutoencoderViT(nn.Module):
         x = run_blocks(self.decoder_blocks, x, self.grad_checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (N, L, p * p * C)
 
+    def predict(self, latent: torch.Tensor, mask: torch.Tensor, ids_restore: torch.Tensor):
+        """Latent (N, 1 + K, D) -> predicted patches (N, L, p * p * C), and which of them count (N, L)."""
+        return self.forward_decoder(latent, ids_restore), mask
+
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the masked patches, a scalar in at least float32 whatever autocast says.
 
@@ -200,8 +208,8 @@ class MaskedAutoencoderViT(nn.Module):
         """
         fixed = {} if noise is None else {"noise": noise}  # an override need not know it
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **fixed)
-        pred = self.forward_decoder(latent, ids_restore)
-        loss = self.forward_loss(imgs, pred, mask)
+        pred, scored = self.predict(latent, mask, ids_restore)
+        loss = self.forward_loss(imgs, pred, scored)
         return loss, pred, mask
 
 
@@ -224,9 +232,11 @@ def check_sizes(img_size, patch_size, embed_dim, num_heads, decoder_embed_dim, d
             raise ValueError(f"{name} width {width} is not divisible by 4, as its positional embedding needs")
 
 
-def mae_vit(defaults: dict, **kwargs) -> MaskedAutoencoderViT:
-    """A named model: its sizes, which `kwargs` override."""
-    return MaskedAutoencoderViT(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs})
+def mae_vit(defaults: dict, make: type | None = None, **kwargs) -> MaskedAutoencoderViT:
+    """A named model: its sizes, which `kwargs` override; `make`: another class of models."""
+    return (make or MaskedAutoencoderViT)(
+        **{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **defaults, **kwargs}
+    )
 
 
 SMALL_DECODER = dict(decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)

@@ -5,6 +5,7 @@
     python benchmarks/bench_step.py --model base --batch_size 8 --threads 2    on a CPU: ten minutes
     ... --amp_dtype bf16 --variants eager compiled plain hf                    on one with a matrix unit
     python benchmarks/bench_step.py --model tiny --input_size 64 --batch_size 4 --steps 2 --rounds 2   a trial
+    ... --task pretrain --variants eager --decoder self cross:1 cross:0.25 --opt adamw muon   each with each
 
 Variants, all on the same synthetic images, built once and timed in turn, round after round:
     eager, compiled, graphs   this project's engines (compile.py; graphs: --compile_mode reduce-overhead)
@@ -18,8 +19,9 @@ Variants, all on the same synthetic images, built once and timed in turn, round 
 
 FLOP count matrix products only, 2 per multiplication and addition, for what the model computes: all L
 patches embedded, encoder over K + 1 tokens, decoder over L + 1, all of them predicted, times 3 for the
-backward pass (ViT-B 59, ViT-L 125 GFLOP an image at 224 pixels and mask ratio 0.75). The peak is that of a
-large product, measured between the rounds, in bf16 on CUDA and in the precision of ours on CPU.
+backward pass (ViT-B 59, ViT-L 125 GFLOP an image at 224 pixels and mask ratio 0.75); a cross decoder's
+queries alone. The peak is that of a large product, measured between the rounds, in bf16 on CUDA and in the
+precision of ours on CPU.
 """
 
 import argparse
@@ -45,14 +47,24 @@ def block_flop(width: int, tokens: int, mlp_ratio: int = 4) -> int:
     return 2 * tokens * width * width * (4 + 2 * mlp_ratio) + 4 * tokens * tokens * width
 
 
+def cross_block_flop(width: int, queries: int, tokens: int, mlp_ratio: int = 4) -> int:
+    """The same of `models_cross`: two projections and MLP of queries, two of what they look at, attention."""
+    own = 2 * queries * width * width * (2 + 2 * mlp_ratio)
+    return own + 2 * tokens * width * 2 * width + 4 * queries * tokens * width
+
+
 def pretrain_flop(model, mask_ratio: float) -> int:
     """Matrix products of one image's training step (forward times 3)."""
     length, width = model.patch_embed.num_patches, model.cls_token.shape[-1]
     narrow = model.mask_token.shape[-1]
     keep, pixels = int(length * (1 - mask_ratio)), model.patch_size**2 * model.in_chans
     encoder = 2 * length * pixels * width + len(model.blocks) * block_flop(width, keep + 1)
-    decoder = 2 * (keep + 1) * width * narrow + len(model.decoder_blocks) * block_flop(narrow, length + 1)
-    return 3 * (encoder + decoder + 2 * (length + 1) * narrow * pixels)
+    queries, block = length + 1, block_flop(narrow, length + 1)
+    if hasattr(model, "predict_ratio"):
+        queries = max(1, round(model.predict_ratio * (length - keep)))
+        block = cross_block_flop(narrow, queries, keep + 1)
+    decoder = 2 * (keep + 1) * width * narrow + len(model.decoder_blocks) * block
+    return 3 * (encoder + decoder + 2 * queries * narrow * pixels)
 
 
 def finetune_flop(model) -> int:
@@ -116,11 +128,25 @@ def time_round(variant: str, step_round: Callable, device: torch.device) -> tupl
     return time.perf_counter() - start, allocated(device, peak=True) - resting
 
 
+def variants_of(kind: str, task: str, args: argparse.Namespace) -> list[str]:
+    """A kind of ours with each decoder and optimizer asked for (`settings_in` reads it); others alone."""
+    if kind not in OURS:
+        return [kind]
+    pairs = itertools.product(args.decoder if task == "pretrain" else ["self"], args.opt)
+    return [" ".join([kind, *(() if pair == ("self", "adamw") else pair)]) for pair in pairs]
+
+
+def decoder(text: str) -> str:
+    """argparse type of a decoder: self, cross, or cross:R."""
+    name, colon, ratio = text.partition(":")
+    if text != "self" and not (name == "cross" and (not colon or 0 < float(ratio) <= 1)):
+        raise ValueError
+    return text
+
+
 def measure(task: str, name: str, args: argparse.Namespace) -> dict:
-    """{"batch", "gflop_per_image", "peak_tflops", "variants": {variant: figures, or {"failed": reason}}}."""
-    device, model = args.where, make_model(task, name, args)
-    flop = pretrain_flop(model, args.mask_ratio) if task == "pretrain" else finetune_flop(model)
-    del model
+    """{"batch", "peak_tflops", "variants": {variant: figures, or {"failed": reason}}}."""
+    device, flop = args.where, {}
     amp = resolve_amp_dtype(args.amp_dtype, device) or torch.float32
     peak = partial(matrix_peak, device, torch.bfloat16 if device.type == "cuda" else amp)
     ways, steps, own, results = {"": peak}, {}, {}, {}
@@ -134,7 +160,11 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict:
         free_memory(device)  # not before the traceback, whose frames hold the step's tensors, is gone
         return None
 
-    for variant in args.variants:
+    for variant in [v for kind in args.variants for v in variants_of(kind, task, args)]:
+        model = make_model(task, name, args, variant)
+        flop[variant] = pretrain_flop(model, args.mask_ratio) if task == "pretrain" else finetune_flop(model)
+        del model
+        free_memory(device)
         before = allocated(device)
         ready = make_ready(variant, task, name, args)
         free_memory(device)
@@ -152,31 +182,32 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict:
             continue
         seconds, grown = map(list, zip(*pairs, strict=True))
         rate = args.batch * args.steps / statistics.median(seconds)
-        results[variant] = {"images_per_s": rate, "tflops": rate * flop / 1e12, "mfu": rate * flop / top}
+        results[variant] = {"images_per_s": rate, "gflop_per_image": flop[variant] / 1e9}
+        results[variant] |= {"tflops": rate * flop[variant] / 1e12, "mfu": rate * flop[variant] / top}
         # Others' weights do not count; a graph that is replayed asks for no memory that could be counted
-        memory = 0 if variant == "graphs" else max(grown) + own[variant]
+        memory = 0 if variant.startswith("graphs") else max(grown) + own[variant]
         results[variant] |= {"peak_memory_mb": memory / 2**20, "seconds": seconds}
-    counts = {"batch": args.batch, "gflop_per_image": flop / 1e9, "peak_tflops": top / 1e12}
-    return {**counts, "variants": results}
+    return {"batch": args.batch, "peak_tflops": top / 1e12, "variants": results}
 
 
 def report(key: str, result: dict) -> None:
     """Prints the table of a task and model; ratios are to the variant's seconds in the same round."""
-    say(f"\n{key}: batch {result['batch']}, {result['gflop_per_image']:.1f} GFLOP an image, matrix peak "
-        f"{result['peak_tflops']:.3g} TFLOP/s")  # fmt: skip
+    say(f"\n{key}: batch {result['batch']}, matrix peak {result['peak_tflops']:.3g} TFLOP/s; GFLOP an image")
     rows, variants = [], result["variants"]
+    bases = "plain", "hf", next(iter(variants))
     for variant, figures in variants.items():
         if "failed" in figures:
             rows.append((variant, f"  left out: {figures['failed']}"))
             continue
         memory = figures["peak_memory_mb"]
         rows.append((
-            variant, f"{figures['images_per_s']:.1f}", f"{figures['tflops']:.3g}", f"{figures['mfu']:.1%}",
-            f"{memory:.0f}" if memory else "-",
+            variant, f"{figures['images_per_s']:.1f}", f"{figures['gflop_per_image']:.3g}",
+            f"{figures['tflops']:.3g}", f"{figures['mfu']:.1%}", f"{memory:.0f}" if memory else "-",
             *(f"{paired_ratio(variants[over]['seconds'], figures['seconds']):.2f}"
-              if "seconds" in variants.get(over, {}) else "-" for over in ("plain", "hf")),
+              if "seconds" in variants.get(over, {}) else "-" for over in bases),
         ))  # fmt: skip
-    print_table(["", "images/s", "TFLOP/s", "of peak", "peak MB", "x plain", "x hf"], rows, 14, 10)
+    heads = ["", "images/s", "GFLOP", "TFLOP/s", "of peak", "peak MB", "x plain", "x hf", "x first"]
+    print_table(heads, rows, 24, 10)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -207,6 +238,16 @@ if __name__ == "__main__":
     flag("--variants", nargs="+", choices=[*OURS, "plain", "hf", "hf_compiled"],
          help="default: eager plain hf, on CUDA also compiled")  # fmt: skip
     flag("--mask_ratio", default=0.75, type=positive(float))
+    flag(
+        "--decoder",
+        nargs="+",
+        default=["self"],
+        type=decoder,
+        help="of ours: self, cross, cross:0.25 (share)",
+    )
+    flag("--opt", nargs="+", default=["adamw"], help="of ours: adamw, or names of timm")
+    for name in ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        flag(f"--{name}", type=positive(), help="default: the model's")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="of ours and hf")
     flag("--grad_checkpointing", action="store_true", help="of ours")
     flag("--hf_adamw", default="default", choices=["default", "fused"], help="of hf; fused: as ours")

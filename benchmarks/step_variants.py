@@ -16,9 +16,11 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
+from models_cross import CrossDecoderViT
 from util.compute import precision
 from util.compute.compile import compile_model
 from util.compute.memory import give_back_freed_memory
+from util.compute.optimizer import build_optimizer
 from util.rng import seed_all
 
 PATCH = {"huge": 14}
@@ -32,17 +34,27 @@ def make_loader(args: argparse.Namespace, normalised: bool = False) -> Batches:
     return Batches([noise_batch(shape, args.where.type == "cuda", normalised) for _ in range(2)], args.steps)
 
 
-def make_model(task: str, name: str, args) -> torch.nn.Module:
+def make_model(task: str, name: str, args, variant: str = "") -> torch.nn.Module:
     seed_all(0)
+    sizes = {"img_size": args.input_size, "patch_size": args.patch_size or PATCH.get(name, 16)}
     if task == "pretrain":
-        model = models_mae.MODELS[f"mae_vit_{name}_patch{PATCH.get(name, 16)}"](
-            img_size=args.input_size, norm_pix_loss=True
-        )
+        names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        sizes |= {name: getattr(args, name) for name in names if getattr(args, name)}
+        decoder, _, ratio = settings_in(variant)[0].partition(":")
+        if decoder == "cross":
+            sizes |= {"make": CrossDecoderViT, "predict_ratio": float(ratio or 1)}
+        model = models_mae.MODELS[f"mae_vit_{name}_patch{PATCH.get(name, 16)}"](norm_pix_loss=True, **sizes)
     else:
         model = models_vit.MODELS[f"vit_{name}_patch{PATCH.get(name, 16)}"](
-            img_size=args.input_size, num_classes=CLASSES, global_pool=True, drop_path_rate=0.1
+            num_classes=CLASSES, global_pool=True, drop_path_rate=0.1, **sizes
         )
     return model.to(args.where)
+
+
+def settings_in(variant: str) -> tuple[str, str]:
+    """Decoder and optimizer of a variant such as "eager" or "compiled cross:0.5 muon"."""
+    words = variant.split()[1:]
+    return tuple(words or ("self", "adamw"))
 
 
 def make_optimizer(model: torch.nn.Module, **how) -> torch.optim.AdamW:
@@ -55,15 +67,16 @@ def make_mixup() -> Mixup:
 
 def make_ours(variant: str, task: str, name: str, args):
     """A function that runs a round with this project's engine; what it logs is thrown away."""
-    model = make_model(task, name, args)
+    model, (kind, *_) = make_model(task, name, args, variant), variant.split()
     model.grad_checkpointing = args.grad_checkpointing
     run = argparse.Namespace(
         accum_iter=1, mask_ratio=args.mask_ratio, lr=1e-4, min_lr=0.0, warmup_epochs=0, epochs=10**6, seed=0,
-        amp_dtype=args.amp_dtype, print_freq=10**9, distributed=False, compile=variant != "eager",
-        compile_mode="reduce-overhead" if variant == "graphs" else "default",
+        amp_dtype=args.amp_dtype, print_freq=10**9, distributed=False, compile=kind != "eager",
+        compile_mode="reduce-overhead" if kind == "graphs" else "default", opt=settings_in(variant)[1],
+        opt_args=[],
     )  # fmt: skip
     compile_model(model, "forward", run, args.where)
-    optimizer = make_optimizer(model, fused=precision.has_fused_adamw(args.where))
+    optimizer = build_optimizer(param_groups_weight_decay(model, 0.05), run, args.where, betas=(0.9, 0.95))
     amp = precision.resolve_amp_dtype(args.amp_dtype, args.where)
     scaler = precision.NativeScalerWithGradNormCount(enabled=amp == torch.float16, device=args.where.type)
     loader = make_loader(args)
@@ -134,7 +147,7 @@ def make_hugging_face(variant: str, task: str, name: str, args):
     sizes = dict(
         hidden_size=ours.cls_token.shape[-1], num_hidden_layers=len(ours.blocks), layer_norm_eps=1e-6,
         num_attention_heads=ours.blocks[0].attn.num_heads, intermediate_size=4 * ours.cls_token.shape[-1],
-        image_size=args.input_size, patch_size=PATCH.get(name, 16), hidden_dropout_prob=0.0,
+        image_size=args.input_size, patch_size=ours.patch_embed.patch_size[0], hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     seed_all(0)
@@ -165,7 +178,7 @@ def make_hugging_face(variant: str, task: str, name: str, args):
 def make_variant(variant: str, task: str, name: str, args):
     if variant == "plain":
         return make_plain(task, name, args)
-    return (make_ours if variant in OURS else make_hugging_face)(variant, task, name, args)
+    return (make_ours if variant.split()[0] in OURS else make_hugging_face)(variant, task, name, args)
 
 
 def settings_of(variant: str, device: torch.device) -> None:
@@ -174,5 +187,5 @@ def settings_of(variant: str, device: torch.device) -> None:
     """
     give_back_freed_memory()
     torch.set_float32_matmul_precision("highest")
-    if variant in OURS or (variant != "plain" and device.type == "cuda"):
+    if variant.split()[0] in OURS or (variant != "plain" and device.type == "cuda"):
         precision.prepare_device(device, None)

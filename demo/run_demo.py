@@ -14,11 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.parser import ArgumentParser, run_script
+from util.cli.progress import progress_bar
 from util.console import say
 from util.errors import UserError
 
@@ -33,18 +32,21 @@ def run(log: Path, *command: str) -> None:
     goes to the file `log`. Stops the demo if it fails, with the last lines of that.
     """
     say(f"\n$ python {shlex.join(command)}")
-    start = time.time()
+    start, progress = time.time(), None
+    if sys.stdout.isatty():
+        progress = progress_bar(1, file=sys.stdout, bar_format="{desc}", leave=False)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     with (
         log.open("w", encoding="utf-8") as file,
-        tqdm(file=sys.stdout, bar_format="{desc}", leave=False, disable=None) as progress,
         subprocess.Popen([sys.executable, *command], cwd=REPO, **pipes) as process,
     ):
         for line in process.stdout:
             file.write(line)
             file.flush()
-            if line.startswith("Epoch: ["):
+            if progress and line.startswith("Epoch: ["):
                 progress.set_description_str(" ".join(line.split())[: shutil.get_terminal_size().columns - 1])
+    if progress:
+        progress.close()
     if process.returncode:
         lines = log.read_text(encoding="utf-8").splitlines()
         say("\n".join([*lines[-20:], "", f"this command failed; all that it said: {log}"]), sys.stderr)
@@ -91,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of `log.txt`, one dict an epoch."""
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python demo/visualize.py --resume out/checkpoint-399.pth DIR --rows 6 --mask_ratio 0.5 0.75 0.9
     python demo/visualize.py --resume out/checkpoint-399.pth photo.jpg --mask_file mask.png
     python demo/visualize.py --resume out/checkpoint-399.pth photo.jpg --attention
+    python demo/visualize.py --resume out/checkpoint-399.pth DIR --rows 6 --pca --neighbours
+    python demo/visualize.py --resume out/checkpoint-399.pth photo.jpg --full_size tiles
     python demo/visualize.py --resume mae_visualize_vit_large.pth photo.jpg --output large.png
 
 Without images, some of the demo set are shown. The same command gives the same bytes. A row's mask depends on
@@ -14,6 +16,7 @@ original patch to draw them, and the headings say so.
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -21,30 +24,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.cli.flags import at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
-from util.data.depth import depth_of, view
+from util.data.depth import depth_of, make_reader
 from util.data.find import ImageFiles, PathList, find_images
-from util.data.inputs import find_inputs
-from util.data.read import BadImage
-from util.data.transforms import normalize_batch
+from util.data.inputs import find_inputs, views
+from util.data.transforms import EvalTransform, normalize_batch
 from util.demo_set.files import ensure_demo_data
 from util.errors import UserError
 from util.evaluate.output import check_output
-from util.figures.attention import attention_grid
-from util.figures.canvas import panel_layout, save_png
-from util.figures.reconstruction import mask_noise, ratio_grid, read_mask
-from util.files import printable
-from util.processes.collectives import log, warn
+from util.figures.attention import attention_panels
+from util.figures.canvas import Panels, panel_layout, save_png
+from util.figures.features import neighbour_panels, pca_panels
+from util.figures.full_size import padded_size, reconstruct_full
+from util.figures.reconstruction import column_headings, mask_noise, ratio_panels, read_mask
+from util.files import check_writable, printable
+from util.processes.collectives import log
 from util.rng import fixed_noise, takes_noise
 from util.weights.build import build
 from util.weights.describe import WeightsFile
 from util.weights.flags import add_decoder_args, add_weights_args
-from util.weights.size import describe_file
+from util.weights.size import at_size, describe_file
 
 DEMO_ROWS = 5  # when no image is named
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones
@@ -78,7 +82,20 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="picture to write; replaces one that is there")
     flag("--attention", action="store_true",
          help="also write FILE-attention.png: where the class token looks in the last block, per head, "
-              "nothing hidden; for files without decoder only that")
+              "nothing hidden; for files without decoder only that, and the next two")
+    flag("--pca", action="store_true",
+         help="also write FILE-pca.png: three principal components of the patches' features as colours, of "
+              "each image, of all, and of the foreground of all")
+    flag("--foreground", type=float, default=0.0, metavar="T",
+         help="of --pca: patches whose first component is more than T standard deviations above 0")
+    flag("--neighbours", type=at_least(0), nargs="?", const=5, default=0, metavar="N",
+         help="also write FILE-neighbours.png: of all images named, the N (default: 5) whose features are "
+              "most like those of each that is drawn")
+    flag("--full_size", choices=["tiles", "positions"],
+         help="reconstruct each image at its own size, in a file of its own: tile by tile, each with a mask "
+              "of its own, or as a whole with position tables of that size")
+    flag("--save_images", metavar="DIR",
+         help="also write each panel as a file of its own: NUMBER-NAME-PANEL.png")
     flag("--rows", type=int, metavar="N",
          help=f"draw N of the images, evenly spread (default: all, {DEMO_ROWS} of the demo set)")
     flag("--pages", default="first", choices=["first", "all"],
@@ -105,10 +122,15 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: must end in .png")
     check_output("--output", args.output)
+    check_flags(args, get_args_parser())
+    if args.full_size and args.mask_file:
+        raise UserError("--full_size and --mask_file: give one of them")
+    if args.save_images:
+        check_writable("--save_images", args.save_images)
 
 
-def choose_images(args: argparse.Namespace) -> tuple[list[str], Sequence[str]]:
-    """(paths, names) of the pictures to draw."""
+def choose_images(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str], list[int]]:
+    """(paths, names) of the images there are, and which of them to draw."""
     if args.images:
         files, names = find_inputs(args.images, args.bad_images, args.pages)
         rows = args.rows or len(files.paths)
@@ -116,28 +138,29 @@ def choose_images(args: argparse.Namespace) -> tuple[list[str], Sequence[str]]:
         files: ImageFiles = find_images(ensure_demo_data(log=log), "val")
         names, rows = PathList(map(files.paths.name, range(len(files.paths)))), args.rows or DEMO_ROWS
         log(f"no image given: showing {rows} of the demo set")
-    indices = np.linspace(0, len(names) - 1, min(rows, len(names))).round().astype(int)
-    return [files.paths[i] for i in indices], names.take(indices)
+    return (
+        files.paths,
+        names,
+        np.linspace(0, len(names) - 1, min(rows, len(names))).round().astype(int).tolist(),
+    )
 
 
-def read_images(
-    paths: list[str], names: Sequence[str], weights: WeightsFile, skip: bool
-) -> tuple[torch.Tensor, list[str]]:
-    """Normalised images (N, C, H, W) on the CPU, cut as in pre-training's evaluation, and their labels."""
-    depth, images, labels = depth_of(weights), [], []
-    for path, name in zip(paths, names, strict=True):
-        try:
-            images.append(view(path, weights.input_size, weights.sizes["in_chans"], depth))
-            labels.append(printable(name))
-        except BadImage as error:
-            if not skip:
-                raise BadImage(
-                    error.path, f"{error.reason}; leave it out, or pass --bad_images skip"
-                ) from None
-            warn(f"left out: {error}")
-    if not images:
-        raise UserError("no images: none of the files is readable")
-    return normalize_batch(torch.stack(images), "cpu", weights.mean, weights.std), labels
+def full_panels(model, weights: WeightsFile, path: str, args: argparse.Namespace) -> Panels:
+    """The panels of one image at its own size."""
+    channels, depth, mean, std = weights.sizes["in_chans"], depth_of(weights), weights.mean, weights.std
+    pixels = make_reader(channels, depth)(path)
+    check_size(1, 1 + 3 * len(args.mask_ratio), pixels.shape[:2])
+    image = normalize_batch(EvalTransform(pixels.shape[:2], depth)(pixels)[None], "cpu", mean, std)[0]
+    if args.full_size == "positions":
+        size = padded_size(image.shape[1:], [weights.sizes["patch_size"]] * 2)
+        model = build(at_size(weights, size)).to(next(model.parameters()).device)
+    columns, headings, groups = [], list(column_headings(model.norm_pix_loss, channels)), [("", 1)]
+    for ratio in args.mask_ratio:
+        panels = list(reconstruct_full(model, image, ratio, args.seed, mean, std).values())
+        columns += panels[1:] if columns else panels
+        groups.append((f"{100 * ratio:g}% masked", 3))
+    several = len(args.mask_ratio) > 1
+    return Panels(headings[:1] + headings[1:] * len(args.mask_ratio), columns, groups if several else None)
 
 
 def choose_masks(
@@ -165,50 +188,76 @@ def check_size(rows: int, columns: int, input_size: tuple[int, int]) -> None:
         most = rows * MAX_PIXELS // pixels
         raise UserError(
             f"{rows} rows: a picture of {pixels / 1e6:.0f} million pixels, which few viewers open; "
-            f"pass --rows N, at most {most}"
+            + (f"pass --rows N, at most {most}" if most else "shrink the image or leave out --full_size")
         )
 
 
-def write(picture: Image.Image, path: str) -> None:
+def write(panels: Panels, caption: str, labels: list[str], output: str, args, first: int = 0) -> None:
+    """Writes a picture of the panels and, with --save_images, each of them, rows numbered from `first`."""
+    picture, place = panels.draw(caption, labels), f"--output {output}"
     try:
-        save_png(picture, path)
+        save_png(picture, output)
+        log(f"wrote {printable(output)} ({picture.width} x {picture.height} pixels)")
+        if args.save_images:
+            place = f"--save_images {args.save_images}"
+            panels.save(args.save_images, labels, first)
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
-    log(f"wrote {printable(path)} ({picture.width} x {picture.height} pixels)")
+        raise UserError(f"{place}: cannot be written ({error.strerror or error})") from None
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = resolve_device(args.device)
-    parts = ["full", "encoder"] if args.attention else ["full"]
-    weights = describe_file(args, *parts)
-    attention_only = weights.part == "encoder"
+    of_encoder = args.attention or args.pca or args.neighbours
+    weights = describe_file(args, "full", *(["encoder"] if of_encoder else []))
     model = build(weights)
     for note in weights.notes:
         log(f"note: {printable(note)}")
-    paths, names = choose_images(args)
-    masks = choose_masks(args, len(paths), model.patch_embed.grid_size)
-    heads = weights.sizes["num_heads"] if args.attention else 0
-    check_size(len(paths), max(1 + 3 * len(masks), 2 + heads), weights.input_size)
-    images, labels = read_images(paths, names, weights, args.bad_images == "skip")
-    model, name = model.to(device), printable(os.path.basename(weights.path))
-
-    if args.mask_file and not attention_only and not takes_noise(model):
-        raise UserError(f"--mask_file: the model of {weights.path} draws its own masks; leave the flag out")
-    if attention_only:
-        log(
-            f"{printable(weights.path)} holds no decoder ({printable(weights.kind)}): no reconstructions, "
-            "attention only"
+    paths, names, indices = choose_images(args)
+    if args.neighbours and len(paths) < 2:
+        raise UserError(
+            "--neighbours: needs several images; name a folder of them, and --rows how many to draw"
         )
+    masks = choose_masks(args, len(indices), model.patch_embed.grid_size)
+    widest = max(1 + 3 * len(masks), 2 + weights.sizes["num_heads"] * args.attention, 1 + args.neighbours)
+    if not args.full_size:
+        check_size(len(indices), widest, weights.input_size)
+    read = functools.partial(views, paths, weights=weights, skip=args.bad_images == "skip")
+    images, indices = read(indices)
+    if not indices:
+        raise UserError("no images: none of the files is readable")
+    labels = [printable(names[index]) for index in indices]
+    model, name = model.to(device), printable(os.path.basename(weights.path))
+    mean, std, (stem, end) = weights.mean, weights.std, os.path.splitext(args.output)
+
+    if args.mask_file and weights.part == "full" and not takes_noise(model):
+        raise UserError(f"--mask_file: the model of {weights.path} draws its own masks; leave the flag out")
+    if weights.part == "encoder":
+        kind = printable(weights.kind)
+        log(f"{printable(weights.path)} holds no decoder ({kind}): no reconstructions, features only")
+    elif args.full_size:
+        how = f"{masks[0][0]}, " if len(masks) == 1 else ""
+        caption = f"{name}, full size by {args.full_size}, {how}seed {args.seed}"
+        for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
+            output = args.output if len(indices) == 1 else f"{stem}-{row}{end}"
+            write(full_panels(model, weights, paths[index], args), caption, [label], output, args, row)
     else:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""
         caption = f"{name}{how}" + ("" if args.mask_file else f", seed {args.seed}")
-        write(ratio_grid(model, images, masks, weights.mean, weights.std, caption, labels), args.output)
+        write(ratio_panels(model, images, masks, mean, std), caption, labels, args.output, args)
     if args.attention:
         caption = f"{name}: attention of the class token, last block; brightest: each map's largest value"
-        output = f"{args.output[:-4]}-attention{args.output[-4:]}"
-        write(attention_grid(model, images, weights.mean, weights.std, caption, labels), output)
+        panels = attention_panels(model, images, mean, std)
+        write(panels, caption, labels, f"{stem}-attention{end}", args)
+    if args.pca:
+        caption = f"{name}: principal components of the patches' features, as red, green and blue"
+        panels = pca_panels(model, images, mean, std, args.foreground)
+        write(panels, caption, labels, f"{stem}-pca{end}", args)
+    if args.neighbours:
+        caption = f"{name}: nearest of {len(paths)} images, by the cosine of the means of patches' features"
+        panels = neighbour_panels(model, read, len(paths), indices, args.neighbours, mean, std)
+        write(panels, caption, labels, f"{stem}-neighbours{end}", args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 import export
 import models_mae
 import models_vit
+from models_seg import SegmentationTransformer
 from util.cli.parser import ArgumentParser, run_script
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -26,8 +27,8 @@ def shake(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def make_mae(**changes):
-    return shake(models_mae.MaskedAutoencoderViT(**{**TINY_MAE, "norm_layer": NORM, **changes}))
+def make_mae(kind=models_mae.MaskedAutoencoderViT, **changes):
+    return shake(kind(**{**TINY_MAE, "norm_layer": NORM, **changes}))
 
 
 def make_vit(global_pool=False, **changes):
@@ -72,6 +73,19 @@ def save_vit(folder, global_pool, probe=False, **changes):
     path = folder / "checkpoint-best.pth"
     torch.save({"model": vit.state_dict(), "epoch": 2, "model_info": info, "args": {"lr": 1e-3}}, path)
     return path, vit
+
+
+def save_segmenter(folder, head, layers):
+    """A checkpoint as main_segment writes it."""
+    model = shake(SegmentationTransformer(3, head, layers, **TINY, norm_layer=NORM))
+    if head == "linear":
+        model.head.norm.running_mean.normal_(), model.head.norm.running_var.uniform_(0.5, 2)
+    info = {"model": "vit_tiny_patch16", "input_size": (32, 32), "patch_size": 8, "in_chans": 3,
+            "num_heads": 3, "nb_classes": 3, "mean": MEAN, "std": STD, "global_pool": False,
+            "recipe": "segment", "class_names": ["ground", "ball", "cube"]}  # fmt: skip
+    path = folder / "checkpoint-best.pth"
+    torch.save({"model": model.state_dict(), "model_info": info, "args": {"mode": "finetune"}}, path)
+    return path, model
 
 
 def run_export(*words):

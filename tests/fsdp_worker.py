@@ -4,12 +4,14 @@ torchrun ... tests/fsdp_worker.py train FOLDER DEVICE
 torchrun ... tests/fsdp_worker.py reload FILE FOLDER
 """
 
+import functools
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
+from timm.optim import muon as timms
 from timm.optim import param_groups_weight_decay
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -18,13 +20,17 @@ from golden_utils import TINY_MAE, fill
 
 import models_mae
 from engine_pretrain import train_one_epoch
+from models_cross import CrossDecoderViT
+from util.compute.optimizer import build_optimizer
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.processes import collectives, group, parallel
 from util.run import checkpoint
+from util.run.ema import Ema
 from util.run.guard import RunGuard
 from util.run.resume import load_model
 
 SETTINGS = dict(batch_size=4, accum_iter=2, clip_grad=0.5, mask_ratio=0.75, lr=1e-2, min_lr=0.0, seed=0)
+CROSS = dict(make=CrossDecoderViT, predict_ratio=0.5)
 SETTINGS |= dict(warmup_epochs=0, epochs=3, start_epoch=0, skip_nonfinite=1, amp_dtype="none")
 
 
@@ -39,10 +45,11 @@ def make_batches(device: torch.device, dtype: torch.dtype) -> list:
 class Run:
     """A tiny model's training, with the real loop, loss scaling and files, to `epochs` epochs in all."""
 
-    def __init__(self, folder, sharded, device="cpu", dtype=torch.float64, scaled=False, resume=""):
+    def __init__(self, folder, sharded, device="cpu", dtype=torch.float64, scaled=False, resume="", **sizes):
         self.args = Namespace(**SETTINGS, output_dir=str(folder), resume=str(resume))
         self.device, self.stats = torch.device(device), []
-        self.bare = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed")
+        model = models_mae.mae_vit(TINY_MAE, norm_pix_loss=True, **sizes)
+        self.bare = fill(model, seed=1, std=0.1, skip="pos_embed")
         self.bare.to(device, dtype)
         several = collectives.get_world_size() > 1 or sharded
         self.model = parallel.wrap_model(self.bare, self.device, sharded) if several else self.bare
@@ -114,6 +121,8 @@ def train(root: str, device: str) -> None:
         ("fsdp", True, 2, {}),
         ("ddp_scaled", False, 1, {"scaled": True}),
         ("fsdp_scaled", True, 1, {"scaled": True}),
+        ("ddp_cross", False, 2, CROSS),
+        ("fsdp_cross", True, 2, CROSS),
         ("ddp_then_fsdp", True, 2, {"resume": root / "ddp/checkpoint-0.pth"}),
         ("fsdp_then_ddp", False, 2, {"resume": root / "fsdp/checkpoint-0.pth"}),
         ("fsdp_then_fsdp", True, 2, {"resume": root / "fsdp/checkpoint-0.pth"}),
@@ -121,6 +130,8 @@ def train(root: str, device: str) -> None:
         runs[name] = Run(root / name, sharded, place, dtype, **more).train(epochs)
     check_full_copy(runs["fsdp"].bare, runs["ddp"].bare)
     check_overflow(runs["fsdp_scaled"])
+    if device == "cpu":
+        check_muon(root)
     if args.rank == 0:
         (root / "stats.json").write_text(json.dumps({name: run.stats for name, run in runs.items()}))
     group.shut_down()
@@ -131,6 +142,49 @@ def reload(file: str, folder: str) -> None:
     group.init_distributed_mode(Namespace(device="cpu"))
     Run(Path(folder), sharded=True, resume=file).save(0)
     group.shut_down()
+
+
+def muon_steps(folder: Path, sharded: bool) -> None:
+    """Three steps of Muon, each of 8 images with fixed masks that the processes share, and the average of the
+    weights; then a checkpoint. Newton-Schulz in float64.
+    """
+    exact = functools.partial(timms.zeropower_via_newtonschulz, dtype=torch.float64)
+    rank, world_size = collectives.get_rank(), collectives.get_world_size()
+    device = torch.device("cpu")
+    bare = fill(models_mae.mae_vit(TINY_MAE, norm_pix_loss=True), seed=1, std=0.1, skip="pos_embed")
+    model = parallel.wrap_model(bare, device, sharded) if world_size > 1 else bare
+    args = Namespace(opt="muon", opt_args=[], lr=1e-2, output_dir=str(folder), batch_size=8, accum_iter=1)
+    optimizer = build_optimizer(param_groups_weight_decay(bare, 0.05), args, device)
+    scaler, ema = NativeScalerWithGradNormCount(enabled=False, device="cpu"), Ema(bare, optimizer, 0.6)
+    draws = torch.Generator().manual_seed(0)
+    original, timms.zeropower_via_newtonschulz = timms.zeropower_via_newtonschulz, exact
+    for _ in range(3):
+        images = torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=draws)
+        noise = torch.rand(8, 16, generator=draws)
+        loss = model(images[rank::world_size], 0.75, noise[rank::world_size])[0]
+        scaler(loss, optimizer, 0.5, bare.parameters())
+        optimizer.zero_grad()
+    timms.zeropower_via_newtonschulz = original
+    folder.mkdir(exist_ok=True)
+    with ema.in_place():  # and back
+        whole = parallel.full_copy(bare)
+        average = ema.state_dict()["mask_token"]  # of the weights meanwhile
+        assert not torch.equal(whole.mask_token, parallel.whole_tensor(average))
+    checkpoint.save_model(args, 0, model, bare, optimizer, scaler, model_ema=ema.state_dict())
+    collectives.barrier()
+
+
+def check_muon(root: Path) -> None:
+    for name, sharded in (("muon_ddp", False), ("muon_fsdp", True)):
+        muon_steps(root / name, sharded)
+    # What one kind of run saved, the other goes on from
+    bare = models_mae.mae_vit(TINY_MAE, norm_pix_loss=True).double()
+    parallel.wrap_model(bare, torch.device("cpu"), True)
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.0)
+    content = torch.load(root / "muon_ddp/checkpoint-0.pth")
+    ema, saved = Ema(bare, optimizer, 0.6, "x", content), content["model_ema"]
+    for name, value in ema.average.items():
+        assert torch.equal(parallel.whole_tensor(value), saved[name])
 
 
 if __name__ == "__main__":

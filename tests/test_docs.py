@@ -167,7 +167,8 @@ def test_d14_a_variant_out_of_memory_is_freed_for_the_others(monkeypatch, fails_
     monkeypatch.setattr(bench_step, "matrix_peak", lambda *args: 1.0)
     args = argparse.Namespace(
         where=torch.device("cpu"), variants=["eager", "plain"], rounds=4, steps=1, batch=1,
-        amp_dtype="none", mask_ratio=0.75, input_size=32,
+        amp_dtype="none", mask_ratio=0.75, input_size=32, decoder=["self"], opt=["adamw"], patch_size=None,
+        decoder_embed_dim=None, decoder_depth=None, decoder_num_heads=None,
     )  # fmt: skip
     result = bench_step.measure("pretrain", "tiny", args)
     assert freed == [False] * (2 if fails_at == 1 else 3) + [True] * (4 if fails_at == 1 else 3)

@@ -13,12 +13,12 @@ LAYERS = [
     "util.files util.processes",
     "util.cli util.compute",
     "models_mae models_vit util.demo_set util.lars",
-    "models_seg util.data",
+    "models_cross models_seg util.data",
     "util.datasets util.weights util.figures tools",
-    "util.trackers",
+    "util.report util.trackers",
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
-    "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan",
+    "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan report",
     "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
 ]
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}

@@ -107,7 +107,9 @@ def prepare(args: argparse.Namespace) -> list[str]:
     if args.measure < 0:
         raise UserError(f"--measure {args.measure}: must be at least 0")
     if not os.path.isdir(args.src):
-        raise UserError(f"SRC {printable(args.src)}: not a folder (tools/make_shards.py also takes archives)")
+        what = "is no folder (tools/make_shards.py also takes archives)"
+        what = what if os.path.exists(args.src) else "does not exist"
+        raise UserError(f"SRC {printable(args.src)}: {what}")
     names = list(find_names(args.source))
     if not names:
         raise UserError(f"SRC {printable(args.src)}: no images in it")

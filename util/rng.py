@@ -91,6 +91,13 @@ def fixed_noise(rows: int | Sequence[int], length: int, seed: int) -> torch.Tens
     return torch.from_numpy(noise / np.float32(length))
 
 
+def fixed_masks(model: torch.nn.Module, rows: int | Sequence[int], mask_ratio: float) -> torch.Tensor:
+    """`fixed_noise` for a masked autoencoder's images, of the kind of masks that it trains with."""
+    if hasattr(model, "mask_noise"):  # of `util.recipes.questions`
+        return model.mask_noise(lambda length: fixed_noise(rows, length, seed=0), mask_ratio)
+    return fixed_noise(rows, model.patch_embed.num_patches, seed=0)
+
+
 def takes_noise(model: torch.nn.Module) -> bool:
     """Whether a masked autoencoder can be told its masks: not if a subclass's `forward`, `forward_encoder` or
     `random_masking` has the reference's arguments only.

@@ -20,6 +20,7 @@ import engine_pretrain
 import models_mae
 import models_vit
 from main_linprobe import put_on_probe
+from models_cross import CrossDecoderViT
 from util.compute import prefetch
 from util.compute.compile import compile_model
 from util.compute.precision import NativeScalerWithGradNormCount
@@ -33,7 +34,7 @@ from util.run.guard import DELAY, RunGuard
 from util.run.meters import SmoothedValue
 
 STEPS, BATCH = 12, 4
-RECIPES = ["pretrain", "finetune", "linprobe"]
+RECIPES = ["pretrain", "pretrain_cross", "finetune", "linprobe"]
 
 
 def make_batch() -> list[torch.Tensor]:
@@ -63,8 +64,9 @@ class AlarmedLoader:
 
 
 def make_model(recipe: str) -> torch.nn.Module:
-    if recipe == "pretrain":
-        return models_mae.mae_vit(TINY_MAE, norm_pix_loss=True)
+    if recipe.startswith("pretrain"):
+        kind = dict(make=CrossDecoderViT, predict_ratio=0.5) if recipe == "pretrain_cross" else {}
+        return models_mae.mae_vit(TINY_MAE, norm_pix_loss=True, **kind)
     probe = recipe == "linprobe"
     model = models_vit.VisionTransformer(num_classes=7, drop_path_rate=0.0 if probe else 0.2, **TINY)
     if probe:
@@ -88,7 +90,7 @@ def train(recipe: str, model, loader, amp_dtype: str, compiled: bool = False) ->
         optimizer = LARS(model.head.parameters(), lr=0.1)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    if recipe == "pretrain":
+    if recipe.startswith("pretrain"):
         stats = engine_pretrain.train_one_epoch(
             model, loader, optimizer, device, 0, scaler, None, args, guard
         )

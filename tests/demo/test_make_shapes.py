@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import numpy as np
 from golden_utils import REPO
+from PIL import Image
 
 from util.data.labels import read_labels
 from util.demo_set.files import CLASSES, ensure_demo_data
@@ -40,3 +41,20 @@ def test_a_table_of_every_picture_that_the_scripts_take(tmp_path):
     folder = [sys.executable, "demo/make_shapes.py", str(tmp_path)]
     done = subprocess.run(folder, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is a folder; name a file" in done.stderr
+
+
+def test_pictures_with_masks_that_segmentation_takes(tmp_path):
+    root, plain = tmp_path / "shapes", tmp_path / "set"
+    command = [sys.executable, "demo/make_shapes.py", str(root), "--masks", "--counts", "1", "1"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "20 pictures with masks of 11 classes" in done.stdout, done.stderr
+    ensure_demo_data(plain, train=1, val=1, workers=1)
+    for split in ("train", "val"):
+        for label, name in enumerate(CLASSES, 1):
+            picture = (root / split / "images" / f"{name}_0000.jpg").read_bytes()
+            assert picture == (plain / split / name / f"{name}_0000.jpg").read_bytes()
+            mask = np.asarray(Image.open(root / split / "masks" / f"{name}_0000.png"))
+            assert set(np.unique(mask)) == {0, label} and 0.01 < (mask > 0).mean() < 0.9
+    assert (root / "classes.txt").read_text().split() == ["background", *CLASSES]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "name a new folder" in done.stderr

@@ -16,7 +16,7 @@ from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
 from util.evaluate.features import encoder_features
 from util.figures import canvas
-from util.figures.attention import attention_grid, block_attention, class_token_attention, overlay
+from util.figures.attention import attention_panels, block_attention, class_token_attention, overlay
 from util.weights.build import build
 from util.weights.describe import describe
 from util.weights.files import read_file
@@ -150,8 +150,70 @@ def test_encoder_only_is_refused_but_has_attention(tmp_path, capsys):
         run(*words)
     assert not (tmp_path / "o.png").exists()
     run(*words, "--attention")
-    assert "attention only" in capsys.readouterr().out
+    assert "features only" in capsys.readouterr().out
     assert not (tmp_path / "o.png").exists() and (tmp_path / "o-attention.png").exists()
+
+
+def test_features_and_each_panel_as_a_file(tmp_path, drawn, capsys):
+    """Same bytes twice; the neighbour of a picture is its copy; panels have names that any system takes."""
+    folder = make_folder(tmp_path / "images", 6)
+    shutil.copy(folder / "000.jpg", folder / "a: b?.jpg")
+    (folder / "005.jpg").write_bytes((folder / "005.jpg").read_bytes()[:300])  # cut short
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"norm_pix_loss": True})
+    words = [
+        "--resume",
+        checkpoint,
+        *HEADS,
+        folder,
+        "--rows",
+        2,
+        "--pca",
+        "--neighbours",
+        2,
+        "--bad_images",
+        "skip",
+    ]
+    for name in ("x", "y"):
+        run(*words, "--output", tmp_path / f"{name}.png", "--save_images", tmp_path / name)
+    for kind in ("", "-pca", "-neighbours"):
+        assert (tmp_path / f"x{kind}.png").read_bytes() == (tmp_path / f"y{kind}.png").read_bytes()
+    names = sorted(path.name for path in (tmp_path / "x").iterdir())
+    kinds = [
+        "image",
+        "masked",
+        "neighbour-1",
+        "neighbour-2",
+        "original",
+        "pca-of-all",
+        "pca-of-all-foreground",
+    ]
+    kinds += ["pca-of-each-image", "reconstruction", "reconstruction-visible"]
+    stems = ["000-000.jpg", "001-a_b_.jpg"]
+    assert names == sorted(f"{stem}-{kind}.png" for stem in stems for kind in kinds)
+    one, other = ((tmp_path / f"x/{stems[0]}-{kind}.png").read_bytes() for kind in ("image", "neighbour-1"))
+    assert one == other and "left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--neighbours: needs several images; name a folder"):
+        run(
+            "--resume", checkpoint, *HEADS, folder / "000.jpg", "--neighbours", "--output", tmp_path / "z.png"
+        )
+    assert not (tmp_path / "z.png").exists()
+
+
+@pytest.mark.parametrize("way", ["tiles", "positions"])
+def test_full_size(tmp_path, drawn, capsys, way):
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"norm_pix_loss": False})
+    folder = make_folder(tmp_path / "images", 2, height=50, width=75)
+    words = ["--resume", checkpoint, *HEADS, "--output", tmp_path / "o.png", "--full_size", way]
+    run(*words, folder, "--save_images", tmp_path / "panels")
+    assert {path.name for path in tmp_path.glob("o*.png")} == {"o-0.png", "o-1.png"}
+    panel = Image.open(tmp_path / "panels/001-001.jpg-original.png")
+    assert np.array_equal(np.asarray(panel), np.asarray(Image.open(folder / "001.jpg")))
+    assert ("was trained at 32x32 pixels, now it is 56x80" in capsys.readouterr().err) == (way == "positions")
+    run(*words, folder / "000.jpg", "--mask_ratio", 0.5, 0.75)
+    assert {"50% masked", "75% masked", f"c.pth, full size by {way}, seed 2"} <= set(drawn)
+    assert (tmp_path / "o.png").is_file()
+    with pytest.raises(UserError, match="--full_size and --mask_file: give one"):
+        run(*words, folder, "--mask_file", "x.png")
 
 
 def test_unreadable_images(tmp_path, drawn, capsys):
@@ -391,11 +453,11 @@ def test_overlay_is_brightest_where_attention_is_largest():
 
 def test_attention_grid_has_a_panel_per_head(drawn):
     model, images = tiny_mae(), torch.randn(3, 3, 32, 32)
-    one = attention_grid(model, images, [0.5] * 3, [0.2] * 3, "caption", ["a", "b", "c"], batch_size=2)
+    one = attention_panels(model, images, [0.5] * 3, [0.2] * 3, batch_size=2).draw("caption", ["a", "b", "c"])
     assert [t for t in drawn if "head" in t] == ["mean of heads", "head 1", "head 2", "head 3"]
     assert (
         one.tobytes()
-        == attention_grid(model, images, [0.5] * 3, [0.2] * 3, "caption", ["a", "b", "c"]).tobytes()
+        == attention_panels(model, images, [0.5] * 3, [0.2] * 3).draw("caption", ["a", "b", "c"]).tobytes()
     )
 
 

@@ -1,21 +1,25 @@
 """The report card: features of every block, what is chosen on what, intervals, the picture."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_utils import TINY, TINY_MAE
+from sklearn import metrics
 
 import models_mae
 import models_vit
+from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.card import PROTOCOLS, Column, Plan, make_column, make_row, stratified
-from util.evaluate.card_output import differences
+from util.evaluate.card_output import COMPARED, differences, draw_depth
 from util.evaluate.features import encoder_features
 from util.evaluate.knn import knn_from_features, knn_votes
 from util.evaluate.layers import EveryBlock, Layers, RawPixels, effective_rank
-from util.evaluate.probes import one_class_each
-from util.figures.depth import draw_depth, nice_range
+from util.evaluate.tasks import auroc, one_class_each, r2, task_of
+from util.figures.canvas import FAINT_INK
 
 
 def models():
@@ -90,20 +94,83 @@ def layers(count: int, seed: int) -> Layers:
     return Layers(pooled, tokens, labels, [(1, "class"), (1, "mean"), (2, "class"), (2, "mean")])
 
 
-def test_the_evaluated_images_choose_nothing():
+def targets_of_kind(kind: str, classes: torch.Tensor) -> tuple[Targets, torch.Tensor]:
+    """What is to be said of images of three classes, and of each image."""
+    if kind == "class":
+        return Targets("class", ["a", "b", "c"]), classes
+    if kind == "labels":
+        return Targets("labels", ["a", "b"], [0.5, 0.3]), F.one_hot(classes, 3)[:, :2].float()
+    values = torch.stack([classes - 1.0, (classes == 2) * 3.0], dim=1)
+    return Targets("numbers", ["x", "y"], mean=[10.0, 0.0], std=[2.0, 1.0]), values
+
+
+@pytest.mark.parametrize("kind", ["class", "labels", "numbers"])
+def test_the_evaluated_images_choose_nothing(kind):
     train, val = layers(120, 1), layers(60, 2)
-    plan = Plan(one_class_each(3), train.labels, steps=20)
+    targets, train.labels = targets_of_kind(kind, train.labels)
+    _, val.labels = targets_of_kind(kind, val.labels)
+    groups = None if kind == "class" else np.arange(120) // 3
+    plan = Plan(task_of(targets), train.labels.view(120, -1)[:, 0], steps=20, groups=groups)
     column = make_column(train, val, plan)
-    others = Layers(val.pooled, val.tokens, torch.randint(0, 3, (60,)), val.sets)
-    other = make_column(train, others, plan)
-    assert column.rows.keys() == other.rows.keys() == PROTOCOLS.keys()
+    shuffled = val.labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    other = make_column(train, Layers(val.pooled, val.tokens, shuffled, val.sets), plan)
+    given = {key for key in PROTOCOLS if kind == "class" or key != "few_5"}
+    assert column.rows.keys() == other.rows.keys() == given
     for key, row in column.rows.items():
         twin = other.rows[key]
         assert (row.block, row.tokens, row.setting) == (twin.block, twin.tokens, twin.setting)
-    assert column.rows["linear"].score > 60 > other.rows["linear"].score
-    for row in column.rows.values():
+    least = {"class": 60, "labels": 75, "numbers": 40}[kind]  # by chance 33, 50 and 0
+    assert column.rows["linear"].score > least > other.rows["linear"].score + 5
+    for key, row in column.rows.items():
         assert row.low <= row.score <= row.high
-    assert column.rows["few_5"].setting == "15 images" and column.rows["few_1_percent"].setting == "3 images"
+        metric = {"class": "accuracy", "labels": "auroc", "numbers": "r2"}[kind]
+        if not key.startswith("few"):  # scikit-learn's, of probabilities, or numbers in their own units
+            assert 100 * row.figures[metric] == pytest.approx(row.score, abs=1e-9)
+    if kind == "labels":  # what neighbours give are probabilities, of which some are below the thresholds
+        found = column.rows["knn"].figures
+        assert found["balanced_accuracy"] > 0.55 and found["kappa"] > 0.1
+    if kind == "numbers":
+        errors = column.rows["knn"].figures
+        assert errors["rmse"] >= errors["mae"] > 0 and column.rows["knn_main"].score > least
+    few = {"class": ("3 images", "15 images")}.get(kind, ("1 images", "12 images"))
+    assert column.rows["few_1_percent"].setting == few[0]
+    assert column.rows["few_5" if kind == "class" else "few_10_percent"].setting == few[1]
+
+
+def test_what_is_held_out_of_a_table_parts_no_group():
+    groups, labels = np.arange(60) // 4, torch.arange(60) % 2
+    learns, held = Plan(one_class_each(2), labels, groups=groups).split()
+    assert len(held) == 12 and not set(groups[held]) & set(groups[learns])
+    assert Plan(one_class_each(2), labels, seed=1, groups=groups).split()[1].tolist() != held.tolist()
+    some = Plan(one_class_each(2), labels, groups=groups).of(torch.arange(60) >= 8)
+    assert len(some.strata) == len(some.groups) == 52 and some.groups[0] == 2
+    with pytest.raises(UserError, match="all images are of one group"):
+        Plan(one_class_each(2), labels, groups=np.zeros(60, int)).split()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_metrics_of_a_card_are_scikit_learns(seed):
+    rs = np.random.RandomState(seed)
+    values, numbers = rs.randn(30, 4), rs.randn(30, 4)
+    values = values.round() if seed % 2 else values  # ties
+    labels = (rs.rand(30, 4) < 0.3).astype(float)
+    labels[0], labels[1] = 0, 1
+    assert auroc(values, labels) == pytest.approx(100 * metrics.roc_auc_score(labels, values), abs=1e-10)
+    assert r2(values, numbers) == pytest.approx(100 * metrics.r2_score(numbers, values), abs=1e-9)
+    labels[:, 0] = 1  # undefined, and left out
+    rest = metrics.roc_auc_score(labels[:, 1:], values[:, 1:])
+    assert auroc(values, labels) == pytest.approx(100 * rest, abs=1e-10)
+    assert np.isnan(auroc(values, np.ones((30, 4)))) and np.isnan(r2(values, np.ones((30, 4))))
+
+
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_losses_of_many_probes_are_those_of_each(kind):
+    targets, wanted = targets_of_kind(kind, torch.arange(9) % 3)
+    logits = torch.randn(2, 3, 9, 2)
+    losses = task_of(targets).loss(logits, wanted)
+    plain = {"labels": F.binary_cross_entropy_with_logits, "numbers": F.smooth_l1_loss}[kind]
+    for f, r, i in itertools.product(range(2), range(3), range(9)):
+        torch.testing.assert_close(losses[f, r, i], plain(logits[f, r, i], wanted[i]))
 
 
 def test_one_class_of_two_images_is_a_card_too():
@@ -140,15 +207,18 @@ def test_intervals_of_the_same_images():
 
 
 def test_a_curve_is_where_its_figures_are():
-    series = {"linear, mean of patches": [(1, 10.0), (2, 30.0)], "attentive": [(2, 20.0)]}
-    picture = draw_depth("x", {"a": series, "b": series}, {"pixels": 20.0})
-    blue, orange = (0, 114, 178), (213, 94, 0)
-    pixels = np.asarray(picture)
-    rows, columns = np.nonzero((pixels == blue).all(-1))
-    panel = columns < picture.width // 2
+    depth = {"rank": [(1, "class", 2.0), (1, "mean", 2.0)], "attentive": [(2, "patches", 20.0)]}
+    depth |= {"linear": [(1, "mean", 10.0), (2, "mean", 30.0)], "knn": [], "linear_norm": []}
+    pixels = {"rank": [(0, "pixels", 3.0)], "linear_norm": [(0, "pixels", 20.0)]}
+    columns = {"encoder": depth, "random encoder": depth, "raw pixels": pixels}
+    columns = {name: {"depth": depth} for name, depth in columns.items()}
+    picture = draw_depth({"columns": columns, "metric": "accuracy (%)", "finetune": "a.pth"})
+    drawn, (linear, attentive) = np.asarray(picture), (COMPARED["linear"], COMPARED["attentive"])
+    rows, places = np.nonzero((drawn[:420] == linear).all(-1))
+    panel = places < picture.width // 2
     assert panel.any() and not panel.all()  # in both
-    upper, lower = rows[panel & (columns > 300)].min(), rows[panel & (columns < 100)]
-    dots, _ = np.nonzero((pixels[:400] == orange).all(-1))
-    assert upper < dots.mean() < lower.min() + 10
-    assert nice_range([3.0, 3.0])[0] <= 3 < nice_range([3.0, 3.0])[1]
-    assert nice_range([12.0, 47.5]) == (10.0, 50.0, 10.0)
+    upper, lower = rows[panel & (places > 400)].min(), rows[panel & (places < 100)]
+    dots, _ = np.nonzero((drawn[:420] == attentive).all(-1))
+    assert upper + 50 < dots.mean() < lower.min() - 50
+    level = (drawn[round(dots.mean()), 100:400] == FAINT_INK).all(-1)  # of the pixels, as high as the dot
+    assert level.mean() > 0.9

@@ -15,10 +15,10 @@ from util.evaluate.probes import (
     LinearProbes,
     decide,
     fit,
-    one_class_each,
     pick,
     search,
 )
+from util.evaluate.tasks import one_class_each
 from util.rng import derive_seed
 
 RATES, STEPS, CLASSES = (0.1, 1.0, 0.01), 7, 4

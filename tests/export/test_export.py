@@ -13,17 +13,15 @@ import timm
 import torch
 from export_utils import (
     MEAN,
-    NORM,
     STD,
     make_mae,
     make_vit,
     refused,
     run_export,
     save_mae,
+    save_segmenter,
     save_vit,
-    shake,
 )
-from golden_utils import TINY
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,7 +29,6 @@ import export
 import main_finetune
 import main_pretrain
 import models_vit
-from models_seg import SegmentationTransformer
 from util.evaluate.features import encoder_features
 from util.export import checkpoint
 from util.export import timm as export_timm
@@ -427,15 +424,7 @@ def test_own_checkpoint_goes_back_and_forth(tmp_path):
 )
 def test_a_segmenter_as_torch_export(tmp_path, head, layers, capsys):
     """Its own logits of the pixels at any number of images; other targets take the encoder, and say so."""
-    model = SegmentationTransformer(3, head, layers, **TINY, norm_layer=NORM)
-    model = shake(model)
-    if head == "linear":
-        model.head.norm.running_mean.normal_(), model.head.norm.running_var.uniform_(0.5, 2)
-    info = {"model": "vit_tiny_patch16", "input_size": (32, 32), "patch_size": 8, "in_chans": 3,
-            "num_heads": 3, "nb_classes": 3, "mean": MEAN, "std": STD, "global_pool": False,
-            "recipe": "segment", "class_names": ["ground", "ball", "cube"]}  # fmt: skip
-    path = tmp_path / "checkpoint-best.pth"
-    torch.save({"model": model.state_dict(), "model_info": info, "args": {"mode": "finetune"}}, path)
+    path, model = save_segmenter(tmp_path, head, layers)
     words = ["--resume", path, "--num_heads", 3]
     run_export(*words, "--to", "torch_export", "--output", tmp_path / "out")
     assert "exporting the classifier of pixels" in capsys.readouterr().out
@@ -457,7 +446,8 @@ def test_a_segmenter_as_torch_export(tmp_path, head, layers, capsys):
     assert "left out" not in capsys.readouterr().out
 
     state = model.state_dict() | {"head.classify.weight": torch.zeros(3, 5, 1, 1)}
-    torch.save({"model": state, "model_info": info}, path)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"model": state}, path)
     error = refused(capsys, *words, "--to", "torch_export", "--output", tmp_path / "no")
     assert "its head is none of main_segment.py's (head.classify.weight: (3, 5, 1, 1) in the file" in error
     assert not (tmp_path / "no").exists()

@@ -7,7 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from export_utils import MEAN, STD, make_mae, make_vit, refused, run_export, save_mae, save_vit
+from export_utils import (
+    MEAN,
+    STD,
+    make_mae,
+    make_vit,
+    refused,
+    run_export,
+    save_mae,
+    save_segmenter,
+    save_vit,
+)
 from golden_utils import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -273,17 +283,20 @@ def test_a_folder_that_is_damaged_or_different(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["encoder", "pooled classifier", "pooled encoder"])
+@pytest.mark.parametrize("kind", ["encoder", "pooled classifier", "pooled encoder", "segmenter"])
 def test_onnx(tmp_path, kind):
     import onnxruntime
 
     if kind == "encoder":
         path, model = save_mae(tmp_path, make_mae(img_size=(16, 48), in_chans=2))
         name, shape = "tokens", (2, 16, 48)
+    elif kind == "segmenter":
+        path, model = save_segmenter(tmp_path, "upsample", 2)
+        name, shape = "pixel_logits", (3, 32, 32)
     else:
         path, model = save_vit(tmp_path, True)
         name, shape = ("logits" if kind == "pooled classifier" else "features"), (3, 32, 32)
-    flags = ["--encoder_only"] if kind == "pooled encoder" else []
+    flags = {"pooled encoder": ["--encoder_only"], "segmenter": ["--num_heads", 3]}.get(kind, [])
     run_export("--resume", path, "--to", "onnx", *flags, "--output", tmp_path / "out")
     session = onnxruntime.InferenceSession(
         tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"]
@@ -295,7 +308,7 @@ def test_onnx(tmp_path, kind):
         if kind == "encoder":
             close(output[:, 0], encoder_features(model, images, global_pool=False))
         else:
-            close(output, model(images) if name == "logits" else model.forward_features(images))
+            close(output, model.forward_features(images) if name == "features" else model(images))
 
 
 def test_commands_and_code_of_the_page(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from util.figures.reconstruction import (
     BORROWED_STATISTICS,
     column_headings,
     mask_noise,
-    ratio_grid,
+    ratio_panels,
     read_mask,
     reconstruct,
     reconstruction_grid,
@@ -222,7 +222,7 @@ def test_ratios_side_by_side(monkeypatch):
     )
     model, _, images, mean, std, noise = make(norm_pix_loss=True)
     maskings = [("50% masked", noise, 0.5), ("75% masked", noise, 0.75)]
-    image = ratio_grid(model, images, maskings, mean, std, "caption", ["a", "b"], batch_size=1)
+    image = ratio_panels(model, images, maskings, mean, std, batch_size=1).draw("caption", ["a", "b"])
     both = [list(reconstruct(model, images, noise, ratio, mean, std).values()) for ratio in (0.5, 0.75)]
     corners = find_panels(image, [*both[0], *both[1][1:]], scale=5)
     xs = [x for _, x in corners[:7]]
@@ -240,7 +240,7 @@ def test_ratios_side_by_side(monkeypatch):
     # Patches that 75 % leaves visible are visible at 50 % too
     seen = [(panels[1] != reconstruction.GREY).any(dim=1) for panels in both]
     assert (seen[0] | ~seen[1]).all()
-    alone = ratio_grid(model, images, maskings[1:], mean, std, "caption", ["a", "b"])
+    alone = ratio_panels(model, images, maskings[1:], mean, std).draw("caption", ["a", "b"])
     assert to_bytes(alone) == to_bytes(
         reconstruction_grid(model, images, noise, 0.75, mean, std, "caption", ["a", "b"])
     )

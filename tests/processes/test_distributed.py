@@ -154,6 +154,19 @@ def test_a12_gradients_keep_their_places_from_the_first_step_on():
 
 
 @pytest.mark.slow
+def test_images_that_grow_and_an_average_stopped_inside_a_phase_are_undisturbed(images, tmp_path):
+    flags = ("--batch_size", "4", "--size_schedule", "16:0", "32:0.5", "--ema", "0.8", "--schedule", "wsd")
+    code, out = pretrain(2, images, tmp_path / "whole", *flags)
+    assert code == 0 and out.count("Epoch: [1] images of 32x32 pixels, 16 patches") == 1, out
+    for steps in ("2", "5", "0"):
+        code, out = pretrain(2, images, tmp_path / "parts", *flags, "--resume", "auto", "--max_steps", steps)
+        assert code == 0, out
+    whole, parts = (read_file(tmp_path / name / "checkpoint-1.pth") for name in ("whole", "parts"))
+    assert same(whole["model"], parts["model"]) and same(whole["model_ema"], parts["model_ema"])
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_at_the_same_sample(images, tmp_path):
     """The same position with the same effective batch, or a reason why not."""
     flags = ("--batch_size", "4")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsdp_worker import Run
+from fsdp_worker import Run, muon_steps
 from golden_utils import REPO, TINY_MAE, fill
 from image_utils import make_folder
 from test_distributed import FAILING, run, same
@@ -50,7 +50,7 @@ def assert_close(first, second, tolerance: float):
 
 def check_runs(root: Path, tolerance: float, exact: bool):
     stats = json.loads((root / "stats.json").read_text())
-    pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled")]
+    pairs = [("ddp", "fsdp"), ("ddp_scaled", "fsdp_scaled"), ("ddp_cross", "fsdp_cross")]
     pairs += [("ddp", "ddp_then_fsdp"), ("ddp", "fsdp_then_ddp")]
     for names in pairs:
         newest = [list_checkpoints(root / name)[0] for name in names]
@@ -65,15 +65,33 @@ def check_runs(root: Path, tolerance: float, exact: bool):
     assert (whole["model"]["mask_token"] - start).abs().max() > 1e-3  # it did learn
 
 
-def test_the_numbers_and_files_of_ddp_and_each_goes_on_from_the_others(tmp_path):
-    """With accumulation, clipping, fused steps, loss scaling, and a loss that is NaN on one process."""
-    code, out = run(2, "tests/fsdp_worker.py", "train", tmp_path, "cpu")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What two processes have written."""
+    root = tmp_path_factory.mktemp("trained")
+    code, out = run(2, "tests/fsdp_worker.py", "train", root, "cpu")
     assert code == 0 and "view tensor" not in out, out
-    check_runs(tmp_path, 1e-12, exact=True)
-    one = Run(tmp_path / "one", sharded=False, resume=tmp_path / "fsdp/checkpoint-0.pth")
-    content = state_of(tmp_path / "fsdp/checkpoint-0.pth")
+    return root
+
+
+def test_the_numbers_and_files_of_ddp_and_each_goes_on_from_the_others(trained, tmp_path):
+    """With accumulation, clipping, fused steps, loss scaling, and a loss that is NaN on one process."""
+    check_runs(trained, 1e-12, exact=True)
+    one = Run(tmp_path / "one", sharded=False, resume=trained / "fsdp/checkpoint-0.pth")
+    content = state_of(trained / "fsdp/checkpoint-0.pth")
     assert one.args.start_epoch == 1 and same(content["model"], one.bare.state_dict())
     assert_close(content["optimizer"]["state"], one.optimizer.state_dict()["state"], 0)
+
+
+def test_muon_and_the_average_of_the_weights_are_those_of_one_process(trained, tmp_path):
+    """Weights, average and the optimizer's state after three steps, in float64."""
+    muon_steps(tmp_path / "one", sharded=False)
+    folders = (tmp_path / "one", trained / "muon_ddp", trained / "muon_fsdp")
+    one, ddp, fsdp = (files.read_file(folder / "checkpoint-0.pth") for folder in folders)
+    assert [entry.get("use_muon") for entry in one["optimizer"]["state"].values()].count(True) > 10
+    for other in (ddp, fsdp):
+        for name in ("model", "model_ema", "optimizer"):
+            assert_close(one[name], other[name], 1e-10)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,8 @@ from util.cli.parser import ArgumentParser, parse_args
 from util.data.labelled import labelled_images
 from util.errors import UserError
 from util.evaluate.knn import knn_values
-from util.recipes.labels import LabelMixup, TargetLoss, target_loss
+from util.evaluate.metrics import best_thresholds
+from util.recipes.labels import TargetLoss, label_mixup, target_loss
 from util.weights.describe import read_model_info
 from util.weights.files import read_file
 
@@ -270,6 +271,97 @@ def test_figures_are_the_same_at_any_number_of_processes(trained, data, tmp_path
     assert tables[0] == tables[1] == tables[2] and tables[0].count(b"\n") == 97
 
 
+@pytest.mark.parametrize("script", ["main_finetune", "main_linprobe"])
+def test_thresholds_of_the_best_f1_on_images_held_out_of_train(data, tmp_path, script, capsys):
+    from sklearn.metrics import f1_score
+
+    script, words = {"main_finetune": main_finetune, "main_linprobe": main_linprobe}[script], RECIPE
+    if script is main_linprobe:
+        words += " --cache_features --lr 5"
+    start(script, data, words, LABELS, "--thresholds auto", output_dir=tmp_path)
+    told = capsys.readouterr().out
+    best = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    thresholds = best["model_info"]["thresholds"]
+    assert best["args"]["thresholds"] == ["auto"] and thresholds != [0.5] * 3
+    args = given_args(main_finetune, ["--data_path", str(data), "--labels", str(data / "labels.csv"),
+                                      *LABELS.split(), "--thresholds", "auto"])  # fmt: skip
+    sets = {split: labelled_images(split, args) for split in ("train", "held", "val")}
+    paths = {split: [*part.files.paths] for split, part in sets.items()}
+    assert len(paths["train"]) + len(paths["held"]) == 24 and "18 images" in told  # groups of 3: two of eight
+    assert not {*paths["train"]} & {*paths["held"]} and all("/train/" in path for path in paths["held"])
+    # Predictions of those that were held out, and what other thresholds would give
+    call(predict, "--resume", tmp_path / "checkpoint-1.pth", *paths["held"], "--csv", tmp_path / "p.csv")
+    with open(tmp_path / "p.csv", newline="") as file:
+        found = {row["path"]: row for row in csv.DictReader(file)}
+    for k, name in enumerate(("bright", "red", "odd")):
+        shares = np.array([float(found[path][f"probability {name}"]) for path in paths["held"]])
+        there, labels = (
+            np.array([int(found[path][f"prediction {name}"]) for path in paths["held"]]),
+            sets["held"].files.labels[:, k],
+        )
+        assert (there == (shares >= thresholds[k])).all()
+        if 0 < labels.sum() < len(labels):
+            others = [f1_score(labels, shares >= share) for share in shares]
+            assert f1_score(labels, there) == pytest.approx(max(others))
+        else:
+            assert thresholds[k] == 0.5
+    # An evaluation takes them from the checkpoint, and resuming goes on with the same images
+    start(
+        script,
+        data,
+        "--eval --save_predictions",
+        resume=tmp_path / "checkpoint-1.pth",
+        output_dir=tmp_path / "e",
+    )
+    assert rows_of(tmp_path / "e") == rows_of(tmp_path)
+    start(script, data, words, LABELS, "--thresholds auto --max_steps 3", output_dir=tmp_path / "r")
+    start(script, data, words, LABELS, "--thresholds auto --resume auto", output_dir=tmp_path / "r")
+    again = torch.load(tmp_path / "r/checkpoint-1.pth", weights_only=True)
+    assert again["model_info"]["thresholds"] == thresholds and read_log(tmp_path / "r") == read_log(tmp_path)
+
+
+def test_thresholds_choose_between_the_images(data):
+    values = np.array([[0.9, 0.2], [0.6, 0.3], [0.4, 0.3], [0.1, 0.1]])
+    assert best_thresholds(np.array([[1, 0], [1, 0], [0, 0], [0, 0]]), values) == [pytest.approx(0.5), 0.5]
+    assert best_thresholds(np.array([[1, 1], [1, 1], [1, 1], [0, 1]]), values) == [pytest.approx(0.25), 0.5]
+    assert best_thresholds(np.array([[1], [1]]), np.array([[0.0], [1.0]])) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--thresholds auto 0.5", "--thresholds auto: stands alone"),
+        (
+            "--thresholds auto --eval --resume x.pth",
+            "--thresholds auto: stands alone, and thresholds are chosen",
+        ),
+        ("--thresholds auto --group_column one", "train is one group, so none is held out"),
+        (
+            "--thresholds 0.5 --label_columns kind",
+            "--thresholds: are of several labels, and these are classes",
+        ),
+    ],
+)
+def test_thresholds_that_cannot_be(data, tmp_path, words, text):
+    table = tmp_path / "labels.csv"
+    rows = (data / "labels.csv").read_text().splitlines()
+    table.write_text("\n".join(row + (",x" if i else ",one") for i, row in enumerate(rows)) + "\n")
+    columns = "" if "label_columns" in words else LABELS
+    with pytest.raises(UserError, match=text):
+        run(main_finetune, columns, words, data_path=data, labels=table, output_dir=tmp_path / "out")
+
+
+def test_predictions_of_class_folders_have_every_probability(data, tmp_path):
+    run(main_finetune, RECIPE, data_path=data, output_dir=tmp_path)
+    rows = rows_of(tmp_path)
+    classes = ["bright", "dark", "red"]
+    assert list(rows[0]) == ["path", "label", "prediction", "correct", "confidence", "loss", *classes]
+    for row in rows:
+        shares = [float(row[name]) for name in classes]
+        assert sum(shares) == pytest.approx(1, abs=3e-6) and max(shares) == float(row["confidence"])
+        assert classes[int(np.argmax(shares))] == row["prediction"]
+
+
 def test_best_by_another_metric_with_class_folders(data, tmp_path):
     run(main_finetune, RECIPE, "--best kappa --epochs 3", data_path=data, output_dir=tmp_path)
     figures = [record["test_kappa"] for record in read_log(tmp_path)]
@@ -295,7 +387,7 @@ def test_mixed_labels_are_the_shares_of_the_pictures():
     torch.manual_seed(0)
     np.random.seed(0)
     images, labels = torch.rand(6, 1, 4, 4), (torch.rand(6, 5) < 0.5).float()
-    mixed, soft = LabelMixup("labels", mixup_alpha=0.8, cutmix_alpha=0.0)(images.clone(), labels)
+    mixed, soft = label_mixup("labels", mixup_alpha=0.8, cutmix_alpha=0.0)(images.clone(), labels)
     share = ((mixed - images.flip(0)) / (images - images.flip(0))).mean()
     torch.testing.assert_close(soft, share * labels + (1 - share) * labels.flip(0), rtol=0, atol=1e-5)
     assert 0.01 < share < 0.99
@@ -336,7 +428,10 @@ def test_neighbours_against_a_plain_computation():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (f"{NUMBERS} --mixup 0.8", "--mixup, --cutmix: a mixed picture has no number .*; pass --mixup 0"),
+        (
+            f"{NUMBERS} --mixup 0.8",
+            "--mixup, --cutmix: a mixed picture has no number of its own; pass --mixup 0",
+        ),
         (f"{NUMBERS} --class_weight balanced", "--class_weight balanced: numbers have no classes"),
         (f"{NUMBERS} --best auroc", "--best auroc: figures of numbers are mae, rmse, r2, loss"),
         (f"{LABELS} --best acc1", "--best acc1: figures of labels are accuracy"),

@@ -1,20 +1,26 @@
 """main_evaluate.py: the report card of a file, what it writes, and what it refuses; and --card_freq."""
 
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from golden_utils import REPO
 from PIL import Image
+from sklearn import metrics
 from transfer_utils import given_args, make_mae, make_pictures, read_log, released_files
 
 import main_evaluate
 import main_pretrain
 import models_mae
+import predict
+from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
 from util.evaluate import card, card_output
 from util.evaluate.card import PROTOCOLS
@@ -92,10 +98,142 @@ def test_an_interrupted_card_harms_nothing(pictures, encoder, tmp_path, monkeypa
     assert all(after[name] == before[name] for name in ("card.json", "card.png", "log.txt"))
 
 
+KINDS = {"class": "kind", "labels": "bright red", "numbers": "light place"}
+
+
+@pytest.fixture(scope="module")
+def table(pictures, tmp_path_factory):
+    """What is to be said of the pictures; three in a row are a group."""
+    rs, rows = np.random.RandomState(0), ["path,kind,bright,red,light,place,group"]
+    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+        kind = path.parent.name
+        light = {"bright": 180, "dark": 70, "red": 103}[kind] + rs.normal()
+        labels = f"{int(kind == 'bright')},{int(kind == 'red')}"
+        rows.append(f"{path.relative_to(pictures)},{kind},{labels},{light},{5 * light + 1e6},g{i // 3}")
+    path = tmp_path_factory.mktemp("table") / "labels.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def changed(table, folder, old, new):
+    path = folder / "changed.csv"
+    text = table.read_text()
+    assert len(re.findall(old, text)) > 0
+    path.write_text(re.sub(old, new, text))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_of_a_table(kind, pictures, table, encoder, tmp_path, capsys):
+    words = f"--label_columns {KINDS[kind]} --steps 20"
+    [column] = run(words, labels=table, data_path=pictures, finetune=encoder, output_dir=tmp_path).values()
+    record, text = json.loads((tmp_path / "card.json").read_text()), (tmp_path / "card.md").read_text()
+    assert record["metric"] == {"class": "accuracy (%)", "labels": "AUROC (%)", "numbers": "R2 x 100"}[kind]
+    rows = record["columns"]["encoder"]["rows"]
+    assert rows["linear_norm"]["score"] > 80 and rows["knn"]["score"] > 80  # colours are plain to see
+    assert ("few_5" in rows) == (kind == "class") and rows["linear"]["figures"].keys() == {
+        "class": {"accuracy", "balanced_accuracy", "f1", "kappa"},
+        "labels": {"accuracy", "balanced_accuracy", "f1", "auroc", "average_precision", "kappa"},
+        "numbers": {"mae", "rmse", "r2"},
+    }[kind]
+    assert "Further figures of encoder:" in text and "24 images" in text
+    if kind != "class":  # other labels of the evaluated images choose nothing else
+        swapped = changed(
+            table, tmp_path, r"(?m)^(val/\w+/\d.png,\w+),(\d),(\d),([\d.]+),([\d.]+)", r"\1,\3,\2,\5,\4"
+        )
+        [other] = run(words, labels=swapped, data_path=pictures, finetune=encoder, output_dir="").values()
+        for key, row in column.rows.items():
+            twin = other.rows[key]
+            assert (row.block, row.tokens, row.setting) == (twin.block, twin.tokens, twin.setting)
+        assert other.rows["linear_norm"].score < column.rows["linear_norm"].score - 20
+
+
+def test_a_card_of_a_fold(pictures, table, encoder, tmp_path):
+    words, evaluated = "--label_columns bright red --folds 3 --token_blocks 0 --fold", []
+    for fold in range(3):
+        run(f"{words} {fold}", labels=table, data_path=pictures, finetune=encoder, output_dir=tmp_path)
+        record = json.loads((tmp_path / "card.json").read_text())
+        assert sum(record["images"]) == 48 and record["metric"] == "AUROC (%)"
+        evaluated.append(record["images"][1])
+    assert sum(evaluated) == 48 and min(evaluated) >= 12  # each image once
+
+
+CLASS, LABELS, NUMBERS = (f"--label_columns {columns}" for columns in KINDS.values())
+BAD_TABLES = {
+    "a row without a file": ("train/red/0", "train/red/99", CLASS, "1 of 48 rows have no file there"),
+    "a file without a row": ("train/red/0.png.*\n", "", CLASS, "1 of 48 files have no row: train/red/0.png"),
+    "one image of a class": (
+        "path",
+        "path",
+        "--label_columns place --task class",
+        "48 classes have one image",
+    ),
+    "labels alike in val": (r"(?m)^(val.*?),\d,\d,", r"\1,1,0,", LABELS, "are not defined for 2 of 2: .*all"),
+    "labels alike in train": (
+        r"(?m)^(train.*?),\d,\d,",
+        r"\1,1,0,",
+        LABELS,
+        "bright, red: alike in all images",
+    ),
+    "text": (r"(?m)^(train/red/0.png,red,0,1),[\d.]+", r"\1,heavy", NUMBERS, "heavy, which is no number"),
+    "numbers alike in val": (r"(?m)^(val.*?,\d,\d,).*,", r"\g<1>1,2,", NUMBERS, "R2 x 100 is not defined"),
+    "one group": (",g[0-9]+", ",g1", LABELS, "train/: all images are of one group"),
+    "fold": (
+        r"(?m)^(\w+/red/.*),g\d+$",
+        r"\1,a",
+        CLASS + " --folds 2",
+        "fold 0 of 2: .* has no image of 1 classes .red",
+    ),
+    "folders": (
+        "in/red/0.png,red",
+        "in/red/0.png,dark",
+        CLASS,
+        "1 rows say another class than the file's fold",
+    ),
+    "thresholds": ("path", "path", LABELS + " --thresholds auto", "chosen while a model is trained"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_bad_tables(case, pictures, table, encoder, tmp_path):
+    old, new, words, message = BAD_TABLES[case]
+    bad = changed(table, tmp_path, old, new)
+    with pytest.raises(UserError, match=message) as error:
+        run(words, labels=bad, data_path=pictures, finetune=encoder, output_dir=tmp_path / "out")
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("card*"))
+
+
+def test_the_reconstruction_error_as_an_anomaly_score(pictures, encoder, tmp_path):
+    words = "--normal bright --decoder_num_heads 4 --token_blocks 0 --norm_pix_loss --labels"
+    run(words.removesuffix(" --labels"), data_path=pictures, finetune=encoder, output_dir=tmp_path)
+    found, text = (
+        json.loads((tmp_path / "card.json").read_text())["anomaly"],
+        (tmp_path / "card.md").read_text(),
+    )
+    assert found["what"].startswith("16 images that are not bright against 8 that are; dark images of train")
+    assert found["rows"]["brightness"]["score"] == 100 and "| mean brightness " in text
+    # As predict.py --loss writes them
+    words = ["--resume", encoder, pictures / "val", "--loss", tmp_path / "loss.csv", "--decoder_num_heads", 4]
+    words += ["--num_heads", 3, "--norm_pix_loss", "--num_workers", 0, "--device", "cpu"]
+    predict.main(parse_args(ArgumentParser(parents=[predict.get_args_parser()]), [*map(str, words)]))
+    with open(tmp_path / "loss.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    odd = ["bright" not in row["path"] for row in rows]
+    for key in ("loss", "largest"):
+        expected = 100 * metrics.roc_auc_score(odd, [float(row[key]) for row in rows])
+        assert found["rows"][key]["score"] == pytest.approx(expected)
+        assert found["rows"][key]["low"] <= expected <= found["rows"][key]["high"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("", "--finetune FILE is needed"),
+        (
+            "--finetune FILE --normal blue --decoder_num_heads 4",
+            "--normal blue: must be one of several classes; there are 3 classes: bright, dark, red",
+        ),
+        ("--finetune ENCODER --normal red", "holds no decoder"),
         ("--finetune FILE --token_blocks 3", "--token_blocks 3: the encoder has 2 blocks"),
         ("--finetune FILE --token_blocks -1", "--token_blocks -1: the encoder has 2 blocks, from 1"),
         ("--finetune FILE --memory 1e-6", "--memory 1e-06: features of 48 images"),
@@ -111,7 +249,8 @@ def test_bad_input(words, message, pictures, encoder, tmp_path):
     make_pictures(few, per_class=1)
     make_pictures(other, classes=("bright", "dark"), per_class=1)
     shutil.move(other / "val/dark", other / "val/red")
-    words = words.replace("FILE", str(encoder)).replace("FEW", str(few)).replace("OTHER", str(other))
+    words = words.replace("ENCODER", str(encoder.parent / "mae_encoder.pth")).replace("FILE", str(encoder))
+    words = words.replace("FEW", str(few)).replace("OTHER", str(other))
     paths = {} if "data_path" in words else {"data_path": pictures}
     with pytest.raises(UserError, match=message):
         run(words, **paths, output_dir=tmp_path / "out")

@@ -310,5 +310,9 @@ def test_an_evaluation_is_that_of_the_run(masked, encoder, tmp_path, capsys):
 
 
 def test_without_data_it_says_what_is_needed(capsys):
-    with pytest.raises(UserError, match=r"demo/make_masks\.py DIR"):
+    with pytest.raises(UserError, match=r"demo/make_shapes\.py --masks DIR"):
         run(main_segment)
+    with pytest.raises(UserError, match="--data_path /nowhere: does not exist"):
+        run(main_segment, data_path="/nowhere")
+    with pytest.raises(UserError, match=f"--data_path {__file__}: must be one folder"):
+        run(main_segment, data_path=__file__)

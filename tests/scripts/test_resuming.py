@@ -143,7 +143,8 @@ def test_a10_the_page_has_the_table_word_for_word():
 
 def other(value):
     """A value that is not `value`."""
-    return {bool: lambda v: not v, str: lambda v: v + "x"}.get(type(value), lambda v: (v or 0) + 1)(value)
+    changes = {bool: lambda v: not v, str: lambda v: v + "x", list: lambda v: [*v, "x=1"]}
+    return changes.get(type(value), lambda v: (v or 0) + 1)(value)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

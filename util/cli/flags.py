@@ -34,7 +34,7 @@ class Constructors(MutableMapping):
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self.namespace if name in self])
+        return iter([name for name in list(self.namespace) if name in self])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -117,15 +117,9 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if epochs is not None and (start_epoch := getattr(args, "start_epoch", 0)) >= epochs:
         raise UserError(f"--start_epoch {start_epoch}: must be below --epochs {epochs}")
     if epochs is not None and not getattr(args, "eval", False):
-        _warn_of_warmup(getattr(args, "warmup_epochs", 0), epochs)
+        from util.cli.schedule import check_schedule  # with torch
 
-
-def _warn_of_warmup(warmup: int, epochs: int) -> None:
-    from util.processes.collectives import is_main_process, warn  # with torch
-
-    if warmup >= epochs and is_main_process():
-        text = f"--warmup_epochs {warmup}: not below --epochs {epochs}"
-        warn(f"{text}, so the learning rate rises to the end and never falls; pass a smaller one")
+        check_schedule(args)
 
 
 def add_training_args(
@@ -196,6 +190,7 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
          help="also save inside epochs, when N minutes have passed since the last save (0: no)")
     flag("--skip_nonfinite", default=0, type=at_least(0), metavar="N",
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
+    flag("--report", action="store_true", help="write report.html into --output_dir at the end (report.py)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
     # fmt: on
 
@@ -222,8 +217,14 @@ def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Cal
     flag("--warmup_epochs", type=at_least(0))
     flag("--blr", type=at_least(0, float), help="base learning rate: lr = blr * effective batch / 256")
     flag("--lr", type=at_least(0, float), help="absolute learning rate, instead of --blr")
-    flag("--min_lr", type=at_least(0, float), help="lower bound of the cosine")
+    flag("--min_lr", type=at_least(0, float), help="the learning rate's at the end")
     flag("--weight_decay", type=at_least(0, float))
+    flag("--schedule", default="cosine", choices=["cosine", "wsd", "constant"],
+         help="learning rate after the warm-up: half a cosine; constant, then linearly to --min_lr (wsd); "
+              "constant")
+    flag("--cooldown", type=at_least(1), metavar="N", help="epochs of wsd's end (default: a fifth of all)")
+    flag("--ema", type=inner_fraction, metavar="DECAY",
+         help="keep the weights' moving average too: DECAY of it and 1 - DECAY of the weights at each step")
     # fmt: on
     parser.set_defaults(**defaults)
     return flag

@@ -101,19 +101,21 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
 
 
 def recomputing(method: Callable) -> Callable:
-    """A forward method of blocks that keeps its input alone and runs again in the backward pass."""
+    """A forward method of blocks that keeps its inputs alone and runs again in the backward pass."""
 
     @functools.wraps(method)
-    def forward(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(block: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return method(block, x)
-        return checkpoint(lambda x: method(block, x), x, use_reentrant=False)
+            return method(block, *inputs)
+        return checkpoint(lambda *inputs: method(block, *inputs), *inputs, use_reentrant=False)
 
     return forward
 
 
-def run_blocks(blocks: Iterable[torch.nn.Module], x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-    """Tokens (N, L, D) through all `blocks` -> (N, L, D).
+def run_blocks(
+    blocks: Iterable[torch.nn.Module], x: torch.Tensor, recompute: bool = False, *more: torch.Tensor
+) -> torch.Tensor:
+    """Tokens (N, L, D) through all `blocks` -> (N, L, D); `more`: what each of them takes beside.
 
     recompute: keep only what enters each block and run the block again in the backward pass: the memory of
     activations falls from all blocks' to about one's, for a third more work (arXiv 1604.06174). Loss and
@@ -121,5 +123,5 @@ def run_blocks(blocks: Iterable[torch.nn.Module], x: torch.Tensor, recompute: bo
     """
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = checkpoint(block, x, *more, use_reentrant=False) if recompute else block(x, *more)
     return x

@@ -122,6 +122,10 @@ class Compiled:
         be done any more; for each module, as blocks that share this function may differ in what learns.
         Leaves no gradients and no random draws behind.
         """
+        # On copies: of two inputs one may have come of the other, through a graph that is needed later
+        inputs, named = tree_map_only(
+            torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (inputs, named)
+        )
         tensors = [*module.parameters(), *tensors_in(inputs), *tensors_in(named)]
         device = tensors[0].device if tensors else torch.device("cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,11 +1,9 @@
 """Folds that never part a group, and what training and validation labels must have."""
 
-from argparse import Namespace
-
 import numpy as np
 
 from util.errors import UserError
-from util.files import printable, some
+from util.files import some
 
 
 def deal(groups: np.ndarray, strata: np.ndarray, folds: int) -> np.ndarray:
@@ -24,23 +22,11 @@ def deal(groups: np.ndarray, strata: np.ndarray, folds: int) -> np.ndarray:
     return fold_of[place]
 
 
-def check_folds(args: Namespace, number: np.ndarray, labels: np.ndarray, names: list[str]) -> None:
-    """Raises UserError where a fold, of any number, leaves a class out of its val or of its train.
-
-    Args:
-        args: labels, folds. number: fold of each image (n,). labels: int (n,).
-    """
-    counts = np.zeros((args.folds, len(names)), int)
-    np.add.at(counts, (number, labels), 1)
-    for k, name in enumerate(names):
-        total = counts[:, k].sum()
-        for fold in range(args.folds):
-            if total and counts[fold, k] in (0, total):
-                side = "val" if counts[fold, k] == 0 else "train"
-                raise UserError(
-                    f"--labels {args.labels}: --folds {args.folds}: fold {fold} leaves the class "
-                    f"{printable(name)} ({total} images) out of {side}; take fewer folds or smaller groups"
-                )
+def strata_of(labels: np.ndarray) -> np.ndarray:
+    """One number of each image by which folds are to be alike: class, number of labels, first number."""
+    if labels.ndim == 1:
+        return labels
+    return labels.sum(axis=1) if np.isin(labels, (0, 1)).all() else labels[:, 0]
 
 
 def check_sets(place: str, task: str, names: list[str], labels: dict[str, np.ndarray]) -> None:
@@ -59,7 +45,7 @@ def check_sets(place: str, task: str, names: list[str], labels: dict[str, np.nda
         for one, count in counts.items():
             if (absent := np.flatnonzero(count == 0)).size:
                 text = f"{one} has no image of {len(absent)} classes ({some(names[k] for k in absent)})"
-                raise UserError(f"{place}: {text}; add some, or remove the classes")
+                raise UserError(f"{place}: {text}; add some, remove the classes, or take fewer folds")
         alike = names if len(names) == 1 else []
     else:
         columns = zip(names, labels["train"].T, strict=True)

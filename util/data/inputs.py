@@ -1,13 +1,17 @@
-"""Images named on a command line: files, folders and lists of files, in the order given."""
+"""Images named on a command line: files, folders and lists of files, in the order given; some to look at."""
 
 import os
 from collections.abc import Sequence
 
+import torch
+
+from util.data.depth import depth_of, view
 from util.data.examine import add_pages, count_pages
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.folders import names_archives
-from util.data.read import Place, sniff_header
+from util.data.read import BadImage, Place, sniff_header
 from util.data.several import Selection
+from util.data.transforms import normalize_batch
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import note, warn
@@ -65,3 +69,26 @@ def find_inputs(
     elif pages and (found := count_pages(files)):
         note(f"{source}: {found}")
     return files, names
+
+
+def views(
+    paths: Sequence[str], indices: Sequence[int], weights, skip: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Some of the files at `paths` as `view` sees them, normalised (N, C, H, W), and which of them these are.
+
+    Args:
+        weights: whose input_size, mean, std and pixel_range are meant: a `WeightsFile`.
+        skip: leaves out, with a warning, what cannot be read, instead of raising BadImage.
+    """
+    depth, images, kept = depth_of(weights), [], []
+    for index in indices:
+        try:
+            images.append(view(paths[index], weights.input_size, len(weights.mean), depth))
+            kept.append(index)
+        except BadImage as error:
+            if not skip:
+                advice = "leave it out, or pass --bad_images skip"
+                raise BadImage(error.path, f"{error.reason}; {advice}") from None
+            warn(f"left out: {error}")
+    stacked = torch.stack(images) if images else torch.empty(0, len(weights.mean), *weights.input_size)
+    return normalize_batch(stacked, "cpu", weights.mean, weights.std), kept

@@ -12,7 +12,7 @@ import numpy as np
 from util.data.dataset import find_split
 from util.data.find import ImageFiles
 from util.data.folders import SPLITS
-from util.data.folds import check_folds, check_sets, deal
+from util.data.folds import check_sets, deal, strata_of
 from util.data.table import PATH, Table, parse_labels, read_table
 from util.data.targets import Targets, targets_of
 from util.errors import UserError
@@ -28,10 +28,11 @@ class LabelledFiles(ImageFiles):
     """Images of a split with what a table says of them.
 
     labels: of one class int32 (n,), of labels and numbers float64 (n, K), numbers in their own units.
-    classes: names of classes, labels or numbers. targets: what a model makes of them.
+    classes: names of classes, labels or numbers. targets: what a model makes of them. groups: int (n,).
     """
 
     targets: Targets = field(default_factory=Targets)
+    groups: np.ndarray | None = None
 
     def describe(self) -> str:
         text, count = super().describe(), len(self.classes)
@@ -47,12 +48,13 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     """The images of `split` under `args.data_path` with the labels that the table `args.labels` gives them.
 
     Splits are those of the column "split", else the folders train/, val/, test/; with `folds` fold number
-    `fold` (from 0) of all that is not `test` is val, the rest train. A row's path begins at `data_path`, or
-    in the folder of the split, or is a full one.
+    `fold` (from 0) of all that is not `test` is val, the rest train. With `thresholds` ["auto"] a fifth of
+    train, of whole groups, is a split "held". A row's path begins at `data_path`, or in the folder of the
+    split, or is a full one.
 
     Args:
         args: labels, data_path; if present label_columns, task, group_column, folds, fold, eval, split,
-            pages, bad_images.
+            thresholds, pages, bad_images.
 
     Raises:
         UserError: rows without a file, files without a row, cells that are no numbers, a split or fold that
@@ -72,9 +74,10 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     groups = np.array(table.column(group) if group else files_of_rows)  # pages of a file stay together
     if folds:
         pool = np.array([row for row in np.unique(rows[rows >= 0]) if splits[row] != "test"], int)
-        number = deal(groups[pool], _strata(labels[pool]), folds)
-        if task == "class":
-            check_folds(args, number, labels[pool], names)
+        number = deal(groups[pool], strata_of(labels[pool]), folds)
+        for one in range(folds if task == "class" else 0):  # whichever is asked for
+            parts = {"train": labels[pool[number != one]], "val": labels[pool[number == one]]}
+            check_sets(f"{table.place}: fold {one} of {folds}", task, names, parts)
         for row, fold in zip(pool.tolist(), number.tolist(), strict=True):
             splits[row] = "val" if fold == args.fold else "train"
     part_of = np.array([splits[row] if row >= 0 else "" for row in rows], object)
@@ -82,21 +85,21 @@ def read_labels(args: Namespace, split: str) -> LabelledFiles:
     if empty := [one for one, part in parts.items() if not len(part)]:
         raise UserError(f"{table.place}: no images in {empty[0]}; {_LAYOUT}")
     if not evaluates:
-        check_sets(table.place, task, names, {one: labels[rows[part]] for one, part in parts.items()})
-        both = np.intersect1d(*(groups[rows[part]] for part in parts.values()))
+        if task == "labels" and getattr(args, "thresholds", None) == ["auto"]:
+            own = rows[parts["train"]]
+            held = deal(groups[own], strata_of(labels[own]), 5) == 0
+            parts |= {"train": parts["train"][~held], "held": parts["train"][held]}
+            if held.all():
+                raise UserError(f"--thresholds auto: {table.place}: train is one group, so none is held out")
+        check_sets(table.place, task, names, {one: labels[rows[parts[one]]] for one in needed})
+        both = np.intersect1d(groups[rows[part_of == "train"]], groups[rows[parts["val"]]])
         if len(both) and split == "val" and is_main_process():
             text = f"{len(both)} groups are in train and in val ({some(both)})"
             warn(f"{table.place}: {text}, so figures may be too good; --folds parts none")
     known = {**vars(files), "paths": files.paths.take(parts[split]), "labels": labels[rows[parts[split]]]}
     known |= {"classes": names, "empty": [], "targets": targets_of({"task": task}, names)}
+    known["groups"] = np.unique(groups[rows[parts[split]]], return_inverse=True)[1]
     return LabelledFiles(**known)
-
-
-def _strata(labels: np.ndarray) -> np.ndarray:
-    """One number of each image by which folds are to be alike: class, number of labels, first number."""
-    if labels.ndim == 1:
-        return labels
-    return labels.sum(axis=1) if np.isin(labels, (0, 1)).all() else labels[:, 0]
 
 
 def _match(table: Table, files: ImageFiles, wanted: set) -> tuple[list[str | None], np.ndarray]:

@@ -135,12 +135,13 @@ def find_masked(split: str, args: Namespace) -> tuple[ImageFiles, str]:
         UserError: no data, another layout, an image without a mask or a mask of another size.
     """
     if args.data_path is None:
-        raise UserError(
-            f"--data_path: is needed; {LAYOUT}; python demo/make_masks.py DIR makes a painted set"
-        )
-    if not isinstance(args.data_path, str | os.PathLike) or not os.path.isdir(args.data_path):
-        raise UserError(f"--data_path {printable(str(args.data_path))}: must be one folder; {LAYOUT}")
-    place = f"--data_path {printable(args.data_path)}"
+        text = f"is needed; {LAYOUT}; python demo/make_shapes.py --masks DIR makes a painted set"
+        raise UserError(f"--data_path: {text}")
+    place = f"--data_path {printable(str(args.data_path))}"
+    if (one := isinstance(args.data_path, str | os.PathLike)) and not os.path.exists(args.data_path):
+        raise UserError(f"{place}: does not exist; {LAYOUT}")
+    if not one or not os.path.isdir(args.data_path):
+        raise UserError(f"{place}: must be one folder; {LAYOUT}")
     folder = split_folder(args.data_path, split)
     if folder is None:
         raise UserError(f"{place}: has no {split}/ folder; {LAYOUT}")

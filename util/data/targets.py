@@ -69,9 +69,10 @@ def targets_of(info: dict, names: list[str], where: str = "the checkpoint") -> T
 
 
 def sample_loss(task: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(outputs (N, K), targets) -> loss (N,): cross entropy, mean binary cross entropy, mean smooth L1."""
-    if task == "labels":
-        return lambda x, t: F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(dim=1)
-    if task == "numbers":
-        return lambda x, t: F.smooth_l1_loss(x, t, reduction="none").mean(dim=1)
+    """(outputs (N, K), targets) -> loss (N,): cross entropy, mean binary cross entropy, mean smooth L1; the
+    last two also of outputs (..., N, K).
+    """
+    if task != "class":
+        loss = F.binary_cross_entropy_with_logits if task == "labels" else F.smooth_l1_loss
+        return lambda x, t: loss(x, t.expand_as(x), reduction="none").mean(dim=-1)
     return lambda x, t: F.cross_entropy(x, t, reduction="none")

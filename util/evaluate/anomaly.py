@@ -9,22 +9,21 @@ loader processes.
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
-from util.compute.precision import autocast, casting_once, resolve_amp_dtype
-from util.compute.prefetch import on_host
 from util.data.dataset import ImageDataset
 from util.data.depth import depth_of
 from util.data.find import ImageFiles
 from util.data.transforms import EvalTransform
 from util.errors import UserError
-from util.evaluate.exact import in_groups, on_device
-from util.evaluate.predict import allocate, batches_of
+from util.evaluate.features import extract_features
+from util.evaluate.predict import batches_of
 from util.rng import fixed_noise
 from util.weights.describe import WeightsFile
 
@@ -37,23 +36,14 @@ def mask_count(ratio: float, masks: int | None = None) -> int:
 
     Raises UserError where there is no such number up to 100, or `masks` is none.
     """
-
-    def fits(count: int) -> bool:
-        visible = count * (1 - ratio)
-        return abs(visible - round(visible)) < 0.01 and 0 < round(visible) < count
-
-    good = [count for count in range(2, MOST + 1) if fits(count)]
-    if masks is None and (found := [count for count in good if count >= LEAST]):
-        return found[0]
-    if masks is None or not fits(masks):
-        flag = f"--mask_ratio {ratio:g}" if masks is None else f"--masks {masks}"
-        others = ", ".join(map(str, good[:3]))
-        advice = f"pass --masks {others}, ..." if good else "pass --mask_ratio 0.75"
-        raise UserError(
-            f"{flag}: every patch is hidden equally often only if masks x (1 - mask ratio) is a whole "
-            f"number; with a ratio of {ratio:g} {advice}"
-        )
-    return masks
+    visible = Fraction(1 - ratio).limit_denominator(MOST)
+    step, flag = visible.denominator, f"--mask_ratio {ratio:g}" if masks is None else f"--masks {masks}"
+    if 0 < visible < 1 and (masks is None or (masks % step == 0 and masks <= MOST)):
+        return masks or step * -(-LEAST // step)
+    counts = ", ".join(f"{i * step}" for i in (1, 2, 3))
+    advice = f"pass --masks {counts}, ..." if 0 < visible < 1 else "pass --mask_ratio 0.75"
+    rule = f"only if masks x (1 - mask ratio) is a whole number; with a ratio of {ratio:g} {advice}"
+    raise UserError(f"{flag}: every patch is hidden equally often {rule}")
 
 
 def complementary_masks(length: int, masks: int, ratio: float, seed: int) -> Masks:
@@ -115,7 +105,6 @@ def loss_loader(
     return batches_of(dataset, args, pin_memory)
 
 
-@torch.no_grad()
 def image_losses(
     model: MaskedAutoencoderViT,
     loader: Iterable,
@@ -129,22 +118,13 @@ def image_losses(
 
     Returns: of each readable image its place, int64 (n,), and its patches' losses, float32 (n, L).
     """
-    dtype, dataset = resolve_amp_dtype(amp_dtype, device), loader.dataset
-    rows, losses = [], allocate((len(dataset), model.patch_embed.num_patches), "--loss")
 
-    def results() -> Iterator[list[Tensor]]:
-        for images, _, indices in in_groups(on_device(loader, device, stats)):
-            with autocast(device, dtype):
-                yield [indices, patch_losses(model, images, masks).float()]
+    def losses(images: Tensor) -> Tensor:
+        if progress:
+            progress.update(len(images))
+        return patch_losses(model, images, masks)
 
-    with casting_once(device, dtype, model):
-        for indices, values in on_host(results()):
-            losses[len(rows) : len(rows) + len(values)] = values.numpy()
-            rows.extend(indices.tolist())
-            if progress:
-                progress.update(len(values))
-    rows = np.array(rows, dtype=np.int64)
-    readable = dataset.bad.numpy()[rows] == 0
-    if not readable.all():  # other pictures took their places in the batches
-        rows, losses = rows[readable], losses[readable]
-    return rows, losses
+    args = Namespace(**{**(vars(stats) if stats else {}), "amp_dtype": amp_dtype})
+    found, _ = extract_features(losses, loader, device, args, keep_all=True)
+    rows = np.flatnonzero(loader.dataset.bad.numpy() == 0)  # of others the picture in their place was seen
+    return rows, found.numpy()[rows]

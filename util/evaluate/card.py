@@ -6,16 +6,18 @@ images, which is held out of that search; then all of them teach. The evaluated 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from util.data.folds import deal
 from util.errors import UserError
 from util.evaluate.knn import knn_votes
 from util.evaluate.layers import Layers, effective_rank
-from util.evaluate.probes import AttentiveProbes, Data, Found, LinearProbes, Task, pick, search
+from util.evaluate.probes import AttentiveProbes, Data, Found, LinearProbes, pick, search
+from util.evaluate.tasks import Task
 from util.rng import derive_seed
 
 HELD = 0.2  # share of the training images on which is chosen
@@ -45,8 +47,8 @@ RESAMPLES = 1000  # of the evaluated images, with replacement
 class Row:
     """A line of the card: the metric on the evaluated images, with its 95 % interval.
 
-    protocol: of `PROTOCOLS`. block: counted from 1, 0 for pixels, or text. samples: (1000,), the metric on
-    resampled images.
+    protocol: of `PROTOCOLS`. block: counted from 1, 0 for pixels, or text. figures: of `Task.figures`.
+    samples: (1000,), the metric on resampled images.
     """
 
     protocol: str
@@ -56,6 +58,7 @@ class Row:
     score: float
     low: float
     high: float
+    figures: dict = field(default_factory=dict)
     samples: np.ndarray | None = field(default=None, repr=False)
 
 
@@ -76,7 +79,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a card is made. strata: int64 (n,), the groups that the held-out part and draws take from alike."""
+    """How a card is made. strata: (n,), numbers of which the held-out part and, of classes, draws take alike.
+    groups: (n,) of a table of labels, numbers of what is held out together.
+    """
 
     task: Task
     strata: torch.Tensor
@@ -84,12 +89,27 @@ class Plan:
     steps: int = 300
     device: torch.device | str = "cpu"
     low_shot: bool = True
+    groups: np.ndarray | None = None
+
+    def of(self, kept: torch.Tensor) -> "Plan":
+        """The plan of some of the images, `kept` bool (n,)."""
+        groups = None if self.groups is None else self.groups[kept.numpy()]
+        return replace(self, strata=self.strata[kept], groups=groups)
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the training images: (to learn from, held out); a fifth of each group, one of two."""
-        held = stratified(self.strata, _fifth, derive_seed(self.seed, 1))
+        """Rows of the training images: (to learn from, held out); a fifth of each class, one of two, or the
+        first of five folds of whole groups.
+        """
+        if self.groups is None:
+            held = stratified(self.strata, _fifth, derive_seed(self.seed, 1))
+        else:
+            draw = np.random.RandomState(derive_seed(self.seed, 1) % 2**32)
+            order = draw.permutation(self.groups.max() + 1)
+            held = torch.from_numpy(deal(order[self.groups], self.strata.numpy(), round(1 / HELD)) == 0)
+            held = held.nonzero().flatten() if not held.all() else held[:0]
         if not len(held):
-            raise UserError("train/: no class has two images, so there is nothing to choose settings on")
+            what = "no class has two images" if self.groups is None else "all images are of one group"
+            raise UserError(f"train/: {what}, so there is nothing to choose settings on")
         learns = torch.ones(len(self.strata), dtype=torch.bool)
         learns[held] = False
         return learns.nonzero().flatten(), held
@@ -122,9 +142,9 @@ def resampled(decisions: np.ndarray, targets: np.ndarray, plan: Plan) -> np.ndar
 def make_row(protocol: str, place: tuple, setting: str, decisions, targets, plan: Plan) -> Row:
     """`place`: (block, tokens)."""
     samples = resampled(decisions, targets, plan)
-    low, high = np.percentile(samples, [2.5, 97.5])
-    score = plan.task.metric(decisions, targets)
-    return Row(protocol, *place, setting, score, float(low), float(high), samples)
+    low, high = np.nanpercentile(samples, [2.5, 97.5])  # no number: a sample of labels that are all alike
+    score, figures = plan.task.metric(decisions, targets), plan.task.figures(decisions, targets)
+    return Row(protocol, *place, setting, score, float(low), float(high), figures, samples)
 
 
 def make_column(train: Layers, val: Layers, plan: Plan) -> Column:
@@ -194,7 +214,9 @@ def _decided(memory, labels, queries, settings: list, plan: Plan) -> list[np.nda
     parts = [[] for _ in settings]
     votes = knn_votes(memory, labels, queries, settings, plan.task.outputs, plan.device)
     for i, (_, vote) in enumerate(votes):
-        parts[i % len(settings)].append(plan.task.decide(vote).cpu().numpy())
+        if plan.task.kind == "class":  # else it is probabilities or numbers already
+            vote = plan.task.decide(vote)
+        parts[i % len(settings)].append(vote.cpu().numpy())
     return [np.concatenate(part) for part in parts]
 
 
@@ -220,8 +242,9 @@ def few_labels(train: Layers, val: Layers, index: int, learns, held, plan: Plan)
     rows, task = [], plan.task
     sides = [Data(side.pooled[:, index : index + 1], side.labels) for side in (train, val)]
     make = partial(LinearProbes, sides[0].x.shape[1:], task.outputs, False)
-    strata = plan.strata[learns]
-    for name, amount in FEW.items():
+    classes = task.kind == "class"
+    strata = plan.strata[learns] if classes else torch.zeros(len(learns))
+    for name, amount in FEW.items() if classes else [*FEW.items()][:2]:  # others have no images a class
 
         def number(n: int, amount=amount) -> int:
             share = max(1, round(amount * n / (1 - HELD))) if amount < 1 else amount

@@ -1,25 +1,39 @@
 """Writes a report card: a table in Markdown, JSON, a picture."""
 
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from util.errors import TrainingError
-from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan
+from util.evaluate.card import DRAWS, HELD, PROTOCOLS, RESAMPLES, Column, Plan, Row
+from util.evaluate.normal import SCORES
+from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE, save_png
 from util.files import printable, replacing
 from util.processes.collectives import log
 
 DEPTH = {"knn": "k-NN", "linear": "linear", "linear_norm": "BN, linear", "rank": "effective rank"}
-COMPARED = ("knn", "linear", "linear_norm", "attentive")
+COMPARED = {  # and their colours
+    "knn": (0, 114, 178), "linear": (213, 94, 0), "linear_norm": (0, 158, 115), "attentive": (204, 121, 167)
+}  # fmt: skip
+WIDTH, HEIGHT = 560, 420  # of a panel, in pixels
+STEPS = [unit * 10.0**power for power in range(-2, 12) for unit in (1, 2, 5)]  # of its axis
 
 
 def card_record(
-    columns: dict[str, Column], args: Namespace, plan: Plan, train_set, val_set, seconds: float
+    columns: dict[str, Column], args: Namespace, plan: Plan, train_set, val_set, seconds: float, anomaly=None
 ) -> dict:
-    """All of a card that can be written as JSON."""
-    return {
+    """All of a card that can be written as JSON; `anomaly`: of `measure_anomaly`."""
+    found = {}
+    if anomaly is not None:
+        text, rows = anomaly
+        pair = f"{SCORES['loss']}: above {SCORES['brightness']}", rows["loss"], rows["brightness"]
+        found = {"anomaly": {"what": text, "rows": {key: _plain(row) for key, row in rows.items()},
+                             "difference": _difference(*pair)}}  # fmt: skip
+    return found | {
         "finetune": args.finetune,
         "data": {"train": train_set.describe(), "val": val_set.describe()},
         "images": list(next(iter(columns.values())).images),  # without those that cannot be read
@@ -58,11 +72,12 @@ def differences(columns: dict[str, Column]) -> list[dict]:
             (f"{own}: attentive above {PROTOCOLS[key]}", first.rows["attentive"], first.rows[key])
             for key in ("linear", "linear_norm")
         ]
-    found = []
-    for text, one, two in pairs:
-        low, high = np.percentile(one.samples - two.samples, [2.5, 97.5]).tolist()
-        found.append({"what": text, "difference": one.score - two.score, "low": low, "high": high})
-    return found
+    return [_difference(*pair) for pair in pairs]
+
+
+def _difference(text: str, one: Row, two: Row) -> dict:
+    low, high = np.nanpercentile(one.samples - two.samples, [2.5, 97.5]).tolist()
+    return {"what": text, "difference": one.score - two.score, "low": low, "high": high}
 
 
 def markdown(record: dict) -> str:
@@ -91,9 +106,18 @@ def markdown(record: dict) -> str:
         "",
         *_table(head, rows),
     ]
+    if figures := {key: row["figures"] for key, row in first.items() if row["figures"]}:
+        head = ["", *next(iter(figures.values()))]
+        cells = [["-" if v is None else f"{v:.4g}" for v in found.values()] for found in figures.values()]
+        rows = [[PROTOCOLS[key], *row] for key, row in zip(figures, cells, strict=True)]
+        lines += ["", f"Further figures of {next(iter(columns))}:", "", *_table(head, rows)]
     if record["differences"]:
         lines += ["", "Differences, on the same images:", ""]
         lines += [f"- {one['what']}: {_interval(one, '+.1f')}" for one in record["differences"]]
+    if anomaly := record.get("anomaly"):
+        rows = [[SCORES[key], _interval(row)] for key, row in anomaly["rows"].items()]
+        lines += ["", f"Anomalies: {printable(anomaly['what'])}.", "", *_table(["score", "AUROC (%)"], rows)]
+        lines += ["", f"{anomaly['difference']['what']}: {_interval(anomaly['difference'], '+.1f')}"]
     for name, column in columns.items():
         if len(column["depth"]["rank"]) > 1:
             lines += ["", f"Over depth, {name}:", "", *_depth_table(column["depth"])]
@@ -129,22 +153,50 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _picture_parts(record: dict) -> tuple[str, dict, dict]:
-    """Title, panels and levels for `draw_depth`: encoders have panels, pixels a level."""
-    panels, levels = {}, {}
-    for name, column in record["columns"].items():
-        series = {}
-        for key in COMPARED:
-            for block, tokens, value in column["depth"].get(key, ()):
-                text = PROTOCOLS[key].split(":")[0]
-                text += {"class": ", class token", "mean": ", mean of patches"}.get(tokens, "")
-                if block:
-                    series.setdefault(text, []).append((block, value))
-                elif key == "linear_norm":
-                    levels[f"{name}: {text}"] = value
-        if series:
-            panels[name] = series
-    return f"{record['metric']} of {printable(Path(record['finetune']).name)}, over depth", panels, levels
+def draw_depth(record: dict) -> Image.Image:
+    """The metric over the blocks, a panel for each encoder: thin lines are of the class token, grey ones of
+    raw pixels (BatchNorm, linear).
+    """
+    names = [name for name, column in record["columns"].items() if len(column["depth"]["rank"]) > 1]
+    depths = {name: column["depth"] for name, column in record["columns"].items()}
+    points = [point for depth in depths.values() for key in COMPARED for point in depth.get(key, ())]
+    last, values = max(block for block, *_ in points), [value for *_, value in points]
+    step = next(step for step in STEPS if max(values) - min(values) <= 6 * step)
+    low, high = step * (min(values) // step), step * (max(values) // step + 1)
+    font, picture = (
+        ImageFont.load_default(13),
+        Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND),
+    )
+    draw = ImageDraw.Draw(picture)
+    name = printable(Path(record["finetune"]).name)
+    title = f"{record['metric']} of {name}, over its blocks (thin: class token)"
+    draw.text((18, 12), title, INK, ImageFont.load_default(16))
+    for i, name in enumerate(names):
+
+        def place(block: float, value: float, left=i * WIDTH + 60) -> tuple[float, float]:
+            x = left + (block - 1) / max(last - 1, 1) * (WIDTH - 90)
+            return x, HEIGHT - (value - low) / (high - low) * (HEIGHT - 70)
+
+        draw.text((place((1 + last) / 2, 0)[0], 42), name, INK, font, anchor="ma")
+        for tick in range(round((high - low) / step) + 1):
+            y = place(1, low + tick * step)[1]
+            draw.line((i * WIDTH + 46, y, (i + 1) * WIDTH - 18, y), RULE)
+            draw.text((i * WIDTH + 40, y), f"{low + tick * step:g}", FAINT_INK, font, anchor="rm")
+        for block in range(last, 0, last // -16):
+            draw.text((place(block, low)[0], HEIGHT + 5), f"{block}", FAINT_INK, font, anchor="ma")
+        pixels = (value for d in depths.values() for block, _, value in d["linear_norm"] if block == 0)
+        for value in pixels:
+            draw.line((*place(1, value), *place(last, value)), FAINT_INK)
+        for (key, ink), tokens in itertools.product(COMPARED.items(), ("class", "mean", "patches")):
+            spots = [place(b, value) for b, kind, value in depths[name].get(key, ()) if kind == tokens]
+            draw.line(spots, ink, 1 if tokens == "class" else 3)
+            for x, y in spots:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
+    for i, (key, ink) in enumerate(COMPARED.items()):
+        x, y = 18 + 125 * i + 40 * (i > 2), HEIGHT + 50  # "BatchNorm, linear" is long
+        draw.line((x, y, x + 25, y), ink, 3)
+        draw.text((x + 32, y), PROTOCOLS[key].split(":")[0], INK, font, anchor="lm")
+    return picture
 
 
 def write_card(folder: str, record: dict, text: str) -> None:
@@ -153,18 +205,12 @@ def write_card(folder: str, record: dict, text: str) -> None:
     """
     if not folder:
         return
-    from util.figures.depth import draw_depth
-
-    picture = draw_depth(*_picture_parts(record))
-    writes = {
-        "card.md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        "card.json": lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"),
-        "card.png": lambda path: picture.save(path, format="PNG"),
-    }
+    picture = draw_depth(record)
     try:
-        for name, write in writes.items():
+        for name, content in {"card.md": text, "card.json": json.dumps(record, indent=1)}.items():
             with replacing(Path(folder) / name) as temporary:
-                write(temporary)
+                temporary.write_text(content + "\n", encoding="utf-8")
+        save_png(picture, Path(folder) / "card.png")
     except OSError as error:
         raise TrainingError(f"{folder}: the card was not written: {error.strerror or error}") from None
     log(f"wrote {printable(Path(folder) / 'card.md')}, card.json and card.png")

@@ -8,7 +8,7 @@ from util.errors import UserError
 from util.evaluate.card import Plan, make_column
 from util.evaluate.knn import knn_accuracy, knn_loaders
 from util.evaluate.layers import EveryBlock, extract_layers
-from util.evaluate.probes import one_class_each
+from util.evaluate.tasks import one_class_each
 from util.processes.collectives import gather, log
 
 SMALL = ("knn", "linear_norm", "linear_dinov2")  # protocols whose figures go to log.txt

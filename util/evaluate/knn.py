@@ -85,12 +85,8 @@ def knn_values(
     """Weighted means (m, K), on the CPU, of the neighbours' `train_values` (n, K): of classes (one-hot) and
     labels the probabilities. Neighbours and weights are those of `knn_from_features`.
     """
-    values, found = train_values.to(device), []
-    for _, nearest, ids in _nearest(train_features, val_features, k, device):
-        weights = _weights(nearest, temperature)
-        shares = weights / weights.sum(dim=1, keepdim=True)
-        found.append((shares[..., None] * values[ids]).sum(dim=1).cpu())
-    return torch.cat(found)
+    votes = knn_votes(train_features, train_values, val_features, [(k, temperature)], 0, device)
+    return torch.cat([vote.cpu() for _, vote in votes])
 
 
 @torch.no_grad()
@@ -121,14 +117,20 @@ def knn_votes(
     turn and then for further rows.
 
     Args:
-        features, labels: (n, D) and int64 (n,) of the memory. queries: (m, D).
+        features, labels: (n, D) and int64 (n,) of the memory, or values (n, K), whose weighted means (rows,
+            K) are yielded. queries: (m, D).
         settings: (k, temperature); where there are fewer neighbours than k, all vote.
     """
     labels = labels.to(device)
     for rows, nearest, ids in _nearest(features, queries, max(k for k, _ in settings), device):
         for k, temperature in settings:
-            votes = nearest.new_zeros(len(nearest), num_classes)
-            yield rows, votes.scatter_add_(1, labels[ids[:, :k]], _weights(nearest[:, :k], temperature))
+            weights = _weights(nearest[:, :k], temperature)
+            if labels.ndim == 1:
+                votes = nearest.new_zeros(len(nearest), num_classes)
+                yield rows, votes.scatter_add_(1, labels[ids[:, :k]], weights)
+            else:
+                shares = weights / weights.sum(dim=1, keepdim=True)
+                yield rows, (shares[..., None] * labels[ids[:, :k]]).sum(dim=1)
 
 
 def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

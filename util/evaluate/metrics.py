@@ -56,6 +56,24 @@ def measure(task: str, labels: np.ndarray, values: np.ndarray, thresholds=0.5) -
     return {name: _defined(value) for name, value in found.items()}
 
 
+def best_thresholds(labels: np.ndarray, values: np.ndarray) -> list[float]:
+    """Of each label the probability from which on to say that it is there, so that its F1 is largest: half
+    way to the next smaller of `values` (n, K); 0.5 where all `labels` (n, K) are alike.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    found = []
+    for own, shares in zip(labels.T, values.T, strict=True):
+        if own.min() == own.max():
+            found.append(0.5)
+            continue
+        precision, recall, limits = precision_recall_curve(own, shares)
+        best = limits[(precision * recall / np.maximum(precision + recall, 1e-12))[:-1].argmax()]
+        middle = (best + shares[shares < best].max(initial=0.0)) / 2
+        found.append(float(middle.clip(1e-6, 1 - 1e-6)))
+    return found
+
+
 def _of_classes(labels: np.ndarray, values: np.ndarray) -> dict:
     """F1, AUROC (one against the rest) and average precision are means over classes; of two classes AUROC and
     average precision are those of the second. Classes without images, and predictions, do not count.
@@ -86,9 +104,7 @@ def _of_labels(labels: np.ndarray, values: np.ndarray, there: np.ndarray) -> dic
     return {
         "accuracy": metrics.accuracy_score(labels, there),
         "balanced_accuracy": _mean(metrics.balanced_accuracy_score, both),
-        "f1": metrics.f1_score(labels, there, average="macro", zero_division=0)
-        if labels.shape[1] > 1
-        else metrics.f1_score(labels[:, 0], there[:, 0], zero_division=0),
+        "f1": np.mean([metrics.f1_score(*pair, zero_division=0) for pair in both]),
         "auroc": _mean(metrics.roc_auc_score, probable),
         "average_precision": _mean(metrics.average_precision_score, probable),
         "kappa": _mean(metrics.cohen_kappa_score, both),

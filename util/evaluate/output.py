@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +30,21 @@ def table(
             there = values >= targets.thresholds[k] if targets.thresholds else np.zeros(len(values), bool)
             columns += [["+" if mark else "" for mark in there]]
             columns += [[f"{100 * v:.2f} %" if targets.thresholds else f"{v:.6g}" for v in values.tolist()]]
-        rows = [head, *zip(*columns, strict=True)]
-        return _aligned(rows)
+        return aligned([head, *zip(*columns, strict=True)], range(2, len(head), 2))
     for rank in range(predictions.classes.shape[1]):
         head += [f"{rank + 1}.", ""]
         columns.append([shown(class_names[i]) for i in predictions.classes[:, rank]])
         columns.append([f"{100 * p:.2f} %" for p in predictions.probabilities[:, rank]])
-    return _aligned([head, *zip(*columns, strict=True)])
+    return aligned([head, *zip(*columns, strict=True)], range(2, len(head), 2))
 
 
-def _aligned(rows: list) -> str:
-    """Rows of cells in columns, every second one but the first to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: list, right: Container[int]) -> str:
+    """Rows of cells as text in columns, those with numbers in `right` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if i and i % 2 == 0 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in cells).rstrip())
     return "\n".join(lines)
 
 
@@ -72,7 +68,7 @@ def write_csv(
     targets = targets or Targets()
     ranks = range(predictions.classes.shape[1])
 
-    with _csv_writer("--csv", path) as writer:
+    with csv_writer(path, "--csv") as writer:
         if targets.task != "class":
             words = ("probability ", "prediction ") if targets.thresholds else ("",)
             writer.writerow(["path", *(word + name for name in class_names for word in words)])
@@ -98,7 +94,7 @@ def write_losses(path: str, files: list[str], losses: np.ndarray, maps: Sequence
     """Writes path, loss, largest: of each image the mean of its patches' `losses` (n, L) and the largest; and
     where there are `maps` (n names), map.
     """
-    with _csv_writer("--loss", path) as writer:
+    with csv_writer(path, "--loss") as writer:
         writer.writerow(["path", "loss", "largest", *(["map"] if maps else [])])
         for i, (name, values) in enumerate(zip(files, losses, strict=True)):
             row = [name, f"{values.mean(dtype=np.float64):.7g}", f"{values.max():.7g}"]
@@ -147,10 +143,11 @@ def write_features(
 
 
 @contextlib.contextmanager
-def _csv_writer(flag: str, path: str) -> Iterator:
-    """A `csv.writer` of a file that takes the place of `path` when it is whole."""
+def csv_writer(path: str | Path, flag: str = "") -> Iterator:
+    """A `csv.writer` of a file that takes the place of `path` when it is whole; UserError names a `flag`."""
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with _replacing(flag, path) as temporary, open(temporary, "w", **text) as file:
+    replaces = _replacing(flag, path) if flag else replacing(path)
+    with replaces as temporary, open(temporary, "w", **text) as file:
         yield csv.writer(file)
 
 

@@ -155,10 +155,12 @@ def predict(
     return Predictions(rows, *(best or (None, None)), features)
 
 
-def allocate(shape: tuple[int, ...], flag: str = "--features") -> np.ndarray:
-    """An empty float32 array; UserError, of what `flag` asks for, where memory does not have the room."""
+def allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array for --features; UserError where memory does not have the room."""
     try:
         return np.empty(shape, dtype=np.float32)
     except MemoryError:
         size = 4 * np.prod(shape, dtype=float) / 2**30
-        raise UserError(f"{flag}: {size:.1f} GB of memory are needed; pass fewer images at a time") from None
+        raise UserError(
+            f"--features: {size:.1f} GB of memory are needed; pass fewer images at a time"
+        ) from None

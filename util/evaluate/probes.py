@@ -7,48 +7,16 @@ rate is a factor of its loss.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.evaluate.tasks import Task
 from util.rng import derive_seed
 
 BATCH, QUERIES, EVAL_ROWS = 256, 8, 512
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the labels of a set mean. `metric`: higher is better.
-
-    outputs: K of a probe. loss: logits (..., n, K), targets (n, ...) -> (..., n). decide: logits, or votes of
-    neighbours, (..., n, K) -> what `metric` needs of them. metric: that of n images and their targets, both
-    numpy -> a number. name: of the metric.
-    """
-
-    outputs: int
-    loss: Callable[[Tensor, Tensor], Tensor]
-    decide: Callable[[Tensor], Tensor]
-    metric: Callable[[np.ndarray, np.ndarray], float]
-    name: str
-
-
-def one_class_each(classes: int) -> Task:
-    """Every image has one of `classes`; the metric is the accuracy in percent."""
-
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        # As log_softmax, which takes five times as long where there are few classes. Shares below e^-60 count
-        # as such: far smaller ones, of rates that are too large, would make a CPU's products slow (denormals)
-        logits = logits - logits.detach().amax(-1, keepdim=True)
-        own = logits.gather(-1, targets[:, None].expand(*logits.shape[:-1], 1)).squeeze(-1)
-        return logits.clamp(min=-60).exp().sum(-1).log() - own
-
-    def accuracy(decisions: np.ndarray, targets: np.ndarray) -> float:
-        return 100.0 * float((decisions == targets).mean())
-
-    return Task(classes, loss, lambda outputs: outputs.argmax(-1), accuracy, "accuracy (%)")
 
 
 class LinearProbes(nn.Module):
@@ -206,12 +174,14 @@ def search(
 def pick(
     decisions: Iterable[np.ndarray], losses: Iterable[float], targets: np.ndarray, task: Task
 ) -> tuple[int, tuple[float, float]]:
-    """(place, (metric, -loss)) of the best decisions (n, ...): of equals, that of the lower loss, then the
-    first. What has diverged is never taken unless all has.
+    """(place, (metric, -loss)) of the best decisions (n, ...): of equals, and where the metric is undefined,
+    that of the lower loss, then the first. What has diverged is never taken unless all has.
     """
-    scores = [
-        (task.metric(decision, targets), -float(loss)) if math.isfinite(loss) else (-math.inf, -math.inf)
-        for decision, loss in zip(decisions, losses, strict=True)
-    ]
+    scores = []
+    for decision, loss in zip(decisions, losses, strict=True):
+        metric = task.metric(decision, targets) if math.isfinite(loss) else math.nan
+        scores.append(
+            (-math.inf if math.isnan(metric) else metric, -float(loss) if math.isfinite(loss) else -math.inf)
+        )
     best = max(range(len(scores)), key=lambda i: scores[i])
     return best, scores[best]

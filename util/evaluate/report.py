@@ -1,6 +1,5 @@
-"""What an evaluation reports per class and per image: tables, a CSV file, a picture."""
+"""What an evaluation reports per class, label or number and per image: tables, a CSV file, a picture."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -9,16 +8,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from util.data.labelled import LabelledImages
+from util.data.targets import Targets
 from util.evaluate.exact import Predictions, closing_line, predict_samples, summarize
-from util.evaluate.metrics import measures_all
-from util.evaluate.targets import (
-    figures_line,
-    measure_predictions,
-    target_table,
-    write_target_predictions,
-)
-from util.files import printable, replacing
-from util.processes.collectives import is_main_process, log, warn
+from util.evaluate.metrics import METRICS, best_thresholds, measure, measures_all
+from util.evaluate.output import aligned, csv_writer
+from util.figures.canvas import save_png
+from util.files import printable, replacing, some
+from util.processes.collectives import gather, is_main_process, log, warn
 
 MAX_CLASSES = 100  # of the per-class table and of the confusion picture
 
@@ -33,7 +29,8 @@ def evaluate_and_report(
     `args.best` there are all figures of the task too, None where one is not defined.
     """
     task = dataset.targets.task if measures_all(args) else None
-    predictions = predict_samples(loader, model, device, args, task)
+    kept = task or ("class" if report and args.save_predictions else None)
+    predictions = predict_samples(loader, model, device, args, kept)
     stats = {} if task in ("labels", "numbers") else summarize(predictions)
     if task:
         stats |= {"loss": math.fsum(predictions.losses) / len(predictions.losses)}
@@ -51,35 +48,77 @@ def evaluate_and_report(
 
 
 def _write_reports(predictions, folder, args, dataset) -> None:
-    names = [printable(name) for name in dataset.classes]
+    names, table = [printable(name) for name in dataset.classes], ""
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         if dataset.targets.task != "class":
-            log(table := target_table(predictions, dataset))
-            if folder is not None:
-                with replacing(folder / "per_class.txt") as temporary:
-                    temporary.write_text(table + "\n", encoding="utf-8")
+            table = target_table(predictions, dataset)
         elif len(names) <= MAX_CLASSES:  # however many outputs the head has
             if predictions.top[:, 0].max() >= len(names):
                 names.append("(other classes)")
             matrix = confusion_matrix(predictions, len(names))
             table = per_class_table(matrix, names)
-            log(table)
             if folder is not None:
-                with replacing(folder / "per_class.txt") as temporary:
-                    temporary.write_text(table + "\n", encoding="utf-8")
-                with replacing(folder / "confusion.png") as temporary:
-                    draw_confusion(matrix, names).save(temporary, format="PNG")
-        if args.save_predictions and dataset.targets.task != "class":
-            write_target_predictions(folder / "predictions.csv", predictions, dataset)
-        elif args.save_predictions:
-            names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
-            write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
+                save_png(draw_confusion(matrix, names), folder / "confusion.png")
+        if table:
+            log(table)
+        if table and folder is not None:
+            with replacing(folder / "per_class.txt") as temporary:
+                temporary.write_text(table + "\n", encoding="utf-8")
         if args.save_predictions:
+            if dataset.targets.task == "class":
+                names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]
+                write_predictions(folder / "predictions.csv", predictions, dataset.files.paths, names)
+            else:
+                write_target_predictions(folder / "predictions.csv", predictions, dataset)
             log(f"predictions: {printable(folder / 'predictions.csv')}")
     except OSError as error:
         warn(f"{folder}: reports were not written: {error.strerror or error}")
+
+
+def values_of(predictions: Predictions, dataset: LabelledImages) -> tuple[np.ndarray, np.ndarray]:
+    """(labels in their own units, float64 (n, K) probabilities or numbers) of predictions with outputs."""
+    values = dataset.targets.values(torch.from_numpy(predictions.outputs)).numpy()
+    return dataset.files.labels[predictions.indices], values
+
+
+def measure_predictions(predictions: Predictions, dataset: LabelledImages) -> dict[str, float | None]:
+    """All figures of the task, computed once from the predictions of all processes; the same on each."""
+    targets, found = dataset.targets, None
+    if is_main_process():
+        found = measure(targets.task, *values_of(predictions, dataset), targets.thresholds or 0.5)
+    return gather(found)[0]
+
+
+def figures_line(stats: dict[str, float | None]) -> str:
+    """e.g. `* auroc 0.9132 f1 0.7201 kappa undefined`, without accuracies in percent."""
+    words = (f"{name} {'undefined' if v is None else f'{v:.4f}'}" for name, v in stats.items())
+    return "* " + " ".join(word for word in words if not word.startswith("acc1 ") and word[:5] != "acc5 ")
+
+
+def target_table(predictions: Predictions, dataset: LabelledImages) -> str:
+    """A text table: figures of each label or number."""
+    targets, (labels, values) = dataset.targets, values_of(predictions, dataset)
+    names, labelled = METRICS[targets.task], targets.task == "labels"
+    rows = [["name", *names, *(["images with it", "threshold"] if labelled else [])]]
+    for k, name in enumerate(targets.names):
+        threshold = targets.thresholds[k] if labelled else 0.5
+        own = measure(targets.task, labels[:, k : k + 1], values[:, k : k + 1], threshold)
+        cells = ["-" if own[metric] is None else f"{own[metric]:.4g}" for metric in names]
+        rows.append([printable(name), *cells])
+        rows[-1] += [f"{int(labels[:, k].sum())}", f"{threshold:g}"] if labelled else []
+    return aligned(rows, ())
+
+
+def choose_thresholds(loader, model, device, args, targets: Targets) -> None:
+    """Sets the thresholds of `targets` to those of the best F1 on a loader's images, on all processes."""
+    predictions = predict_samples(loader, model, device, args, targets.task)
+    values = targets.values(torch.from_numpy(predictions.outputs)).numpy()
+    targets.thresholds = best_thresholds(predictions.labels, values)
+    pairs = zip(targets.names, targets.thresholds, strict=True)
+    text = f"thresholds, by F1 of {len(values)} images held out of train"
+    log(f"{text}: {some((f'{name} {value:.4f}' for name, value in pairs), 10)}")
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
@@ -93,16 +132,14 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 
 def per_class_table(matrix: np.ndarray, class_names: list[str]) -> str:
     """A text table: per class the samples, how many were right, and what it was else taken for most often."""
-    width = max(len("class"), *(len(name) for name in class_names))
-    lines = [f"{'class':{width}s}  samples  correct  acc (%)  most often taken for"]
+    rows = [["class", "samples", "correct", "acc (%)", "most often taken for"]]
     for i, name in enumerate(class_names):
         samples, correct = int(matrix[i].sum()), int(matrix[i, i])
-        wrong = matrix[i].copy()
-        wrong[i] = 0
+        wrong = np.where(np.arange(len(matrix)) == i, 0, matrix[i])
         other = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"
-        accuracy = f"{100 * correct / samples:7.2f}" if samples else "      -"
-        lines.append(f"{name:{width}s}  {samples:7d}  {correct:7d}  {accuracy}  {other}")
-    return "\n".join(lines)
+        share = f"{100 * correct / samples:.2f}" if samples else "-"
+        rows.append([name, str(samples), str(correct), share, other])
+    return aligned(rows, (1, 2, 3))
 
 
 def write_predictions(path: str | Path, predictions: Predictions, paths, class_names: list[str]) -> None:
@@ -112,18 +149,32 @@ def write_predictions(path: str | Path, predictions: Predictions, paths, class_n
     prediction), loss; where outputs were kept also the probability of each class.
     """
     each = [] if predictions.outputs is None else class_names
-    shares = None if not each else torch.from_numpy(predictions.outputs).softmax(dim=1).tolist()
-    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with replacing(path) as temporary, open(temporary, "w", **text) as file:
-        writer = csv.writer(file)
+    shares = torch.from_numpy(predictions.outputs).softmax(dim=1).numpy() if each else None
+    with csv_writer(path) as writer:
         writer.writerow(["path", "label", "prediction", "correct", "confidence", "loss", *each])
         for i, index in enumerate(predictions.indices.tolist()):
             label, best = predictions.labels[i], predictions.top[i, 0]
-            figures = f"{predictions.confidence[i]:.6f}", f"{predictions.losses[i]:.6f}"
-            figures += tuple(f"{share:.6f}" for share in shares[i]) if each else ()
-            writer.writerow(
-                [paths[index], class_names[label], class_names[best], int(label == best), *figures]
-            )
+            figures = predictions.confidence[i], predictions.losses[i], *(shares[i] if each else ())
+            named = class_names[label], class_names[best], int(label == best)
+            writer.writerow([paths[index], *named, *(f"{figure:.6f}" for figure in figures)])
+
+
+def write_target_predictions(path: Path, predictions: Predictions, dataset: LabelledImages) -> None:
+    """Writes a CSV file, one line per sample: path, then of each label its label, probability and whether
+    that reaches its threshold; of each number its value and the prediction.
+    """
+    targets, (labels, values) = dataset.targets, values_of(predictions, dataset)
+    words = ["label", "probability", "prediction"] if targets.thresholds else ["value", "prediction"]
+    with csv_writer(path) as writer:
+        writer.writerow(["path", *(f"{word} {name}" for name in targets.names for word in words)])
+        for row, index in enumerate(predictions.indices.tolist()):
+            cells = []
+            for k, (label, value) in enumerate(zip(labels[row].tolist(), values[row].tolist(), strict=True)):
+                if targets.thresholds:
+                    cells += [int(label), f"{value:.6f}", int(value >= targets.thresholds[k])]
+                else:
+                    cells += [f"{label:.15g}", f"{value:.12g}"]
+            writer.writerow([dataset.files.paths[index], *cells])
 
 
 def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from util.compute.precision import autocast, resolve_amp_dtype
 from util.data.transforms import normalize_batch
 from util.evaluate.exact import drop_unreadable
+from util.evaluate.output import aligned
 from util.processes.collectives import gather
 
 GROUP = 8  # windows per forward pass
@@ -161,15 +162,12 @@ def summarize_pixels(matrix: np.ndarray) -> dict[str, float]:
 
 def pixel_table(matrix: np.ndarray, names: list[str]) -> str:
     """A text table: per class its share of the pixels, IoU, accuracy, and what it was else taken for."""
-    width = max(len("class"), *(len(name) for name in names))
-    lines = [f"{'class':{width}s}  share (%)  IoU (%)  acc (%)  most often taken for"]
+    rows = [["class", "share (%)", "IoU (%)", "acc (%)", "most often taken for"]]
     for i, name in enumerate(names):
         there, right = int(matrix[i].sum()), int(matrix[i, i])
-        union = there + int(matrix[:, i].sum()) - right
-        wrong = matrix[i].copy()
-        wrong[i] = 0
+        wrong = np.where(np.arange(len(matrix)) == i, 0, matrix[i])
+        parts = (right, there + int(matrix[:, i].sum()) - right), (right, there)
+        shares = [f"{100 * part / whole:.2f}" if whole else "-" for part, whole in parts]
         other = names[wrong.argmax()] if wrong.any() else "-"
-        iou = f"{100 * right / union:7.2f}" if union else "      -"
-        accuracy = f"{100 * right / there:7.2f}" if there else "      -"
-        lines.append(f"{name:{width}s}  {100 * there / matrix.sum():9.2f}  {iou}  {accuracy}  {other}")
-    return "\n".join(lines)
+        rows.append([name, f"{100 * there / matrix.sum():.2f}", *shares, other])
+    return aligned(rows, (1, 2, 3))

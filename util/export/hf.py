@@ -23,6 +23,7 @@ from util.export.source import Source, read_source
 from util.files import read_json, shown
 from util.weights.folder import weights_files
 from util.weights.hugging_face import classifier_config, mae_config, problem_type, to_hugging_face
+from util.weights.state import is_cross
 
 _BICUBIC = 3
 
@@ -44,6 +45,9 @@ def write(source: Source, folder: Path) -> None:
     """
     info, name = source.info, _class(source)
     height, width = info["input_size"]
+    if source.mae is not None and is_cross(source.state):
+        raise UserError("--to hf: its ViTMAE has no cross-attention decoder; pass --encoder_only, or --to "
+                        "safetensors, which keeps it")  # fmt: skip
     if height != width and name.startswith("ViTMAE"):
         raise UserError(f"--to hf: its ViTMAE takes square images only, this model {height}x{width}; "
                         "--to timm, torch_export or onnx can take them")  # fmt: skip

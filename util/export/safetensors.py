@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
+import models_cross
 import models_mae
 import models_vit
 from util.export.checkpoint import FULL, read_again, settings
 from util.export.files import render, write_safetensors
 from util.export.source import Source
+from util.weights.state import is_cross
 
 
 def write(source: Source, folder: Path) -> None:
@@ -34,17 +36,18 @@ def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Ten
 
 def usage(source: Source, folder: str) -> str:
     """Code that loads the export with nothing but this code's model files."""
-    info, full = source.info, source.part == "full"
-    module = models_mae if full else models_vit
+    info, full, cross = source.info, source.part == "full", is_cross(source.state)
+    module = models_cross if cross else models_mae if full else models_vit
     args = {"img_size": tuple(info["input_size"])} | {key: info[key] for key in ("patch_size", "in_chans")}
     if full:
         args |= {key: info[key] for key in FULL if key != "mask_ratio"}
     else:
         args |= {"global_pool": info["global_pool"], "num_classes": source.vit.num_classes}
     name = settings(source)["args"].get("model") if full else info.get("model")
-    named = name in module.MODELS and _makes(module.MODELS[name], args, source.state)
+    models = getattr(module, "MODELS", {})
+    named = name in models and _makes(models[name], args, source.state)
     if not named:
-        name = "MaskedAutoencoderViT" if full else "VisionTransformer"
+        name = "CrossDecoderViT" if cross else "MaskedAutoencoderViT" if full else "VisionTransformer"
         args |= {key: info[key] for key in ("embed_dim", "depth", "num_heads")}
         args |= {"mlp_ratio": info["mlp_dim"] / info["embed_dim"]}
     values = {"folder": folder, "module": module.__name__, "name": name, "named": named, "args": args}

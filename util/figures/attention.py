@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.figures.canvas import draw_grid
+from util.figures.canvas import Panels, as_pictures
 from util.figures.reconstruction import evaluation_mode
 
 # From nothing to the largest value: black, purple, red, orange, pale yellow; lightness rises evenly
@@ -39,6 +38,17 @@ def block_attention(block: nn.Module, x: Tensor) -> Tensor:
     return seen[0]
 
 
+def encode(model: nn.Module, images: Tensor, blocks: int) -> Tensor:
+    """Tokens (N, 1 + L, D) of whole, unmasked images (N, C, H, W) after the first `blocks` of a model."""
+    images = images.to(next(model.parameters()).device)
+    x = model.patch_embed(images) + model.pos_embed[:, 1:]
+    cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
+    x = torch.cat([cls_token, x], dim=1)
+    for block in model.blocks[:blocks]:
+        x = block(x)
+    return x
+
+
 @torch.no_grad()
 def class_token_attention(model: nn.Module, images: Tensor) -> Tensor:
     """How the class token of the last block spreads its attention over the patches of whole, unmasked images.
@@ -50,13 +60,8 @@ def class_token_attention(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         (N, heads, rows, columns) on the CPU. A map sums to at most 1: the class token itself has the rest.
     """
-    images = images.to(next(model.parameters()).device)
     with evaluation_mode(model):
-        x = model.patch_embed(images) + model.pos_embed[:, 1:]
-        cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
-        for block in model.blocks[:-1]:
-            x = block(x)
+        x = encode(model, images, len(model.blocks) - 1)
         weights = block_attention(model.blocks[-1], x)[:, :, 0, 1:]
     return weights.unflatten(-1, model.patch_embed.grid_size).cpu()
 
@@ -74,23 +79,16 @@ def overlay(pictures: Tensor, maps: Tensor) -> Tensor:
     return 0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2)
 
 
-def attention_grid(
-    model: nn.Module,
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    caption: str | None = None,
-    row_labels: Sequence[str] | None = None,
-    batch_size: int = 32,
-) -> Image.Image:
-    """Draws a row per image: the picture, the mean over the heads of the last block, and every head.
+def attention_panels(
+    model: nn.Module, images: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 32
+) -> Panels:
+    """A row per image: the picture, the mean over the heads of the last block, and every head.
 
-    Arguments as of `util.figures.reconstruction.ratio_grid`; returns an RGB picture.
+    Arguments as of `util.figures.reconstruction.ratio_panels`.
     """
     maps = torch.cat([class_token_attention(model, part) for part in images.split(batch_size)])
-    mean, std = (torch.tensor(v, dtype=images.dtype).view(1, -1, 1, 1) for v in (mean, std))
-    pictures = (images.cpu() * std + mean).clamp(0, 1)
+    pictures = as_pictures(images, mean, std)
     columns = [pictures, overlay(pictures, maps.mean(dim=1))]
     columns += [overlay(pictures, maps[:, head]) for head in range(maps.shape[1])]
     headings = ["original", "mean of heads", *(f"head {head + 1}" for head in range(maps.shape[1]))]
-    return draw_grid(headings, columns, caption, row_labels)
+    return Panels(headings, columns)

@@ -1,7 +1,10 @@
 """Draws pictures in rows and columns with headings, and writes them: the canvas of every figure here."""
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +16,33 @@ from util.files import replacing
 MIN_PANEL_WIDTH, MAX_SCALED_HEIGHT = 160, 640  # pixels
 BACKGROUND, INK, FAINT_INK, RULE = (255, 255, 255), (24, 24, 27), (95, 95, 105), (200, 200, 206)
 Colour = tuple[int, int, int]
+
+
+class Panels(NamedTuple):
+    """Columns of pictures that `draw_grid` puts text around, with its arguments of these names."""
+
+    headings: Sequence[str]
+    columns: Sequence[Tensor]
+    groups: Sequence[tuple[str, int]] | None = None
+
+    def draw(self, caption: str | None = None, row_labels: Sequence[str] | None = None) -> Image.Image:
+        return draw_grid(self.headings, self.columns, caption, row_labels, self.groups)
+
+    def save(self, folder: str | os.PathLike, names: Sequence[str], first: int = 0) -> None:
+        """Writes each panel as NUMBER-NAME-HEADING.png, rows from number `first` on; or OSError."""
+        titles = [title for title, count in self.groups or [("", len(self.columns))] for _ in range(count)]
+        for title, heading, column in zip(titles, self.headings, self.columns, strict=True):
+            kind = re.sub(r"\W+", "-", f"{title} {heading.partition(' (')[0]}".lower()).strip("-")
+            for row, (name, panel) in enumerate(zip(names, column, strict=True), first):
+                stem = re.sub(r"[^\w.-]+", "_", name)[-80:]
+                path = Path(folder) / f"{row:03d}-{stem}-{kind}.png"
+                save_png(Image.fromarray(panel_pixels(panel)), path)
+
+
+def as_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images (N, C, H, W) on the CPU, with the normalisation undone: values in [0, 1]."""
+    mean, std = (torch.tensor(v, dtype=images.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    return (images.cpu() * std + mean).clamp(0, 1)
 
 
 def panel_pixels(panel: Tensor) -> np.ndarray:

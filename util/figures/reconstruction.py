@@ -15,7 +15,7 @@ from torch import Tensor
 
 from util.data.read import open_pil
 from util.errors import UserError
-from util.figures.canvas import draw_grid
+from util.figures.canvas import Panels, draw_grid
 from util.rng import masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -23,23 +23,32 @@ BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix
 GREY = 0.5  # of removed patches
 
 
-def read_mask(path: str | os.PathLike, grid: tuple[int, int]) -> Tensor:
-    """Reads a mask picture, bool (L,) in image order: True where a patch shall be removed.
+def read_mask(path: str | os.PathLike, grid: tuple[int, int], sizes: Sequence[tuple] = ()) -> Tensor:
+    """Reads a mask picture or `.npy`, bool (L,) in image order: True where a patch shall be removed.
 
     White is removed, black stays. The picture may have any size: like a photograph, it is cut to the largest
     centred part of the model's shape; a patch is removed when its part is brighter than mid-grey on average.
 
     Args:
         grid: (rows, columns) of patches.
+        sizes: (height, width) that it may have, if not any.
 
     Raises:
-        UserError: no picture, or one that removes all patches or none.
+        UserError: no picture, of another size, or one that removes all patches or none.
     """
     try:
-        pixels = np.asarray(open_pil(os.fspath(path), "L"), dtype=np.float64) / 255
+        own = os.fspath(path).lower().endswith(".npy")
+        pixels = np.load(path) if own else np.asarray(open_pil(os.fspath(path), "L"))
+        height, width = pixels.shape
+        pixels = pixels.astype(np.float64) / (255 if pixels.max(initial=0) > 1 else 1)
     except UserError as error:
         raise UserError(f"--mask_file {error}") from None
-    (height, width), (rows, columns) = pixels.shape, grid
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--mask_file {path}: is no mask of rows and columns: {error}") from None
+    if sizes and (height, width) not in sizes:
+        wanted = " or ".join(f"{rows}x{columns}" for rows, columns in sizes)
+        raise UserError(f"--mask_file {path}: is {height}x{width}, and must be {wanted} (patches, or pixels)")
+    rows, columns = grid
     scale = min(height / rows, width / columns)
     top, left = (height - rows * scale) / 2, (width - columns * scale) / 2
     box = (left, top, left + columns * scale, top + rows * scale)
@@ -165,16 +174,14 @@ def reconstruction_grid(
     return draw_grid(headings, list(panels.values()), caption, row_labels)
 
 
-def ratio_grid(
+def ratio_panels(
     model: torch.nn.Module,
     images: Tensor,
     maskings: Sequence[tuple[str, Tensor, float]],
     mean: Sequence[float],
     std: Sequence[float],
-    caption: str | None = None,
-    row_labels: Sequence[str] | None = None,
     batch_size: int = 32,
-) -> Image.Image:
+) -> Panels:
     """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
 
     Args:
@@ -192,4 +199,4 @@ def ratio_grid(
         columns += panels[1:] if columns else panels
         titles += headings[1:]
         groups.append((title, 3))
-    return draw_grid(titles, columns, caption, row_labels, groups if len(maskings) > 1 else None)
+    return Panels(titles, columns, groups if len(maskings) > 1 else None)

@@ -11,13 +11,13 @@ from util.data.transforms import normalize_batch
 from util.figures.canvas import grid_tensor, save_png
 from util.figures.reconstruction import reconstruction_grid
 from util.processes.collectives import warn
-from util.rng import fixed_noise
+from util.rng import fixed_masks
 
 
-def pick_images(dataset: torch.utils.data.Dataset, count: int = 8) -> torch.Tensor:
-    """(n, C, H, W): n <= `count` images spread evenly over a data set, as it gives them in epoch 0."""
+def pick_images(dataset: torch.utils.data.Dataset, count: int = 8, epoch: int = 0) -> torch.Tensor:
+    """(n, C, H, W): n <= `count` images spread evenly over a data set, as it gives them in `epoch`."""
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    return torch.stack([dataset[(0, int(index))][0] for index in indices])
+    return torch.stack([dataset[(epoch, int(index))][0] for index in indices])
 
 
 def write_pictures(
@@ -42,7 +42,7 @@ def write_pictures(
     caption = f"epoch {epoch}, {args.mask_ratio:.0%} masked"
     if val_loss is not None:
         caption += f", held-out loss {val_loss:.4f}"
-    noise = fixed_noise(len(images), model.patch_embed.num_patches, seed=0)
+    noise = fixed_masks(model, len(images), args.mask_ratio)
     normalized = normalize_batch(images, device, args.mean, args.std)
     picture: Image.Image = reconstruction_grid(
         model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption

@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 
 from util.data.labelled import LabelledImages
+from util.evaluate.exact import eval_loader
 from util.evaluate.metrics import SMALLER_IS_BETTER, best_metric
-from util.evaluate.report import evaluate_and_report
+from util.evaluate.report import choose_thresholds, evaluate_and_report
 from util.processes.collectives import get_world_size, log
 from util.processes.parallel import full_copy
+from util.recipes.labels import threshold_set
+from util.recipes.probe import feature_loader
+from util.run.guard import RunGuard
 from util.run.run_log import write_log
 from util.run.start import RunState
 
@@ -45,6 +49,26 @@ class ClassifierEpochEnd:
     device: torch.device
     log_writer: object
 
+    def __post_init__(self):
+        self.held_loader = held = threshold_set(self.args, self.val_set)
+        if held and self.trained is self.state.model:
+            self.held_loader = eval_loader(held, self.args)
+        elif held:
+            self.held_loader = feature_loader(self.state.model.eval(), held, self.args, self.device)
+
+    def end(self, epoch: int, stats: dict[str, float], guard: RunGuard) -> None:
+        """All processes call this after `epoch`, which was perhaps left inside: `guard` then ends the run.
+        stats: averages of the epoch, for the log.
+        """
+        guard.dataset.report_bad_images()
+        if guard.inside_epoch:
+            return
+        if guard.signal_came():  # there may be little time: evaluate after resuming
+            return self.state.save(epoch, stats=stats)
+        self.finish(epoch, stats)
+        if epoch + 1 < self.args.epochs:  # one that came during the evaluation ends the run now
+            guard.signal_came()
+
     def finish(self, epoch: int, stats: dict[str, float]) -> None:
         """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
         args, state = self.args, self.state
@@ -56,17 +80,26 @@ class ClassifierEpochEnd:
         log(text)
         record = {f"train_{name}": value for name, value in stats.items()}
         record |= {f"test_{name}": value for name, value in test.items()}
+        if state.ema:
+            log("with the average of the weights (--ema):")
+            with state.ema.in_place():
+                test = self.evaluate(full_copy(self.trained), report=False)
+            record |= {f"test_{name}_ema": value for name, value in test.items()}
         n_parameters = count_trained(state.model)
         write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": n_parameters})
         if self.log_writer is not None:
-            for name, value in test.items():
-                if value is None:  # not defined
-                    continue
-                self.log_writer.add_scalar(f"perf/test_{name}", value, epoch)
+            for name, value in record.items():
+                if name.startswith("test_") and value is not None:  # None: not defined
+                    self.log_writer.add_scalar(f"perf/{name}", value, epoch)
             self.log_writer.flush()
 
     def evaluate(self, model: torch.nn.Module, report: bool) -> dict[str, float | None]:
-        """The figures of `model`, printed; with `report` also what is known per class and per image."""
+        """The figures of `model`, printed; with `report` also what is known per class and per image. Chooses
+        thresholds before, with --thresholds auto, which go into the checkpoint.
+        """
+        if self.held_loader is not None:
+            choose_thresholds(self.held_loader, model, self.device, self.args, self.val_set.targets)
+            self.state.model_info = self.state.model_info | self.val_set.targets.info()
         return evaluate_and_report(self.val_loader, model, self.device, self.args, self.val_set, report)
 
     def judge(self, test: dict[str, float | None]) -> tuple[bool, str]:

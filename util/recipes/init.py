@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 import torch
 
+from util.cli.questions import PIXELS
 from util.data.depth import adopt_pixel_range, parse_range
 from util.errors import UserError
 from util.files import printable, shown
@@ -82,13 +83,15 @@ class Init:
             report = load_into(model, args.init, "--init", content, self.given)
             log(str(report))
             warn_of_other_stats(args, content, args.init)
-            target = said_settings(content).get("norm_pix_loss")
-            if report.decoder == "taken" and target is (not args.norm_pix_loss) and is_main_process():
+            said, norm = said_settings(content), said_settings(content).get("norm_pix_loss")
+            own = "norm_pixels" if norm is True else "pixels" if norm is False else args.target
+            other = args.target in PIXELS and said.get("target", own) != args.target
+            if report.decoder == "taken" and other and is_main_process():
                 now = "normalised" if args.norm_pix_loss else "plain"
                 warn(f"{args.init}: its decoder does not predict {now} patches, as it is to do now")
             names = {name for name, p in model.named_parameters() if p.requires_grad}
             self.taken = {"report": str(report).splitlines(), "parameters": sorted(names - {*report.missing})}
-            if args.init_freeze and names == {*self.taken["parameters"]}:
+            if args.init_freeze and names == {*self.taken["parameters"]} and args.target in PIXELS:
                 raise UserError(f"--init_freeze {args.init_freeze}: {args.init} holds all of the model, so "
                                 "nothing would train; leave it out")  # fmt: skip
         args.init_taken = self.taken

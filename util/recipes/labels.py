@@ -1,14 +1,15 @@
 """Flags of labels as they are (`--labels`), what is checked before the first step, and the losses."""
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from util.cli.flags import at_least
-from util.data.labelled import LabelledImages
+from util.cli.flags import at_least, pixel_value
+from util.data.labelled import LabelledImages, labelled_images
 from util.data.targets import TASKS, targets_of
 from util.errors import UserError
 from util.evaluate.metrics import METRICS, best_metric, measures_all, require_sklearn, undefined
@@ -31,8 +32,9 @@ def add_label_args(parser: argparse.ArgumentParser, trains: bool = True) -> None
     flag("--group_column", metavar="NAME", help="images of a group never lie in two folds (default: 'group')")
     flag("--folds", default=0, type=at_least(0), metavar="K", help="cross-validation with K folds (0: none)")
     flag("--fold", default=0, type=at_least(0), metavar="I", help="number of the fold that is val, from 0")
-    flag("--thresholds", default=None, nargs="+", type=float, metavar="P",
-         help="of several labels: probability from which each is there, one or one for each (default: 0.5)")
+    flag("--thresholds", default=None, nargs="+", type=pixel_value, metavar="P",
+         help="of several labels: probability from which each is there, one or one for each (default: 0.5), "
+              "or auto: that of the best F1 on a fifth of train, which is held out of training")
     if not trains:
         return
     flag("--best", choices=["acc1", "loss", *METRICS["class"], *METRICS["numbers"]], metavar="METRIC",
@@ -56,7 +58,10 @@ def check_label_args(args: argparse.Namespace) -> None:
         )
     if args.folds and getattr(args, "split", "val") == "test":
         raise UserError("--folds: divides train and val; --split test is none of them")
-    if bad := [value for value in args.thresholds or () if not 0 < value < 1]:
+    trains = hasattr(args, "best") and not getattr(args, "eval", False)
+    if "auto" in (args.thresholds or ()) and (len(args.thresholds) > 1 or not trains):
+        raise UserError("--thresholds auto: stands alone, and thresholds are chosen while a model is trained")
+    if bad := [value for value in args.thresholds or () if value != "auto" and not 0 < value < 1]:
         raise UserError(f"--thresholds {bad[0]}: must lie between 0 and 1, both excluded")
     if measures_all(args):
         require_sklearn("--labels" if args.labels else f"--best {args.best}")
@@ -108,13 +113,16 @@ def prepare_targets(
             f"--nb_classes {args.nb_classes}: there are {len(targets.names)} {task}; leave it out"
         )
     if task == "labels":
-        given = args.thresholds or [0.5]
+        auto = args.thresholds == ["auto"]
+        given = (info.get("thresholds") if auto else args.thresholds) or [0.5]
         if len(given) not in (1, len(targets.names)):
             raise UserError(
                 f"--thresholds: {len(given)} values for {len(targets.names)} labels; pass one, or one each"
             )
         targets.thresholds = given * len(targets.names) if len(given) == 1 else given
-        args.thresholds = targets.thresholds
+        args.thresholds = ["auto"] if auto else targets.thresholds
+    elif args.thresholds:
+        raise UserError(f"--thresholds: are of several labels, and these are {targets.words}; leave it out")
     if args.labels:  # as a run that is resumed finds them
         args.task, args.label_columns = task, args.label_columns if task == "class" else targets.names
     if train is not None and hasattr(train.files, "targets"):
@@ -134,9 +142,19 @@ def _check_metric(args: argparse.Namespace, val: LabelledImages, trains: bool) -
     text = f"{val.files.source}: auroc and average_precision are not defined for {len(alike)} of "
     text += f"{len(val.classes)}: {some(f'{name} ({why})' for name, why in alike)}"
     if metric in ("auroc", "average_precision") and len(alike) == len(val.classes) and trains:
-        raise UserError(f"{text}; pass another --best, such as --best loss")
+        advice = "pass another --best, such as --best loss" if hasattr(args, "best") else "take other labels"
+        raise UserError(f"{text}; {advice}")
     if is_main_process():
         warn(f"{text}; their means leave them out")
+
+
+def threshold_set(args: argparse.Namespace, val: LabelledImages) -> LabelledImages | None:
+    """The images of `train` that --thresholds auto holds out, prepared as those of `val`."""
+    if getattr(args, "thresholds", None) != ["auto"]:
+        return None
+    held = labelled_images("held", args, lambda _: val.transform)
+    held.files.targets = val.targets
+    return held
 
 
 def classifier_info(
@@ -198,25 +216,17 @@ def target_loss(
     return None if task == "class" and weight is None else TargetLoss(task, smoothing, weight)
 
 
-class LabelMixup:
-    """Mixes images (N, C, H, W) and several labels (N, K) alike, to soft labels for binary cross entropy.
-
-    Args:
-        task: of the labels. options: of timm's Mixup, without num_classes and label_smoothing.
-
-    Raises UserError for numbers: half of one picture over another need not have half of its number.
+def label_mixup(task: str, **options) -> Callable:
+    """timm's Mixup, of `options`, for several labels (N, K), which become the shares of the two pictures'.
+    UserError for numbers: half of one picture over another need not have half of its number.
     """
+    if task == "numbers":
+        advice = "pass --mixup 0 --cutmix 0, and no --cutmix_minmax"
+        raise UserError(f"--mixup, --cutmix: a mixed picture has no number of its own; {advice}")
 
-    def __init__(self, task: str, **options):
-        if task == "numbers":
-            advice = "pass --mixup 0 --cutmix 0, and no --cutmix_minmax"
-            raise UserError(
-                f"--mixup, --cutmix: a mixed picture has no number between those of its two; {advice}"
-            )
-        self.options = options
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         places = torch.arange(len(images), device=images.device)  # as if each image were a class of its own
-        mix = Mixup(**self.options, label_smoothing=0.0, num_classes=len(images))
-        images, shares = mix(images, places)
+        images, shares = Mixup(**options, label_smoothing=0.0, num_classes=len(images))(images, places)
         return images, shares.to(labels.dtype) @ labels
+
+    return mix

@@ -33,17 +33,20 @@ def cache_features(
         train_features[view], train_labels = extract_features(
             model.forward_features, images, device, args, keep_all=True
         )
-    images = eval_loader(val_set, args, pin_memory)
-    val_features, val_labels = extract_features(model.forward_features, images, device, args, keep_all=True)
+    val_loader = feature_loader(model, val_set, args, device, pin_memory)
     train_set.report_bad_images()
-    size = (train_features.numel() + val_features.numel()) * 4 / 2**20
+    size = (train_features.numel() + val_loader.features.numel()) * 4 / 2**20
     log(
-        f"features: {args.cache_views} views of {len(train_labels)} and {len(val_labels)} images, "
+        f"features: {args.cache_views} views of {len(train_labels)} and {len(val_set)} images, "
         f"{size:.0f} MB, in {time.time() - start:.1f} s"
     )
-    val_sampler = EvalSampler(len(val_labels), get_world_size(), get_rank())
     _, sampler = train_loader(train_set, args, pin_memory)
-    return (
-        FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True),
-        FeatureLoader(val_features[None], val_labels, val_sampler, args.batch_size, dataset=val_set),
-    )
+    return FeatureLoader(train_features, train_labels, sampler, args.batch_size, drop_last=True), val_loader
+
+
+def feature_loader(model, dataset, args, device, pin_memory=False) -> FeatureLoader:
+    """Features of an evaluation's images, computed once."""
+    images = eval_loader(dataset, args, pin_memory)
+    features, labels = extract_features(model.forward_features, images, device, args, keep_all=True)
+    sampler = EvalSampler(len(labels), get_world_size(), get_rank())
+    return FeatureLoader(features[None], labels, sampler, args.batch_size, dataset=dataset)

@@ -60,7 +60,8 @@ def make_student(model: MaskedAutoencoderViT, args: Namespace, device: torch.dev
     args.teacher_block = args.teacher_block or depth
     if args.teacher_block > depth:
         raise UserError(f"--teacher_block {args.teacher_block}: the model has {depth} blocks")
-    teacher = read_teacher(model, args)
+    use = f"{args.teacher_loss} of its block {{}}, in block {args.teacher_block} of the model, weight "
+    teacher = read_teacher(model, args, args.teacher_block, f"{use}{args.teacher_weight:g}")
     if args.teacher_loss == "features" and teacher.embed_dim != width:
         model.teacher_map = nn.Linear(width, teacher.embed_dim)
     if args.teacher_loss == "attention":
@@ -77,9 +78,9 @@ def make_student(model: MaskedAutoencoderViT, args: Namespace, device: torch.dev
     model.__class__ = type("Student", (Student, own), {})
 
 
-def read_teacher(model: MaskedAutoencoderViT, args: Namespace) -> VisionTransformer:
+def read_teacher(model: MaskedAutoencoderViT, args: Namespace, number: int, use: str) -> VisionTransformer:
     """The encoder in the file `args.teacher` for the model's images; of its blocks those up to the one that
-    stands where `args.teacher_block` stands in the model.
+    stands where the block `number` stands in the model. `use`: of that block, {}, for the log.
     """
     content = read_file(args.teacher, "--teacher", not args.no_verify, "")
     try:
@@ -94,10 +95,9 @@ def read_teacher(model: MaskedAutoencoderViT, args: Namespace) -> VisionTransfor
                             "the same patches, so pass a teacher of the same")  # fmt: skip
     warn_of_other_stats(args, content, args.teacher)
     args.teacher_digest, depth = digest(teacher.state_dict(), {}), len(teacher.blocks)
-    block = max(1, round(args.teacher_block * depth / len(model.blocks)))
+    block = max(1, round(number * depth / len(model.blocks)))
     log(f"teacher: {printable(args.teacher)} ({printable(weights.kind)}), width {teacher.embed_dim}, {depth} "
-        f"blocks; {args.teacher_loss} of its block {block}, in block {args.teacher_block} of the model, "
-        f"weight {args.teacher_weight:g}")  # fmt: skip
+        f"blocks; {use.format(block)}")  # fmt: skip
     teacher.blocks = teacher.blocks[:block]
     return teacher
 
@@ -155,7 +155,7 @@ class Student(MaskedAutoencoderViT):
         before = run_blocks(blocks[:place], x, recompute)
         after = run_blocks(blocks[place : place + 1], before, recompute)
         x = self.norm(run_blocks(blocks[place + 1 :], after, recompute))
-        loss = self.forward_loss(imgs, self.forward_decoder(x, ids_restore), mask)
+        loss = self.forward_loss(imgs, *self.predict(x, mask, ids_restore))
         if self.lesson.features:
             own = self.teacher_map(after) if hasattr(self, "teacher_map") else after
             return loss, feature_distance(own, target)

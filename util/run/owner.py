@@ -1,17 +1,19 @@
 """Which run an output folder belongs to, and who writes there now.
 
-`.run.json` says it: the id of the run, process and host of its last start, and, for as long as the run has
-saved nothing of its own, the file that it started from. `.run.lock` is locked while a run is at work, so that
-no second one mixes its files with the first one's.
+`.run.json` says it: the id of the run, versions, process and host of its last start, and, for as long as the
+run has saved nothing of its own, the file that it started from. `.run.lock` is locked while a run is at work,
+so that no second one mixes its files with the first one's.
 """
 
 import contextlib
 import functools
 import json
 import os
+import platform
 import socket
 import time
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 
 import filelock
@@ -74,7 +76,9 @@ def release() -> None:
         record = read_record(_folder)
         with contextlib.suppress(OSError):  # the folder may be gone
             if record.get("pid") == os.getpid():
-                _write_record({name: record[name] for name in ("id", "from") if name in record})
+                _write_record(
+                    {name: record[name] for name in ("id", "from", "environment") if name in record}
+                )
         if _lock.is_locked:
             _lock.release(force=True)
     _lock = _folder = _id = None
@@ -120,6 +124,18 @@ def _works(owner: dict) -> bool:
     except (OSError, TypeError, OverflowError):
         return False
     return owner["pid"] != os.getpid()
+
+
+def is_at_work(folder: str | os.PathLike) -> bool:
+    """Whether another process may be making its run in a folder; the lock, to be asked, would be taken."""
+    return _works(read_record(folder))
+
+
+def environment() -> str:
+    """Python, packages and machine that a run has, in one line."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "numpy"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"Python {platform.python_version()}, {packages}; {platform.platform()}, {gpu}"
 
 
 def _owner_in_words(folder: Path) -> str:
@@ -168,7 +184,7 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     if _id and source and _went_further(position_of(content)):
         _id = None
     _id = _id or uuid.uuid4().hex
-    record = {"id": _id, **_ourselves()}
+    record = {"id": _id, "environment": environment(), **_ourselves()}
     if source and "://" not in source:
         path = Path(os.path.abspath(source))
         inside = path.parent == _folder  # by its name alone, so that both can be moved

@@ -13,17 +13,18 @@ from util.weights.schema import comparable, in_words
 # Every flag of the training scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
     "model": "model input_size patch_size in_chans mean std pixel_range decoder_embed_dim decoder_depth "
-    "decoder_num_heads global_pool nb_classes trainable_blocks mode layers init_freeze",
+    "decoder_num_heads decoder global_pool nb_classes trainable_blocks mode layers init_freeze opt opt_args",
     "data": "data_path labels label_columns task group_column folds fold pages loader shuffle repeated_aug "
     "no_aug cache_features cache_views color_jitter aa reprob remode recount",
-    "recipe": "mask_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr min_lr "
-    "weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
+    "recipe": "mask_ratio predict_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr "
+    "min_lr weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
     "mixup_switch_prob mixup_mode ignore_index class_weight thresholds best amp_dtype seed finetune init "
-    "weights_key teacher teacher_loss teacher_weight teacher_block",
+    "weights_key mask mask_file visible_loss target target_size teacher teacher_loss teacher_weight "
+    "teacher_block schedule cooldown ema size_schedule",
     "machine": "world_size local_rank dist_on_itp dist_url dist_timeout fsdp device num_workers pin_mem "
     "compile compile_mode grad_checkpointing output_dir log_dir tracker track_checkpoints resume no_verify "
-    "start_epoch max_steps save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq print_freq "
-    "skip_nonfinite bad_images eval split dist_eval save_predictions short_side resplit",
+    "extend_from start_epoch max_steps save_freq save_minutes keep_checkpoints vis_freq knn_freq card_freq "
+    "report print_freq skip_nonfinite bad_images eval split dist_eval save_predictions short_side resplit",
 }
 RULES = {
     "model": "a change is an error",
@@ -31,6 +32,7 @@ RULES = {
     "recipe": "a change is an error inside an epoch, a warning at its end",
     "machine": "free",
 }
+_OF_TRAINING = ("trainable_blocks", "opt", "opt_args")  # weights alone fit any
 _BY_SHAPE = ("model", "patch_size", "decoder_embed_dim", "decoder_depth")  # not given: the model's own
 
 
@@ -56,9 +58,10 @@ def check_changes(
         UserError: a change that `RULES` calls an error.
     """
     saved = content.get("args") if isinstance(content.get("args"), dict) else {}
+    saved = {"opt": "adamw", "opt_args": [], **saved} if saved else saved  # before the flags were
     weights_only = "optimizer" not in content
     for name, theirs, own in _changes("model", args, saved) if listing is not None else ():
-        if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name == "trainable_blocks"):
+        if (None in (theirs, own) and name in _BY_SHAPE) or (weights_only and name in _OF_TRAINING):
             continue
         own, theirs = in_words(name, own), in_words(name, theirs)
         raise UserError(f"--{name} {own}: {source} was trained with {theirs}; go on with that")
@@ -128,11 +131,12 @@ def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
 
 
 def _joined(settings: dict) -> dict:
-    """Settings with what counts of some in their place: the effective batch, `lr` for `blr`, the digest of
-    the teacher's tensors for its file.
+    """Settings with what counts of some in their place: the effective batch, `lr` for `blr`, the digests of
+    the teacher's tensors and of the mask for their files.
     """
     settings = dict(settings)
-    settings["teacher"] = settings.get("teacher_digest", settings.get("teacher"))
+    for name, digest in (("teacher", "teacher_digest"), ("mask_file", "mask_digest")):
+        settings |= {name: settings[digest]} if digest in settings else {}
     settings.pop("lr" if settings.get("lr") is None else "blr", None)
     parts = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
     if all(type(part) is int for part in parts):

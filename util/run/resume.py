@@ -1,6 +1,7 @@
 """A run's way back to a checkpoint, which is read once per start."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,19 +44,28 @@ def read_resume(args) -> Checkpoint | None:
     resume, output_dir = getattr(args, "resume", ""), getattr(args, "output_dir", "")
     verify = not getattr(args, "no_verify", False)
     key = getattr(args, "weights_key", "") if getattr(args, "eval", False) else None  # else all of a run
+    source, extended = None, False
     if resume == "auto":
         chosen = _choose(output_dir, verify) if output_dir and is_main_process() else None
         source = gather(chosen and chosen.source)[0]  # the first process chooses, and verifies, for all
-        if source is None:
-            return None
+    if getattr(args, "extend_from", ""):
+        from util.run.extend import as_start, starts_here
+
+        extended = starts_here(args, source)
+    if extended:
+        checkpoint = Checkpoint(args.extend_from, _read(args.extend_from, "--extend_from", verify))
+    elif source is not None:
         checkpoint = chosen or Checkpoint(source, _read(source, "--resume", verify=False))
-    elif resume:
+    elif resume not in ("", "auto"):
         checkpoint = Checkpoint(resume, _read(resume, "--resume", verify, key))
     else:
         return None
     from util.weights.state import check_entries
 
     check_entries(checkpoint.content, f"--resume {checkpoint.source}")
+    if extended:
+        checkpoint = Checkpoint(args.extend_from, as_start(args, checkpoint.content))
+        _say_what_is_there(Namespace(**{**vars(args), "resume": ""}))
     from util.data.depth import adopt_pixel_range
 
     adopt_pixel_range(args, checkpoint.content, f"--resume {checkpoint.source}")

@@ -19,14 +19,7 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.processes import signals
-from util.processes.collectives import (
-    check_agreement,
-    get_rank,
-    get_world_size,
-    is_main_process,
-    log,
-    warn,
-)
+from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log, warn
 from util.processes.group import init_distributed_mode, shut_down
 from util.run import owner
 from util.run.checkpoint import finish_saving, prepare_output_dir, save_in_background, wait_for_saving
@@ -164,6 +157,7 @@ class RunState:
     data: tuple = (None, None)  # training and validation images
     run: dict | None = None  # which run it is, see `util.run.owner`, and the listing of its data
     started_from: str | None = None  # id of the run whose checkpoint it goes on from
+    ema: object = None  # `util.run.ema.Ema`, from `restore` on, if `args.ema` asks for it
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from `checkpoint`, if any, and frees its tensors; makes `args.output_dir`.
@@ -178,11 +172,13 @@ class RunState:
         source, content = checkpoint or (None, {})
         self.started_from = owner.id_of(content)
         saved = content.get("run") if isinstance(content.get("run"), dict) else {}
-        others = (
-            listing and saved.get("files", listing["files"]) != listing["files"]
-        )  # a run has one data set
+        others = listing and saved.get("files", listing["files"]) != listing["files"]  # a run has one set
         began = owner.begin(source, {} if others else content, anew=not self.args.resume)
         self.run = {"id": began, **listing}
+        if getattr(self.args, "ema", None):
+            from util.run.ema import Ema
+
+            self.ema = Ema(self.model, self.optimizer, self.args.ema, source, content)
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
@@ -195,6 +191,7 @@ class RunState:
         self, epoch: int, step: int = 0, meters: list | None = None, best: bool = False, **extra
     ) -> Path | None:
         """Writes a checkpoint after `epoch` or, with `step`, inside it; see `save_in_background`."""
+        extra |= {"model_ema": self.ema.state_dict()} if self.ema else {}
         return save_in_background(
             self.args, epoch, self.model, self.optimizer, self.loss_scaler, step, best,
             run=self.run, meters=meters, model_info=self.model_info, best_acc1=self.best_acc1, **extra,
@@ -255,5 +252,10 @@ def close_run(log_writer, guard: RunGuard) -> None:
     finish_saving()
     if log_writer is not None:  # a tracker may take the last checkpoint
         log_writer.close()
+    reports = getattr(guard.args, "report", False) and guard.output_dir and is_main_process()
     shut_down()
+    if reports and not guard.signum:
+        from util.report.page import write_at_end
+
+        write_at_end(guard.output_dir, owner.environment(), guard.device)
     guard.leave()

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models_cross import CrossDecoderViT
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.cli.flags import construct
@@ -10,7 +11,7 @@ from util.errors import UserError
 from util.files import some
 from util.weights.describe import WeightsFile, named_constructor
 from util.weights.encoder import part_state
-from util.weights.state import compare_state
+from util.weights.state import compare_state, is_cross
 
 
 def build(
@@ -37,6 +38,7 @@ def build(
         options = {"global_pool": "fc_norm.weight" in state, "num_classes": 0 if head is None else len(head)}
     plain = MaskedAutoencoderViT if part == "full" else VisionTransformer
     make = named_constructor(weights.constructor, part) or plain
+    make = CrossDecoderViT if is_cross(state) else make
     try:
         with torch.device("meta"):
             model = construct(make, **weights.sizes, **options)

@@ -15,6 +15,7 @@ from torch import nn
 
 import models_mae
 import models_vit
+from util.cli.questions import NO_PIXELS
 from util.data.depth import known_range
 from util.data.transforms import channel_stats
 from util.errors import UserError
@@ -23,13 +24,12 @@ from util.sizes import size_pair
 from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_state, stored_grid
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
-from util.weights.schema import check_settings, stored_settings
+from util.weights.schema import check_settings, said_settings, stored_settings
 from util.weights.state import not_finite
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
-# Flags of what no tensor shows, beside the size of the images
-_UNSEEN = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mean", "std")
+_UNSEEN = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mean", "std")  # no tensor shows these
 _ABSENT = {
     "full": "no decoder ({kind}), which reconstructions need; pass a checkpoint-*.pth of main_pretrain.py or "
     "a released mae_visualize_vit_*.pth",
@@ -85,9 +85,11 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
         )
     if bad := not_finite(state):
         raise UserError(f"{where}: its weights are not finite ({bad}); take an earlier checkpoint")
-    held = {"full": state.keys() >= _DECODER, "classifier": _head(state) is not None, "encoder": True}
+    other = target if (target := said_settings(content).get("target")) in NO_PIXELS else ""
+    held = {"full": state.keys() >= _DECODER and not other, "classifier": _head(state), "encoder": True}
     if not (found := [part for part in parts if held[part]]):
-        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
+        what = f"but one of {other}, no pixels" if other else kind
+        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=what)}")
     used = ("model", "recipe", "input_size", *_UNSEEN, "pixel_range", "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
     stored = stored_settings(content, where, *used)
@@ -202,8 +204,8 @@ def make_model_info(args: Namespace, class_names: list[str], recipe: str) -> dic
     `recipe`: "finetune", or "linprobe" (the head is BatchNorm and linear layer).
     """
     info = {name: getattr(args, name) for name in FLAGS} | {"input_size": size_pair(args.input_size)}
-    info["pixel_range"] = getattr(args, "pixel_range", None)
-    return {**info, "class_names": list(class_names), "recipe": recipe}
+    more = {"pixel_range": getattr(args, "pixel_range", None), "class_names": list(class_names)}
+    return {**info, **more, "recipe": recipe}
 
 
 def read_model_info(content: dict, where: str = "the checkpoint") -> dict:
@@ -245,9 +247,7 @@ def _info_of_tensors(state: dict, stored: dict) -> dict:
     weight, positions = state["patch_embed.proj.weight"], state["pos_embed"].shape[1] - 1
     info = {"in_chans": weight.shape[1], "patch_size": weight.shape[-1]}
     grid, side = stored_grid(state, stored), round(positions**0.5)
-    if grid is None and side * side == positions:
-        grid = (side, side)
-    if grid is not None:
+    if grid := grid or ((side, side) if side * side == positions else None):
         info["input_size"] = (grid[0] * weight.shape[-2], grid[1] * weight.shape[-1])
     if "fc_norm.weight" in state or "norm.weight" in state:
         info["global_pool"] = "fc_norm.weight" in state

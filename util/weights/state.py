@@ -71,12 +71,17 @@ def describe_kind(state: dict) -> str:
         decoder = any(key.startswith(("decoder_", "decoder.")) for key in state)
         return "a decoder without its encoder" if decoder else "not a vision transformer"
     if "mask_token" in state and "decoder_pred.weight" in state:
-        return "full MAE (encoder and decoder)"
+        return f"full MAE (encoder and {'cross-attention ' if is_cross(state) else ''}decoder)"
     if "head.1.weight" in state:
         return "linear probe (encoder, BatchNorm, head)"
     if "head.weight" in state:
         return "classifier" + (" (global pool)" if "fc_norm.weight" in state else " (class token)")
     return "encoder only"
+
+
+def is_cross(state: dict) -> bool:
+    """Whether the decoder in a state dict is that of `models_cross`."""
+    return "decoder_blocks.0.attn.kv.weight" in state
 
 
 def not_finite(state: dict) -> str:
@@ -196,6 +201,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 same = same and all(map(number, theirs))
             elif name in ("foreach", "capturable", "differentiable", "fused"):  # how a step is computed
                 same = theirs is None or isinstance(theirs, bool)
+            elif isinstance(value, str):
+                same = theirs == value
             else:
                 same = theirs is value if value is None or isinstance(value, bool) else number(theirs)
             if not same:
@@ -213,6 +220,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             shapes = [()] if name == "step" else [parameters[number].shape]
             if isinstance(value, torch.Tensor) and value.dtype in _FLOATS and not odd(value):
                 same = value.shape in shapes
+            elif name == "use_muon":
+                same = isinstance(value, bool)
             else:
                 same = name == "step" and real(0, 2**53)(value)
             if not same:

@@ -1,0 +1,66 @@
+"""Optimizers of timm by name (`timm.optim.create_optimizer_v2`)."""
+
+import ast
+import difflib
+from argparse import Namespace
+
+import timm
+import torch
+from timm import optim
+
+from util.errors import UserError
+
+# Families whose state is not made of tensors of the parameters' shapes, which is what a checkpoint holds
+_OTHER_STATES = ("adafactor", "kron", "laprop", "nadamlegacy", "novograd")
+
+
+def by_name(groups: list[dict], args: Namespace, adamw: dict) -> torch.optim.Optimizer:
+    """timm's optimizer `args.opt` with its own defaults, which `args.opt_args` override; of "adamw" torch's,
+    with the defaults `adamw`.
+
+    Muon and its relatives treat matrices; they give what is none (biases, norms, tokens, position tables) to
+    their AdamW part, by its shape.
+
+    Raises:
+        UserError: there is none of that name, it needs another package, or takes no such arguments.
+    """
+    settings, name = optimizer_settings(args), args.opt
+    try:
+        if name == "adamw":
+            return torch.optim.AdamW(groups, lr=args.lr, **{**adamw, **settings})
+        check_name(name)
+        try:
+            return optim.create_optimizer_v2(groups, name, lr=args.lr, **settings)
+        except (ImportError, AssertionError) as error:  # apex, bitsandbytes
+            raise UserError(f"--opt {name}: needs a package that is not installed ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--opt {name} --opt_args {' '.join(args.opt_args)}: {error}") from None
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless timm has an optimizer of that name which runs here can use and save."""
+    names = optim.list_optimizers()
+    if name not in names:
+        near = ", ".join(difflib.get_close_matches(name, names, 4)) or "adamw, lion, muon"
+        raise UserError(f"--opt {name}: timm {timm.__version__} has none of that name; near: {near}")
+    if optim.get_optimizer_info(name).second_order:
+        raise UserError(f"--opt {name}: needs second derivatives, which no script here computes")
+    if name == "nadam" or any(family in name for family in _OTHER_STATES):
+        raise UserError(
+            f"--opt {name}: keeps a state that no checkpoint here can hold; near: nadamw, adamw, lamb"
+        )
+
+
+def optimizer_settings(args: Namespace) -> dict:
+    """`args.opt_args` as keyword arguments: numbers, words, tuples as Python writes them."""
+    settings = {}
+    for pair in args.opt_args:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier() or name in ("lr", "weight_decay", "params"):
+            own = f", as --{name} is a flag" if name in ("lr", "weight_decay") else ""
+            raise UserError(f"--opt_args {pair}: must be NAME=VALUE{own}")
+        try:
+            settings[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[name] = text
+    return settings
