@@ -137,24 +137,13 @@ def test_what_it_does_not_go_with_and_nothing_is_written(images, tmp_path):
 
 
 def test_pictures_and_figures_are_of_the_last_size(images, tmp_path):
-    """Also without val/, where the pictures are training images; figures are those of the plain model."""
+    """Also without val/, where the pictures are training images, and with a kind of masks; figures are those
+    of the plain model."""
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train").symlink_to(images / "train")
-    for root in (images, tmp_path / "only"):
-        out = tmp_path / root.name
-        run(
-            root,
-            out,
-            "--size_schedule",
-            "16:0",
-            "32:0.5",
-            "--vis_freq",
-            "1",
-            "--knn_freq",
-            "1",
-            "--epochs",
-            "2",
-        )
+    for root, mask in (images, "random"), (tmp_path / "only", "grid"):
+        out, often = tmp_path / root.name, ("--vis_freq", "1", "--knn_freq", "1")
+        run(root, out, "--size_schedule", "16:0", "32:0.5", "--mask", mask, *often, "--epochs", "2")
         assert (out / "reconstruction-0.png").is_file()
     assert weights(tmp_path / "only/checkpoint-1.pth")["pos_embed"].shape[1] == 17
 

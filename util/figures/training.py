@@ -42,7 +42,9 @@ def write_pictures(
     caption = f"epoch {epoch}, {args.mask_ratio:.0%} masked"
     if val_loss is not None:
         caption += f", held-out loss {val_loss:.4f}"
-    noise = fixed_masks(model, len(images), args.mask_ratio)
+    was_training = model.training
+    noise = fixed_masks(model.eval(), len(images), args.mask_ratio)  # --size_schedule: the last size's
+    model.train(was_training)
     normalized = normalize_batch(images, device, args.mean, args.std)
     picture: Image.Image = reconstruction_grid(
         model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
