@@ -141,9 +141,11 @@ def test_pictures_and_figures_are_of_the_last_size(images, tmp_path):
     of the plain model."""
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train").symlink_to(images / "train")
-    for root, mask in (images, "random"), (tmp_path / "only", "grid"):
-        out, often = tmp_path / root.name, ("--vis_freq", "1", "--knn_freq", "1")
-        run(root, out, "--size_schedule", "16:0", "32:0.5", "--mask", mask, *often, "--epochs", "2")
+    often = ("--vis_freq", "1", "--knn_freq", "1", "--mask_ratio", "0.5", "--epochs", "2")
+    only = tmp_path / "only"
+    for root, mask, first, size in (images, "random", "8x16", "16x32"), (only, "grid", "16", "32"):
+        out, sizes = tmp_path / root.name, ("--size_schedule", f"{first}:0", f"{size}:0.5")
+        run(root, out, *sizes, "--input_size", size, "--mask", mask, *often)
         assert (out / "reconstruction-0.png").is_file()
     assert weights(tmp_path / "only/checkpoint-1.pth")["pos_embed"].shape[1] == 17
 
