@@ -114,8 +114,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.mode == "knn" and (args.resume or not args.finetune):
         raise UserError("--mode knn: trains nothing; pass the encoder with --finetune FILE")
-    if args.eval:
-        make_report_dir(args.output_dir)
     args.input_size = size_pair(args.input_size)
     if args.blr is None and args.lr is None:
         args.blr = 1e-3 if args.mode == "finetune" else 3e-2
@@ -150,6 +148,8 @@ def main(args: argparse.Namespace) -> None:
     train_set, val_set = sets if len(sets) == 2 else (None, *sets)
     names = read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
+    if args.eval:
+        make_report_dir(args.output_dir)
     log_arguments(args)
 
     # Model: the pre-trained encoder under a new head

@@ -449,6 +449,18 @@ def test_refused_before_the_first_step(data, tmp_path, flags, text):
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*.pth"))
 
 
+def test_an_evaluation_of_a_bad_table_writes_nothing(trained, data, tmp_path, capsys):
+    lines = (data / "labels.csv").read_text().splitlines()
+    (tmp_path / "bad.csv").write_text("\n".join(lines[:-1]) + "\n")
+    words = ["--data_path", data, "--labels", tmp_path / "bad.csv", "--output_dir", tmp_path / "out"]
+    resumed = ["--eval", "--resume", trained["labels"] / "checkpoint-best.pth", "--save_predictions"]
+    capsys.readouterr()
+    for script, more in ((main_finetune, [*resumed, *KNN[4:]]), (main_knn, [*KNN, *LABELS.split()])):
+        with pytest.raises(UserError, match=r"1 of .* files have no row"):
+            script.main(given_args(script, [*map(str, [*words, *more])]))
+        assert not (tmp_path / "out").exists() and not capsys.readouterr().out
+
+
 def test_flags_of_labels_need_a_table(data):
     for flags in ("--folds 3", "--label_columns a", "--task numbers", "--group_column g", "--thresholds 0.4"):
         with pytest.raises(UserError, match=f"{flags.split()[0]}.*: needs --labels FILE.csv"):

@@ -177,12 +177,11 @@ def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None, a
     `purge_step`: x from which a resumed run draws again; what an earlier one drew there is hidden.
 
     Raises:
-        UserError: the folder cannot be written, or a tracker's package is not installed.
+        UserError: the folder cannot be written.
     """
     from util.trackers import several, tensorboard  # which is slow to import
 
     names = [name for name in getattr(args, "tracker", ["tensorboard"]) if name != "none"]
-    several.check_installed(names)
     if not is_main_process():
         return None
     writers = []

@@ -26,7 +26,9 @@ PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}  
 
 
 def check_installed(names: list[str]) -> None:
-    """Raises UserError for a tracker whose package is not there."""
+    """Raises UserError for a tracker whose package is not there, and for others beside none."""
+    if "none" in names and len(set(names)) > 1:
+        raise UserError(f"--tracker {' '.join(names)}: none stands alone")
     for name in names:
         if name in PACKAGES and importlib.util.find_spec(name) is None:
             raise UserError(f"--tracker {name}: is not installed; pip install {PACKAGES[name]}")
