@@ -474,7 +474,7 @@ def test_evaluation_of_classes_without_names(pictures, tmp_path, capsys):
 
 def test_folder_of_predictions_is_checked_first(pictures, trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(main_finetune, "labelled_images", None)
+    monkeypatch.setattr(main_finetune, "evaluate_and_report", None)
     with pytest.raises(UserError, match=r"--output_dir .*file: cannot be written"):
         flags = "--eval --save_predictions"
         resume = trained / "checkpoint-1.pth"
