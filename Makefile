@@ -7,13 +7,27 @@ PY     := $(VENV)/bin/python
 # Remade when the requirements change
 READY  := $(VENV)/.ready-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu same-losses lint format bench bench-gpu clean setup
+.PHONY: demo test test-platforms test-versions test-oldest test-newest test-slow test-faults test-slurm test-extra test-browser test-notebook test-gpu same-losses lint format bench bench-gpu record clean setup
 
 demo: setup
 	$(PY) demo/run_demo.py
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# As Windows, a Mac and Linux with Python 3.14 would run it; CI runs SHORT=--short
+test-platforms: setup
+	$(PY) tests/platforms/run.py $(SHORT)
+
+# On the oldest versions that requirements.txt allows and on the newest, each in a folder of its own (6 GB)
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	sed '$(if $(filter oldest,$*),s/>=/==/)' requirements.txt > .venv-$*/requirements.txt
+	sed 's/^-r/#/' requirements-dev.txt > .venv-$*/tools.txt
+	.venv-$*/bin/python -m pip install -q --upgrade -r .venv-$*/requirements.txt -r .venv-$*/tools.txt
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-slow: setup
 	$(PY) -m pytest -m slow
@@ -77,6 +91,10 @@ bench: setup
 	$(PY) benchmarks/bench_scaling.py
 	$(PY) benchmarks/bench_end_to_end.py --device cpu
 
+# Repeats the present record (records/README.md): make record CELLS=DIR
+record: setup
+	OMP_NUM_THREADS=1 $(PY) records/measure.py --cells "$(CELLS)" --json record.json
+
 # Within five minutes on an H100; what matters most comes first, and each table is printed when it is measured
 bench-gpu: setup
 	$(PY) benchmarks/bench_step.py --model base --variants eager compiled plain hf --rounds 5 --steps 10
@@ -88,10 +106,10 @@ setup: $(READY)
 
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; pass PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # uv makes one without pip
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	rm -f $(VENV)/.ready-*
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_data demo_output output_dir output_finetune output_linprobe output_evaluate
+	rm -rf $(VENV) .venv-oldest .venv-newest demo_data demo_output output_dir output_finetune output_linprobe output_evaluate

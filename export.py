@@ -83,6 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--output", required=True, metavar="DIR", help="a folder that is made; must be new or empty")
     flag("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
     flag("--encoder_only", action="store_true", help="leave out the decoder, or the classifier's head")
+    flag("--half", action="store_true", help="--to safetensors: float16, a file of half the size")
     flag = parser.add_argument_group("Hugging Face hub").add_argument
     flag("--push", default="", metavar="OWNER/NAME",
          help="upload --output there, after --to or of an earlier export; a dry run without --yes")
@@ -117,6 +118,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("pass one of --to (what to write) and --from (what to read)")
     if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio}: must be at least 0 and below 1")
+    if args.half and args.to != "safetensors":
+        raise UserError("--half: is for --to safetensors; other libraries round themselves")
     for name in ("num_heads", "decoder_num_heads"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -125,30 +125,26 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     check_label_args(args)
     if not args.finetune:
         raise UserError("--finetune FILE is needed: the encoder that the card is of")
-    make_report_dir(args.output_dir)
     weights = read_encoder(args, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
-    log_arguments(args)
 
     # Data
     train_set, val_set = knn_sets(args)
     prepare_targets(args, train_set, val_set)
     check_agreement(args, images=len(train_set), evaluated=len(val_set))
-    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
+    scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
+    blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
     loaders = [
         eval_loader(part, args, args.pin_mem and device.type == "cuda") for part in (train_set, val_set)
     ]
 
     # What is measured
-    scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
-    blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
     sources = {"encoder": EveryBlock(build(weights, "encoder"), blocks)}
     if args.baselines:
         seed_all(args.seed)
         sources["random encoder"] = EveryBlock(random_encoder(weights), blocks)
         sources["raw pixels"] = RawPixels(weights.sizes, bool(blocks))
-    check_memory(sources.values(), len(train_set) + len(val_set), args.memory)
 
     strata = torch.as_tensor(strata_of(train_set.files.labels))
     groups = getattr(train_set.files, "groups", None)
@@ -159,6 +155,10 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
         )
     whole = Plan(task, strata, args.seed, args.steps, device, groups=groups)
     whole.split()  # before the first pass, if it cannot be
+    log_arguments(args)
+    log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
+    check_memory(sources.values(), len(train_set) + len(val_set), args.memory)
+    make_report_dir(args.output_dir)
 
     # One column after the other, so that the features of one alone are in memory
     columns = {}

@@ -94,17 +94,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     init_distributed_mode(args)
     check_flags(args, parser)
     check_label_args(args)
-    make_report_dir(args.output_dir)
     verify, key = not args.no_verify, args.weights_key
     content = read_file(args.finetune, "--finetune", verify, key) if args.finetune else {}
     adopt_flags(args, content, given)
     device = resolve_device(args.device, args.gpu)
     resolve_amp_dtype(args.amp_dtype, device)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
-    log_arguments(args)
 
     train_set, val_set = knn_sets(args)
     prepare_targets(args, train_set, val_set)
+    log_arguments(args)
     log(f"data: {train_set.describe()}; evaluation: {val_set.describe()}")
 
     # A classifier fine-tuned with global pooling has no final norm over tokens: its pooled features are taken
@@ -123,6 +122,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     pin_memory = args.pin_mem and device.type == "cuda"
     loaders = (eval_loader(dataset, args, pin_memory) for dataset in (train_set, val_set))
     targets = val_set.targets if args.labels else None
+    make_report_dir(args.output_dir)
     stats = knn_accuracy(features, *loaders, device, args.k, args.temperature, args, targets)
     if targets:
         log(figures_line(stats))

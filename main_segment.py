@@ -56,6 +56,7 @@ from util.recipes.segment import (
     adopt_head,
     build_segmenter,
     evaluate_masks,
+    pixel_weights,
     segment_by_neighbours,
     whole_images,
 )
@@ -86,6 +87,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="blocks whose patches the head sees, evenly spaced up to the last: 1 or 4")
     flag = parser.add_argument_group("segmentation").add_argument
     flag("--ignore_index", default=255, type=at_least(0), help="value of a mask that is no class")
+    flag("--class_weight", choices=["balanced"],
+         help="pixels of rare classes count more, so that all classes count as much as others")
     flag("--short_side", type=at_least(1), metavar="PIXELS",
          help="images are evaluated with a shorter side of so many (default: a window's, which sees most of "
               "them); longer sides by overlapping windows, figures at the masks' own size")
@@ -114,8 +117,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.mode == "knn" and (args.resume or not args.finetune):
         raise UserError("--mode knn: trains nothing; pass the encoder with --finetune FILE")
-    if args.eval:
-        make_report_dir(args.output_dir)
     args.input_size = size_pair(args.input_size)
     if args.blr is None and args.lr is None:
         args.blr = 1e-3 if args.mode == "finetune" else 3e-2
@@ -128,11 +129,12 @@ def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImage
     args.nb_classes = count_masked_classes(args, *counts)
     options = args.nb_classes, args.ignore_index, args.in_chans, args.seed, args.bad_images, depth_of(args)
     sets = []
-    for split, pair in zip(splits, found, strict=True):
+    for split, pair, pixels in zip(splits, found, counts, strict=True):
         crop = split == "train" and args.mode != "knn"
         transform = CropBoth(args.input_size, options[-1]) if crop else WholeImage(
             args.input_size, args.short_side, options[-1])  # fmt: skip
         sets.append(SegmentedImages(*pair, transform, *options))
+        sets[-1].pixels = pixels  # {class: how many}, of the masks that were looked at
     return sets
 
 
@@ -150,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
     train_set, val_set = sets if len(sets) == 2 else (None, *sets)
     names = read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
+    if args.eval:
+        make_report_dir(args.output_dir)
     log_arguments(args)
 
     # Model: the pre-trained encoder under a new head
@@ -181,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion = PixelLoss()
+    criterion = PixelLoss(pixel_weights(train_set.pixels, args)).to(device)
 
     # Resume
     info = make_model_info(args, names, "segment")

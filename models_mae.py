@@ -242,6 +242,11 @@ def mae_vit(defaults: dict, make: type | None = None, **kwargs) -> MaskedAutoenc
 SMALL_DECODER = dict(decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)
 
 
+def mae_vit_micro_patch8(**kwargs) -> MaskedAutoencoderViT:
+    sizes = dict(patch_size=8, embed_dim=144, depth=8, num_heads=3)
+    return mae_vit({**sizes, "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4}, **kwargs)
+
+
 def mae_vit_tiny_patch16(**kwargs) -> MaskedAutoencoderViT:
     return mae_vit(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, **SMALL_DECODER), **kwargs)
 

@@ -61,7 +61,7 @@ def make_archives(root: Path, count: int, folders: int, archives: int) -> None:
 
 def memory(pids: list[int]) -> list[float]:
     """Resident MB of each process, what it shares with others counted in full."""
-    lines = (Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:] for pid in pids)
+    lines = (Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:] for pid in pids)
     return [int(next(line.split()[1] for line in part if line.startswith("Rss:"))) / 1024 for part in lines]
 
 
@@ -159,7 +159,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
         content = {"settings": {**vars(options), "machine": machine}, "few": results[0], "many": results[1]}
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0 if met else 1
 
 

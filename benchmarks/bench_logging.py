@@ -227,7 +227,7 @@ def main(options: argparse.Namespace) -> int:
     args = pretrain_args(options, names=names)
     with contextlib.ExitStack() as stack:  # log lines go to a file, as those of a long run do
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        lines = stack.enter_context(open(Path(folder) / "lines.txt", "w"))
+        lines = stack.enter_context(open(Path(folder) / "lines.txt", "w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(lines))
         result = measure(options, args, folder)
     return finish(options, result, met=report(result))

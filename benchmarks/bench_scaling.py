@@ -100,7 +100,7 @@ def worker(rank: int, options: argparse.Namespace, processes: int, port: int, pa
         "parameters": sum(p.numel() for p in bare.parameters() if p.requires_grad),
     }  # fmt: skip
     if rank == 0:
-        path.write_text(json.dumps(result))
+        path.write_text(json.dumps(result), encoding="utf-8")
     if args.distributed:
         barrier()
         with contextlib.suppress(Exception):

@@ -39,7 +39,7 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
         say(f"$ {commands[-1]}")
         output.mkdir(parents=True, exist_ok=True)
         (output / "log.txt").unlink(missing_ok=True)
-        with open(output / "stdout.txt", "w") as out:
+        with open(output / "stdout.txt", "w", encoding="utf-8") as out:
             result = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         if result.returncode:
             sys.exit(f"{script} failed, see {output / 'stdout.txt'}")

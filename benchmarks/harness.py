@@ -130,7 +130,7 @@ def finish(args: argparse.Namespace, figures: dict, met: bool = True) -> int:
     """Writes the record of the run to --json; returns the exit status: 1 unless all targets are `met`."""
     if args.json and is_first():
         record = {**describe_run(args), "settings": vars(args), "figures": figures}
-        Path(args.json).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        Path(args.json).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     return 0 if met else 1
 
 

@@ -1,7 +1,7 @@
 """A page to play with a masked autoencoder: drop a picture, hide patches, see what the model makes of it.
 
     pip install gradio
-    python demo/app.py --resume out/checkpoint-399.pth                    # then open http://127.0.0.1:7860
+    python demo/app.py                                            # a small model; open http://127.0.0.1:7860
     python demo/app.py --resume mae_visualize_vit_large_ganloss.pth --samples photos/ --port 8000
 
 Click a patch to hide or show it, or draw a random mask with the slider; the reconstruction follows at once.
@@ -29,7 +29,7 @@ from util.data.find import find_images
 from util.data.inputs import find_inputs
 from util.data.read import BadImage
 from util.data.transforms import normalize_batch
-from util.demo_set.files import ensure_demo_data
+from util.demo_set.files import SHIPPED, ensure_demo_data
 from util.errors import UserError
 from util.figures.canvas import panel_pixels
 from util.figures.reconstruction import PANELS, column_headings, mask_noise, reconstruct
@@ -50,12 +50,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = argparse.ArgumentParser("MAE page", add_help=False)
     # fmt: off
-    add_weights_args(parser)
+    add_weights_args(parser, default=str(SHIPPED / "model.safetensors"))
     add_decoder_args(parser)
     flag = parser.add_argument_group("page").add_argument
     flag("--samples", nargs="+", default=[], metavar="IMAGE|FOLDER",
-         help=f"pictures to choose from, the first {SAMPLES}, of files with pages the first page; default: "
-              "some of the demo set")
+         help=f"pictures to choose from, the first {SAMPLES}, of files with pages the first page")
     flag("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens the page to the network")
     flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
     flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")
@@ -243,7 +242,8 @@ def main(args: argparse.Namespace) -> None:
     for note in weights.notes:
         log(f"note: {printable(note)}")
     player = Player(model, weights, device)
-    page = build_page(gradio, player, read_samples(player, args.samples))
+    shipped = [str(SHIPPED / "samples")] if args.resume.startswith(str(SHIPPED)) else []
+    page = build_page(gradio, player, read_samples(player, args.samples or shipped))
     page.queue(default_concurrency_limit=1, max_size=32)
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

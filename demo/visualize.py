@@ -6,10 +6,11 @@
     python demo/visualize.py --resume out/checkpoint-399.pth photo.jpg --attention
     python demo/visualize.py --resume out/checkpoint-399.pth DIR --rows 6 --pca --neighbours
     python demo/visualize.py --resume out/checkpoint-399.pth photo.jpg --full_size tiles
-    python demo/visualize.py --resume mae_visualize_vit_large.pth photo.jpg --output large.png
+    python demo/visualize.py
 
-Without images, some of the demo set are shown. The same command gives the same bytes. A row's mask depends on
---seed and the row's number; larger ratios hide what smaller ones hide, and more.
+Without --resume it takes a small model of painted pictures (demo/shipped); without images, some of the demo
+set. The same command gives the same bytes. A row's mask depends on --seed and the row's number; larger ratios
+hide what smaller ones hide, and more.
 
 Models trained with --norm_pix_loss predict patches without brightness and contrast; both are taken from the
 original patch to draw them, and the headings say so.
@@ -34,7 +35,7 @@ from util.data.depth import depth_of, make_reader
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.inputs import find_inputs, views
 from util.data.transforms import EvalTransform, normalize_batch
-from util.demo_set.files import ensure_demo_data
+from util.demo_set.files import SHIPPED, ensure_demo_data
 from util.errors import UserError
 from util.evaluate.output import check_output
 from util.figures.attention import attention_panels
@@ -68,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER",
                         help="image files, folders of images, .txt lists of images; default: the demo set")
-    add_weights_args(parser)
+    add_weights_args(parser, default=str(SHIPPED / "model.safetensors"))
     add_decoder_args(parser)
     flag = parser.add_argument_group("masking").add_argument
     flag("--mask_ratio", type=ratio, nargs="+", metavar="RATIO",
@@ -131,6 +132,9 @@ def check_args(args: argparse.Namespace) -> None:
 
 def choose_images(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str], list[int]]:
     """(paths, names) of the images there are, and which of them to draw."""
+    if not args.images and args.resume.startswith(str(SHIPPED)):
+        args.images, args.rows = [str(SHIPPED / "samples")], args.rows or DEMO_ROWS
+        log("no image given: the shipped model, and painted pictures that it has not seen")
     if args.images:
         files, names = find_inputs(args.images, args.bad_images, args.pages)
         rows = args.rows or len(files.paths)
@@ -138,11 +142,8 @@ def choose_images(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str
         files: ImageFiles = find_images(ensure_demo_data(log=log), "val")
         names, rows = PathList(map(files.paths.name, range(len(files.paths)))), args.rows or DEMO_ROWS
         log(f"no image given: showing {rows} of the demo set")
-    return (
-        files.paths,
-        names,
-        np.linspace(0, len(names) - 1, min(rows, len(names))).round().astype(int).tolist(),
-    )
+    chosen = np.linspace(0, len(names) - 1, min(rows, len(names))).round().astype(int)
+    return files.paths, names, chosen.tolist()
 
 
 def full_panels(model, weights: WeightsFile, path: str, args: argparse.Namespace) -> Panels:

@@ -1,5 +1,6 @@
 """Shared test set-up: deterministic, one thread."""
 
+import multiprocessing
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,18 @@ from util.processes import signals
 from util.run import owner
 
 torch.set_num_threads(1)
+_START = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+HAS = {
+    "posix": hasattr(os, "fork")
+    and hasattr(os, "mkfifo"),  # pipes, links, signals to others; Windows has none
+    "forks": _START == "fork",  # workers see what a test has patched
+}
+
+
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("needs"):
+        if missing := [name for name in marker.args if not HAS[name]]:
+            pytest.skip(f"needs {', '.join(missing)}")
 
 
 @pytest.fixture(autouse=True)

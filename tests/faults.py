@@ -56,7 +56,7 @@ def command(args, data: Path, output: Path) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 def run_once(args, data: Path, output: Path, kill_after: float | None, rng: random.Random) -> bool:

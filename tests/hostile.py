@@ -243,7 +243,7 @@ class Scripts:
 
     def export_timm(self, path):
         called(export, ["--resume", path, "--to", "timm", "--output", self.new()])
-        return Path(self.output, "config.json").read_text(), self.weights(
+        return Path(self.output, "config.json").read_text(encoding="utf-8"), self.weights(
             Path(self.output, "model.safetensors")
         )
 

@@ -143,7 +143,7 @@ class Cluster:
 
     def _spawn(self, program: str, *flags: str) -> None:
         name = f"{program}-{flags[-1]}" if program == "slurmd" else program
-        with open(self.folder / f"{name}.out", "w") as output:
+        with open(self.folder / f"{name}.out", "w", encoding="utf-8") as output:
             self.daemons[name] = subprocess.Popen(
                 [shutil.which(program, path=SEARCH), *flags],
                 env=self.env,

@@ -181,7 +181,7 @@ def losses_in_several_processes(output):
         for name, new in MODELS.items()
     }
     if args.rank == 0:
-        Path(output).write_text(json.dumps(losses))
+        Path(output).write_text(json.dumps(losses), encoding="utf-8")
     group.shut_down()
 
 

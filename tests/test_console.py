@@ -139,7 +139,7 @@ def test_a2_a_reader_that_has_gone_is_silence(end):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a2_a_full_disk_is_no_exit_status():
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         process = python(
             f"{PARSER}; p.print_help(); print('by another')", stdout=full, stderr=subprocess.PIPE
         )

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import weakref
 from pathlib import Path
 
@@ -235,6 +236,20 @@ def test_the_layers_are_those_of_the_test():
     assert len(places) == len(set(places))
 
 
+def test_what_uv_installs_is_what_requirements_txt_says():
+    """pyproject.toml, uv.lock and requirements.txt name the same packages; the lock, public places."""
+    lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = sorted(filter(None, (line.split("#")[0].strip() for line in lines)))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (REPO / "uv.lock").read_text(encoding="utf-8")
+    own = next(package for package in tomllib.loads(text)["package"] if package["name"] == project["name"])
+    locked = sorted(entry["name"] + entry["specifier"] for entry in own["metadata"]["requires-dist"])
+    assert wanted == sorted(project["dependencies"]) == locked
+    assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert f"sys.version_info < ({project['requires-python'].strip('>=').replace('.', ', ')})" in makefile
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short(page):
     lines = (REPO / page).read_text(encoding="utf-8").splitlines()
@@ -267,6 +282,7 @@ def test_flags_that_the_text_names_exist():
 
 
 @pytest.mark.slow
+@pytest.mark.needs("posix")
 def test_marked_blocks_run(tmp_path):
     """In a folder of links to everything here, so that what they write is not left behind."""
     for path in REPO.iterdir():

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, places that are tried first, and lists in messages."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from golden_utils import REPO
 
+from util import files
 from util.errors import UserError
 from util.files import check_writable, printable, replacing, replacing_folder, shown, some
 
@@ -31,6 +33,30 @@ def test_after_an_error_the_old_file_stays_and_nothing_else(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(("refusals", "code", "tries"), [(2, 32, 3), (9, 32, 5), (1, None, 1)])
+def test_windows_is_asked_again_while_another_program_has_the_file(
+    tmp_path, monkeypatch, refusals, code, tries
+):
+    path, replace, seen = tmp_path / "a.txt", os.replace, []
+    path.write_text("old")
+
+    def refuse(*paths):
+        seen.append(paths)
+        if len(seen) <= refusals:
+            error = PermissionError(13, "The process cannot access the file")
+            error.winerror = code
+            raise error
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    fails = contextlib.nullcontext() if tries > refusals else pytest.raises(PermissionError)
+    with fails, replacing(path) as temporary:
+        temporary.write_text("new")
+    assert len(seen) == tries and path.read_text() == ("new" if tries > refusals else "old")
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):

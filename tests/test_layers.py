@@ -19,12 +19,12 @@ LAYERS = [
     "util.run util.evaluate util.slurm",
     "engine_pretrain engine_finetune util.recipes util.export util.misc predict demo",
     "main_pretrain main_finetune main_linprobe main_segment main_knn main_evaluate export plan report",
-    "submitit_pretrain submitit_finetune submitit_linprobe benchmarks",
+    "submitit_pretrain submitit_finetune submitit_linprobe benchmarks study records",
 ]
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 FILES = [
     path.relative_to(REPO)
-    for place in ("*.py", "util/**/*.py", "tools/*.py", "demo/*.py", "benchmarks/*.py")
+    for place in ("*.py", "util/**/*.py", "tools/*.py", "demo/*.py", "benchmarks/*.py", "records/*.py")
     for path in sorted(REPO.glob(place))
     if path.name != "__init__.py"
 ]

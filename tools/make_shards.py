@@ -88,7 +88,9 @@ def pack(task: tuple[argparse.Namespace, Part]) -> tuple[Counter, list[tuple[str
     args, part = task
     target, notes = Path(args.target, part.archive), Path(args.own, f"{part.archive}.json")
     if target.exists() and notes.exists():
-        return Counter(done=len(part)), [tuple(pair) for pair in json.loads(notes.read_text())]
+        return Counter(done=len(part)), [
+            tuple(pair) for pair in json.loads(notes.read_text(encoding="utf-8"))
+        ]
     unreadable, counts = [], Counter(archives=1)
     try:
         with replacing(target, args.spare) as temporary:
@@ -103,7 +105,7 @@ def pack(task: tuple[argparse.Namespace, Part]) -> tuple[Counter, list[tuple[str
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                     counts.update({"packed": 1, "bytes": len(data)})
-            notes.write_text(json.dumps(unreadable))
+            notes.write_text(json.dumps(unreadable), encoding="utf-8")
     except OSError as error:
         raise CannotWrite(f"{printable(target)}: {error.strerror or error}") from None
     return counts, unreadable

@@ -148,9 +148,9 @@ def _lock(path: Path) -> filelock.FileLock:
     owner = path.with_name("owner")
     try:
         lock.acquire(timeout=1, poll_interval=0.1)
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except filelock.Timeout:
-        who = printable(owner.read_text()) if owner.exists() else "another run"
+        who = printable(owner.read_text(encoding="utf-8")) if owner.exists() else "another run"
         raise UserError(f"{printable(path.parents[1])}: {who} is writing there") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass

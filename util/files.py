@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def replacing(
         _set_mode(temporary, mode)
         if flush:
             _flush(temporary)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -45,6 +46,20 @@ def replacing(
     if flush:
         with contextlib.suppress(OSError):  # some file systems cannot flush a folder
             _flush(path.parent)
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Renames `file` to `path`, whatever is there. Windows refuses while another program has one of them
+    open, as scanners of new files do for a moment: it is asked again for some seconds.
+    """
+    for pause in (0.1, 0.3, 1.0, 3.0):
+        try:
+            return os.replace(file, path)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) is None:
+                raise
+            time.sleep(pause)
+    os.replace(file, path)
 
 
 @contextlib.contextmanager

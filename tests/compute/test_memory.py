@@ -34,6 +34,7 @@ print("parent", int(kept), first, second)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.needs("posix")
 def test_memory_is_taken_once():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=REPO, capture_output=True, text=True, check=True)
     words = done.stdout.split()

@@ -155,6 +155,7 @@ def test_a_list_given_by_its_bare_name(tmp_path, monkeypatch):
     assert len(find_images("BMW.txt").paths) == 1
 
 
+@pytest.mark.needs("posix")
 def test_links_are_followed_and_loops_survived(tmp_path):
     save(tmp_path / "store" / "a.png", 1)
     save(tmp_path / "data" / "real" / "b.png", 2)
@@ -219,6 +220,7 @@ def test_slow_folders_are_asked_side_by_side_and_keep_their_order(tmp_path, monk
     assert list(files.paths) == list(expected.paths) and files.labels.tolist() == expected.labels.tolist()
 
 
+@pytest.mark.needs("posix")
 def test_a_folder_is_listed_anew_at_every_start(tmp_path):
     save(tmp_path / "c0" / "0.png")
     save(tmp_path / "c1" / "1.png")
@@ -258,6 +260,10 @@ def test_missing_and_empty_paths(tmp_path):
         find_images(tmp_path)
     text = one_line(error)
     assert str(tmp_path) in text and "no images" in text and ".jpeg" in text and "no files at all" in text
+
+
+@pytest.mark.needs("posix")
+def test_a_pipe_is_no_place(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="neither a folder nor a file"):
         find_images(tmp_path / "pipe")
@@ -344,6 +350,7 @@ def test_skipping_keeps_labels_with_their_files(image_folder):
         assert files.classes[label] == relative.split(os.sep)[0]
 
 
+@pytest.mark.needs("posix")
 def test_missing_and_irregular_files_of_a_list(tmp_path):
     save(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -355,6 +362,7 @@ def test_missing_and_irregular_files_of_a_list(tmp_path):
         assert part in text
 
 
+@pytest.mark.needs("posix")
 def test_dangling_links_are_bad_images(tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
@@ -406,6 +414,7 @@ def test_a_million_paths_cost_little():
     assert paths[54_321] == "/data/imagenet/train/n00000054/n00000054_54321.JPEG"
 
 
+@pytest.mark.needs("posix")
 def test_reading_paths_writes_to_no_shared_memory(tmp_path):
     """A forked process that reads all names keeps the parent's pages: its private memory hardly grows."""
     code = """

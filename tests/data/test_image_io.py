@@ -228,6 +228,7 @@ def test_decompression_bombs_are_refused_by_both_decoders(tmp_path, monkeypatch)
         open_pil(path)
 
 
+@pytest.mark.needs("posix")
 def test_what_is_no_image_is_named_with_the_reason(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "page.jpg").write_text("<html>not found</html>")

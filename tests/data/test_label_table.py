@@ -38,7 +38,7 @@ ROWS = [row_of(name, i) for i, name in enumerate(NAMES)]
 
 
 def write(path: Path, rows=ROWS, columns=("path", "kind"), delimiter=",", start="") -> Path:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(start)
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(columns)
@@ -180,6 +180,7 @@ BAD = {
     "text": (changed(3, weight="heavy"), NUMBERS, "line 5: weight is heavy, which is no number"),
     "text in a column": (changed(3, weight="heavy"), NUMBERS[:2], "line 5: weight is heavy, which is no nu"),
     "not a number": (changed(3, weight="nan"), NUMBERS, "line 5: weight is nan, which is no number"),
+    "too large": (changed(3, weight="-3e200"), NUMBERS, "line 5: weight is -3e200, beyond what float32"),
     "no label": (changed(3, old=2), ("path", "old", "big"), "old is 2, which is neither 0 nor 1"),
     "empty": (changed(1, kind=""), BOTH, "line 3: kind is empty; fill it in, or remove the row"),
     "two classes": (ROWS, ("path", "kind", "old"), "one class is one column"),
@@ -209,6 +210,13 @@ def test_refused_in_one_line(pictures, tmp_path, case):
     with pytest.raises(UserError, match=text) as error:
         read_labels(args_of(pictures, write(tmp_path / "a.csv", rows, columns), **options), "train")
     assert "\n" not in str(error.value) and str(error.value).startswith(f"--labels {tmp_path / 'a.csv'}: ")
+
+
+def test_a_column_named_twice_on_the_command_line(pictures, tmp_path):
+    table = write(tmp_path / "a.csv", ROWS, ("path", "kind", "old"))
+    args = args_of(pictures, table, label_columns=["old", "kind", "old"])
+    with pytest.raises(UserError, match=r"^--label_columns old: is named twice; name each column once$"):
+        read_labels(args, "train")
 
 
 def test_a_row_cut_short_and_a_file_that_is_no_table(pictures, tmp_path):

@@ -21,6 +21,7 @@ from util.data.read import BadImage
 from util.data.sampler import EpochSampler
 from util.data.transforms import EvalTransform
 from util.errors import UserError
+from util.processes import signals
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,7 @@ def test_repeated_augmentation_decodes_once_and_crops_often(folder, kind):
             assert torch.equal(dataset[1, index, i % 3][0], images[i])
             assert i % 3 or torch.equal(dataset[1, index][0], images[i])
         assert len({image.numpy().tobytes() for image in images}) == 6
+    dataset.decode = decode  # workers that are not forked get no lambda
     for again in (batches(2), [*plain[:5], *batches(0, 5)]):
         assert all(
             torch.equal(a, b) for x, y in zip(plain, again, strict=True) for a, b in zip(x, y, strict=True)
@@ -220,14 +222,13 @@ def test_evaluation_keeps_the_last_short_batch(folder):
     assert sizes == [6, 6, 6, 6, 5] and len(loader) == 5
 
 
-def test_workers_persist_and_use_one_thread(folder):
-    class Reporting(ImageDataset):
-        def read(self, path, draws):
-            handled = all(
-                signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)
-            )
-            return [torch.tensor([os.getpid(), torch.get_num_threads(), handled])]
+class Reporting(ImageDataset):
+    def read(self, path, draws):
+        handled = all(signal.getsignal(number) == signal.SIG_IGN for number in signals.SIGNALS)
+        return [torch.tensor([os.getpid(), torch.get_num_threads(), handled])]
 
+
+def test_workers_persist_and_use_one_thread(folder):
     dataset = Reporting(find_images(folder), EvalTransform(16))
     loader = build_loader(dataset, EpochSampler(len(dataset), batch_size=4), 4, 1, drop_last=True)
     rows = torch.cat([batch[0] for _ in range(2) for batch in loader])
@@ -300,12 +301,13 @@ next(batches)
 
 def test_shared_memory_that_is_too_small(folder, monkeypatch, capsys):
     """Fewer batches in advance, then fewer workers, in place of a bus error; the batches are the same."""
-    status = namedtuple("Status", "f_bavail f_frsize")
+    space = namedtuple("Space", "free")
     dataset = dataset_of(folder)
     batch = 4 * 3 * 16 * 16
 
     def options(free_batches):
-        monkeypatch.setattr(sampler_module.os, "statvfs", lambda _: status(int(free_batches * batch), 1))
+        monkeypatch.setattr(sampler_module.os.path, "isdir", lambda _: True)
+        monkeypatch.setattr(sampler_module.shutil, "disk_usage", lambda _: space(int(free_batches * batch)))
         loader = build_loader(dataset, EpochSampler(29, batch_size=4), 4, 3)
         assert sum(len(labels) for _, labels, _ in loader) == 28
         return loader.num_workers, loader.prefetch_factor

@@ -27,7 +27,7 @@ def test_a_table_of_every_picture_that_the_scripts_take(tmp_path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and "30 pictures" in done.stdout, done.stderr
     ensure_demo_data(root, train=2, val=1, workers=1)
-    with open(table, newline="") as file:
+    with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["path"] for row in rows} == {str(path.relative_to(root)) for path in root.rglob("*.jpg")}
     assert all(row["class"] == row["path"].split("/")[1] for row in rows)

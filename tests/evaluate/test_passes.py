@@ -189,5 +189,5 @@ if __name__ == "__main__":
     features.ROWS = 40
     found = check_features_and_neighbours()
     if get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
     shut_down()

@@ -86,6 +86,7 @@ def test_what_the_hub_refuses_is_one_line(finished, monkeypatch, fails, error, s
     ("flags", "says"),
     [
         (["--push", "mae"], "must be OWNER/NAME"),
+        (["--push", "me/mae/base"], "--push me/mae/base: must be OWNER/NAME$"),
         (["--push", "me/../mae"], "--push me/../mae: "),
         (["--push", "me/mae", "--to", "timm"], "--to and --resume"),
         (["--push", "me/mae", "--resume", "x.pth"], "--to and --resume"),

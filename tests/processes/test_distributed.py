@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from image_utils import make_folder
 
 import models_mae
 from util.errors import UserError
-from util.processes import collectives, group, parallel
+from util.processes import collectives, group, parallel, watch
 from util.weights.files import read_file
 
 TINY = [
@@ -210,7 +212,11 @@ run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_pa
     "action, message",
     [
         ("return normalize(*args) * float('nan')", "the loss is nan; no process made this step; images: "),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "lost contact with another process"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "lost contact with another process",
+            marks=pytest.mark.needs("posix"),
+        ),
         pytest.param("raise TrainingError('broken')", "script.py: error: broken", marks=pytest.mark.slow),
         pytest.param("raise RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow),
     ],
@@ -249,6 +255,7 @@ run_script(main_pretrain.main, ArgumentParser(parents=[main_pretrain.get_args_pa
 
 
 @pytest.mark.slow
+@pytest.mark.needs("posix")
 def test_c5_a_killed_loader_worker_of_one_process_has_both_save(images, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(KILLED_WORKER.format(repo=str(REPO)))
@@ -311,6 +318,7 @@ def test_torchrun_tries_again(tmp_path):
 @pytest.mark.parametrize(
     "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGUSR2", "SIGINT"))]
 )
+@pytest.mark.needs("posix")
 def test_signals_save_and_leave_with_the_requeue_status(images, tmp_path, name):
     flags = ("--batch_size", "4", "--epochs", "100000", "--num_workers", "1")
     process = launch(1, "main_pretrain.py", "--data_path", images, "--output_dir", tmp_path, *TINY, *flags)
@@ -322,6 +330,40 @@ def test_signals_save_and_leave_with_the_requeue_status(images, tmp_path, name):
     assert process.returncode == 75, out
     assert f"{name}: saved; the same command with --resume auto goes on" in out
     assert list(tmp_path.glob("checkpoint-*.pth")), out
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_gpus_exchange_through_gloo_where_there_is_no_nccl(monkeypatch, backend):
+    def begin(name, **_):
+        raise ValueError(f"by {name}")
+
+    monkeypatch.setattr(group.dist, "is_nccl_available", lambda: backend == "nccl")
+    monkeypatch.setattr(group.dist, "init_process_group", begin)
+    monkeypatch.setattr(group, "check_kernels", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", **address).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"could not join the others: by {backend}$"):
+        group.init_distributed_mode(Namespace(device="cuda"))
+
+
+@pytest.mark.parametrize("libuv", [True, False])
+def test_the_watch_connects_as_the_others_do(monkeypatch, libuv):
+    """Windows: torch may have no libuv, and refuses whoever asks for it."""
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=libuv
+    )
+    monkeypatch.setattr(watch.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    watch.start(0, 1, store, "part")
+    try:
+        monkeypatch.setattr(
+            watch.dist, "TCPStore", lambda *_, use_libuv, **__: pytest.fail(f"libuv {use_libuv}")
+        )
+        with pytest.raises(pytest.fail.Exception, match=f"libuv {libuv}"):
+            watch._connect()
+    finally:
+        watch._thread = watch._place = None
 
 
 def test_processes_must_agree(monkeypatch):

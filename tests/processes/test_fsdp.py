@@ -237,6 +237,9 @@ def test_where_it_cannot_work(images, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ArgumentParser(parents=[main_linprobe.get_args_parser()]).parse_args(["--fsdp"])
     assert "unrecognized arguments: --fsdp" in capsys.readouterr().err
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    with pytest.raises(UserError, match="--fsdp: needs NCCL, which torch for Windows has not"):
+        shard_model(models_mae.mae_vit(TINY_MAE), torch.device("cuda"))
     monkeypatch.setattr(torch.cpu, "Stream", object)  # as in torch 2.6
     with pytest.raises(UserError, match=r"--fsdp: does not work on CPU with torch \d"):
         shard_model(models_mae.mae_vit(TINY_MAE), torch.device("cpu"))

@@ -27,6 +27,7 @@ from models_mae import MaskedAutoencoderViT
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import UserError
 from util.report.folder import read_confusion, read_log
+from util.report.page import nice_range
 from util.report.pictures import embed
 from util.run import owner
 
@@ -221,6 +222,13 @@ def test_odd_numbers_and_settings(trained):
     assert titles == ["lr", "loss", "a", "f"] and "No more pictures of features" in page.text
 
 
+@pytest.mark.parametrize("value", [0.1125, 0.531008, -0.0327869, 3, 91.2, 5.2418e-05, 0.0])
+def test_the_axis_of_one_value_has_ticks_that_fit(value):
+    low, high, step = nice_range([value, value])
+    ticks = [f"{low + i * step:g}" for i in range(round((high - low) / step) + 1)]
+    assert low <= value <= high and len(set(ticks)) == len(ticks) and max(map(len, ticks)) <= 7
+
+
 def test_a_run_that_is_going_on(trained):
     record = {"id": "a", "host": socket.gethostname(), "pid": os.getppid(), "environment": "Python 9"}
     (trained / ".run.json").write_text(json.dumps(record))
@@ -229,6 +237,9 @@ def test_a_run_that_is_going_on(trained):
     text = (trained / "report.html").read_text(encoding="utf-8")
     assert "This run is going on: 3 of 3 epochs are logged" in text and "<td>Python 9</td>" in text
     (trained / "log.txt").unlink()
+    with pytest.raises(UserError, match=r"holds no log\.txt; its first epoch is not over"):
+        run(trained)
+    (trained / ".run.json").write_text(json.dumps({**record, "pid": 2**30}))  # stopped by --max_steps
     with pytest.raises(UserError, match=r"holds no log\.txt; its first epoch is not over"):
         run(trained)
 

@@ -83,6 +83,7 @@ def kill_worker(monkeypatch, epoch: int, split: str = "train") -> None:
         pytest.param(main_finetune, "train", f"{FINETUNE} --epochs 2", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.needs("forks")
 def test_c5_a_killed_worker_costs_nothing(script, split, flags, images, tmp_path, monkeypatch):
     run(script, flags, images, tmp_path / "whole", "--num_workers", "0")
     said = (
@@ -102,6 +103,7 @@ def training_set(images):
     return main_pretrain.build_pretrain_dataset(Namespace(data_path=str(images), input_size=32))
 
 
+@pytest.mark.needs("forks")
 def test_c5_where_nothing_can_be_saved_it_is_one_line(images, monkeypatch):
     next(iter(torch.utils.data.DataLoader(range(4), num_workers=1)))  # puts torch's handler in place
     kill_worker(monkeypatch, 0)
@@ -110,6 +112,7 @@ def test_c5_where_nothing_can_be_saved_it_is_one_line(images, monkeypatch):
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
 
+@pytest.mark.needs("forks")
 def test_c5_a_worker_that_dies_between_epochs_and_one_without_memory(images, monkeypatch):
     look_often(monkeypatch)
     dataset, main_process, read = training_set(images), os.getpid(), ImageDataset._samples

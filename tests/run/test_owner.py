@@ -73,6 +73,7 @@ def test_a5_a_second_run_is_refused_with_the_owners_name_until_that_is_dead(tmp_
     ],
     ids=str,
 )
+@pytest.mark.needs("posix")  # Windows has locks everywhere
 def test_a5_on_a_file_system_without_locks_the_record_stands_for_one(tmp_path, monkeypatch, known, free):
     def acquire(*_, **__):
         raise NotImplementedError

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
         light = {"bright": 180, "dark": 70, "red": 103}[kind] + rs.normal()
         label = int(kind == "bright"), int(kind == "red"), i % 2
         rows.append([path.relative_to(root), kind, *label, f"{light:.3f}", 1e6 + i, f"g{i // 3}"])
-    with open(root / "labels.csv", "w", newline="") as file:
+    with open(root / "labels.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([HEADER, *rows])
     return root
 
@@ -72,7 +72,7 @@ def start(script, data, *flags, **paths):
 
 
 def rows_of(folder):
-    with open(folder / "predictions.csv", newline="") as file:
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -132,7 +132,7 @@ def test_evaluation_and_prediction_need_no_further_flags(trained, data, tmp_path
         start(main_finetune, data, f"--eval --save_predictions --batch_size {size}", **paths)
         assert rows_of(tmp_path) == rows_of(trained[task])
     call(predict, "--resume", best, data / "val", "--csv", tmp_path / "p.csv")
-    with open(tmp_path / "p.csv", newline="") as file:
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         found = {row["path"]: row for row in csv.DictReader(file)}
     for row in rows_of(trained[task]):
         theirs = found[row["path"]]
@@ -291,7 +291,7 @@ def test_thresholds_of_the_best_f1_on_images_held_out_of_train(data, tmp_path, s
     assert not {*paths["train"]} & {*paths["held"]} and all("/train/" in path for path in paths["held"])
     # Predictions of those that were held out, and what other thresholds would give
     call(predict, "--resume", tmp_path / "checkpoint-1.pth", *paths["held"], "--csv", tmp_path / "p.csv")
-    with open(tmp_path / "p.csv", newline="") as file:
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         found = {row["path"]: row for row in csv.DictReader(file)}
     for k, name in enumerate(("bright", "red", "odd")):
         shares = np.array([float(found[path][f"probability {name}"]) for path in paths["held"]])
@@ -447,6 +447,18 @@ def test_refused_before_the_first_step(data, tmp_path, flags, text):
     with pytest.raises(UserError, match=text) as error:
         start(main_finetune, data, RECIPE, flags, output_dir=tmp_path)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*.pth"))
+
+
+def test_an_evaluation_of_a_bad_table_writes_nothing(trained, data, tmp_path, capsys):
+    lines = (data / "labels.csv").read_text().splitlines()
+    (tmp_path / "bad.csv").write_text("\n".join(lines[:-1]) + "\n")
+    words = ["--data_path", data, "--labels", tmp_path / "bad.csv", "--output_dir", tmp_path / "out"]
+    resumed = ["--eval", "--resume", trained["labels"] / "checkpoint-best.pth", "--save_predictions"]
+    capsys.readouterr()
+    for script, more in ((main_finetune, [*resumed, *KNN[4:]]), (main_knn, [*KNN, *LABELS.split()])):
+        with pytest.raises(UserError, match=r"1 of .* files have no row"):
+            script.main(given_args(script, [*map(str, [*words, *more])]))
+        assert not (tmp_path / "out").exists() and not capsys.readouterr().out
 
 
 def test_flags_of_labels_need_a_table(data):

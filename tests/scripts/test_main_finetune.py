@@ -143,7 +143,7 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
         def __iter__(self):
             for i, item in enumerate(self.loader):
                 if i == batch:
-                    os.kill(os.getpid(), signal.SIGUSR1)
+                    signal.raise_signal(signal.SIGTERM)
                 yield item
 
     original = main_finetune.train_one_epoch
@@ -157,10 +157,10 @@ def test_signal_inside_and_at_the_end_of_an_epoch(pictures, trained, tmp_path, m
         if batch is None:  # however it ends, the epoch is on disk
             finish_saving()
             assert (tmp_path / "checkpoint-0.pth").exists() and not (tmp_path / "log.txt").exists()
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
         return evaluate(*rest)
 
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match="SIGUSR1"):
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match="SIGTERM"):
         patch.setattr(main_finetune, "train_one_epoch", train_one_epoch)
         patch.setattr(epoch_end, "evaluate_and_report", evaluate_and_report)
         run(main_finetune, RECIPE, data_path=pictures, output_dir=tmp_path)
@@ -474,7 +474,7 @@ def test_evaluation_of_classes_without_names(pictures, tmp_path, capsys):
 
 def test_folder_of_predictions_is_checked_first(pictures, trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(main_finetune, "labelled_images", None)
+    monkeypatch.setattr(main_finetune, "evaluate_and_report", None)
     with pytest.raises(UserError, match=r"--output_dir .*file: cannot be written"):
         flags = "--eval --save_predictions"
         resume = trained / "checkpoint-1.pth"

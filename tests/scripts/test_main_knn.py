@@ -101,7 +101,7 @@ def test_output_folder_is_made_and_checked_before_the_work(pictures, tmp_path, m
     run_knn("--data_path", pictures, "--output_dir", tmp_path / "new" / "folder")
     assert len(read_log(tmp_path / "new" / "folder")) == 1
     (tmp_path / "file").touch()
-    monkeypatch.setattr(main_knn, "knn_sets", None)  # the work
+    monkeypatch.setattr(main_knn, "knn_accuracy", None)  # the work
     with pytest.raises(UserError, match=r"--output_dir .*file: cannot be written"):
         run_knn("--data_path", pictures, "--output_dir", tmp_path / "file")
 

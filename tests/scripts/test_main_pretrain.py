@@ -127,7 +127,7 @@ def test_a_signal_during_set_up_saves_after_the_first_step(images, tmp_path, mon
     build = main_pretrain.build_pretrain_dataset
 
     def build_and_be_told_to_stop(args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return build(args)
 
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match="SIGTERM"):

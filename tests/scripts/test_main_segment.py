@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,7 @@ def test_one_line_for_bad_input(masked, tmp_path, capsys, how, flags, message):
     spoil(folder, how)
     with pytest.raises(UserError, match=message) as caught:
         run(main_segment, FAST, flags, data_path=folder, output_dir=tmp_path / "out")
-    assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*.pth"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_ignored_pixels_count_nowhere_whatever_their_number(masked, encoder, tmp_path, capsys):
@@ -277,6 +278,16 @@ def test_ignored_pixels_count_nowhere_whatever_their_number(masked, encoder, tmp
     masks[:, :2] = 3
     expected = F.cross_entropy(logits[:, :, 2:], masks[:, 2:])
     torch.testing.assert_close(recipe.PixelLoss()(logits, masks), expected)
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=logits.dtype)[: logits.shape[1]]
+    weighed = F.cross_entropy(logits, masks, weights, ignore_index=logits.shape[1])  # torch's weighted mean
+    torch.testing.assert_close(recipe.PixelLoss(weights)(logits, masks), weighed)
+
+
+def test_balanced_classes_count_alike_whatever_their_pixels():
+    args = Namespace(class_weight="balanced", nb_classes=3)
+    weights = recipe.pixel_weights({0: 900, 2: 100}, args)
+    assert weights.tolist() == pytest.approx([1000 / 900 / 2, 0, 1000 / 100 / 2])
+    assert recipe.pixel_weights({0: 1}, Namespace(class_weight=None)) is None
 
 
 def test_a_mask_that_cannot_be_read_counts_nowhere(masked, encoder, tmp_path, capsys):

@@ -196,6 +196,7 @@ def test_a13_the_line_of_k_nn_survives_a_resume(tmp_path):
     assert [row.get("epoch") for row in log] == [0, None, 1] and "knn_acc1" in log[1]
 
 
+@pytest.mark.needs("posix")
 def test_c2_the_scripts_start_where_posix_is_missing():
     code = """
 import os, signal, sys

@@ -137,24 +137,15 @@ def test_what_it_does_not_go_with_and_nothing_is_written(images, tmp_path):
 
 
 def test_pictures_and_figures_are_of_the_last_size(images, tmp_path):
-    """Also without val/, where the pictures are training images; figures are those of the plain model."""
+    """Also without val/, where the pictures are training images, and with a kind of masks; figures are those
+    of the plain model."""
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train").symlink_to(images / "train")
-    for root in (images, tmp_path / "only"):
-        out = tmp_path / root.name
-        run(
-            root,
-            out,
-            "--size_schedule",
-            "16:0",
-            "32:0.5",
-            "--vis_freq",
-            "1",
-            "--knn_freq",
-            "1",
-            "--epochs",
-            "2",
-        )
+    often = ("--vis_freq", "1", "--knn_freq", "1", "--mask_ratio", "0.5", "--epochs", "2")
+    only = tmp_path / "only"
+    for root, mask, first, size in (images, "random", "8x16", "16x32"), (only, "grid", "16", "32"):
+        out, sizes = tmp_path / root.name, ("--size_schedule", f"{first}:0", f"{size}:0.5")
+        run(root, out, *sizes, "--input_size", size, "--mask", mask, *often)
         assert (out / "reconstruction-0.png").is_file()
     assert weights(tmp_path / "only/checkpoint-1.pth")["pos_embed"].shape[1] == 17
 

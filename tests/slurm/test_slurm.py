@@ -25,6 +25,8 @@ from util.errors import TrainingError, UserError
 from util.processes import group, nodes, signals
 from util.slurm import job, local, submit
 
+pytestmark = pytest.mark.needs("posix")
+
 SCRIPTS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
 OURS = {"data_path", "device", "num_workers", "partition", "job_dir"}  # no site's defaults
 

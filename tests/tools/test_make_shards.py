@@ -92,6 +92,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, source, capsys):
     assert len(find_images(tmp_path / "dst").paths) == 40
 
 
+@pytest.mark.needs("posix")
 def test_goes_on_after_a_kill(tmp_path, source):
     run(source, tmp_path / "whole", "--images", 2)
     command = [

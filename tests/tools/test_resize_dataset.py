@@ -99,6 +99,7 @@ def test_going_on_does_only_what_is_missing_or_new(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["the main process", "all processes"])
+@pytest.mark.needs("posix")
 def test_a_killed_run_leaves_whole_files_only(tmp_path, what):
     array = picture(1, 400, 500)
     for i in range(60):
@@ -130,6 +131,7 @@ def test_a_killed_run_leaves_whole_files_only(tmp_path, what):
     assert f"{60 - len(part)} scaled" in end.stdout and f"{len(part)} there already" in end.stdout
 
 
+@pytest.mark.needs("posix")
 def test_unreadable_files_are_reported_and_left_out(source, tmp_path, capsys):
     (source / "train" / "c0" / "broken.jpg").write_bytes(
         (source / "train" / "c0" / "0.jpg").read_bytes()[:900]
@@ -269,6 +271,7 @@ def test_names_that_leave_no_room_for_the_copy(tmp_path, capsys):
     assert "1 scaled" in (captured := capsys.readouterr()).out and "name of its copy" in captured.err
 
 
+@pytest.mark.needs("posix")
 def test_places_that_are_refused(source, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
@@ -315,11 +318,12 @@ def unsupported(*_, **__):
     raise NotImplementedError
 
 
+@pytest.mark.needs("forks")
 def test_a_full_disk_ends_the_run_with_one_line(source, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copying.os, "replace", full)  # workers are forked
+    monkeypatch.setattr(copying.os, "replace", full)
     with pytest.raises(
         UserError, match=r"dst/train/c0/0\.jpg: No space left on device; the same command goes"
     ):

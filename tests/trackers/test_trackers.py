@@ -113,6 +113,13 @@ def test_a_tracker_that_is_not_installed_is_one_line(images, monkeypatch):
     monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tracker mlflow: is not installed; pip install mlflow-skinny"):
         run(images, "--tracker", "mlflow")
+    assert not (images / "run").exists()
+
+
+def test_none_beside_another_is_one_line(images):
+    with pytest.raises(UserError, match=r"^--tracker none tensorboard: none stands alone$"):
+        run(images, "--tracker", "none", "tensorboard")
+    assert not (images / "run").exists()
 
 
 @pytest.mark.extra

@@ -326,6 +326,7 @@ def as_safetensors(folder, state) -> bytes:
     return (folder / "m.safetensors").read_bytes()
 
 
+@pytest.mark.needs("posix")
 def test_models_of_the_hub_from_the_cache(tmp_path, hub):
     mae = make_mae()
     config = {"model_type": "vit_mae", "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
@@ -349,6 +350,7 @@ def files_of_torch(folder, state) -> bytes:
     return (folder / "m.bin").read_bytes()
 
 
+@pytest.mark.needs("posix")
 def test_parts_of_a_large_model_of_the_hub(tmp_path, hub):
     state = encoder_only(make_mae())
     names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(state)}
@@ -362,6 +364,7 @@ def test_parts_of_a_large_model_of_the_hub(tmp_path, hub):
         read_file("hf://somebody/large")
 
 
+@pytest.mark.needs("posix")
 def test_timms_names(tmp_path, hub):
     config = {
         "architecture": "vit_base_patch16_224",
@@ -400,6 +403,7 @@ def test_a_name_that_is_not_in_the_cache_without_network(hub):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.needs("posix")
 def test_a_changed_file_of_the_cache_is_noticed(tmp_path, hub):
     data = as_safetensors(tmp_path, encoder_only(make_mae()))
     root = hub("somebody/vit", {"model.safetensors": data})

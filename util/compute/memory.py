@@ -53,10 +53,11 @@ def free_memory(root: str = "/") -> float:
     proc, groups = Path(root, "proc"), Path(root, "sys/fs/cgroup")
     free = [math.inf]
     with contextlib.suppress(OSError, TypeError):
-        free.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", (proc / "meminfo").read_text())[1]))
+        text = (proc / "meminfo").read_text(encoding="utf-8")
+        free.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
     lines = []
     with contextlib.suppress(OSError):
-        lines = (proc / "self/cgroup").read_text().splitlines()
+        lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
     for kinds, path in (line.split(":", 2)[1:] for line in lines):
         if not kinds:
             top, names = groups, ("memory.max", "memory.current", "inactive_file")
@@ -68,7 +69,8 @@ def free_memory(root: str = "/") -> float:
         own = top / path.strip("/")
         for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
             with contextlib.suppress(OSError, ValueError, TypeError):  # another container's view; "max"
-                limit, used = (int((folder / name).read_text()) for name in names[:2])
-                idle = re.search(rf"^{names[2]} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                limit, used = (int((folder / name).read_text(encoding="utf-8")) for name in names[:2])
+                text = (folder / "memory.stat").read_text(encoding="utf-8")
+                idle = re.search(rf"^{names[2]} (\d+)", text, re.MULTILINE)
                 free.append(max(0, limit - used + int(idle[1])))  # of files read before, given back at need
     return min(free)

@@ -37,6 +37,20 @@ def by_name(groups: list[dict], args: Namespace, adamw: dict) -> torch.optim.Opt
         raise UserError(f"--opt {name} --opt_args {' '.join(args.opt_args)}: {error}") from None
 
 
+def try_step(optimizer: torch.optim.Optimizer, args: Namespace) -> None:
+    """Makes a step; raises UserError where `args.opt_args` have a value that only shows as wrong in one."""
+    flags = f"--opt {args.opt} --opt_args {' '.join(args.opt_args)}"
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever its code makes of such a value
+        raise UserError(f"{flags}: a step fails: {error}") from None
+    if not all(param.isfinite().all() for param in params):
+        raise UserError(f"{flags}: a step makes weights that are not finite")
+
+
 def check_name(name: str) -> None:
     """Raises UserError unless timm has an optimizer of that name which runs here can use and save."""
     names = optim.list_optimizers()
@@ -56,6 +70,8 @@ def optimizer_settings(args: Namespace) -> dict:
     settings = {}
     for pair in args.opt_args:
         name, equals, text = pair.partition("=")
+        if name in settings:
+            raise UserError(f"--opt_args {pair}: {name} is there twice; leave one out")
         if not equals or not name.isidentifier() or name in ("lr", "weight_decay", "params"):
             own = f", as --{name} is a flag" if name in ("lr", "weight_decay") else ""
             raise UserError(f"--opt_args {pair}: must be NAME=VALUE{own}")

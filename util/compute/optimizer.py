@@ -28,6 +28,11 @@ def build_optimizer(groups: list[dict], args: Namespace, device, **defaults) -> 
 
 
 def check_optimizer(args: Namespace) -> None:
-    """Raises UserError for an optimizer that cannot be made, before anything is read."""
-    tensor = torch.nn.Parameter(torch.zeros(8, 8))
-    build_optimizer([{"params": [tensor]}], Namespace(**{**vars(args), "lr": 1e-3}), tensor.device)
+    """Raises UserError for an optimizer that cannot be made or make a step, before anything is read."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 8), (8,))]
+    own = Namespace(**{**vars(args), "lr": 1e-3})
+    optimizer = build_optimizer([{"params": params}], own, params[0].device)
+    if args.opt_args:
+        from util.compute.named_optimizer import try_step
+
+        try_step(optimizer, args)

@@ -5,6 +5,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import weakref
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.errors import TrainingError, out_of_memory
+from util.processes import signals
 from util.processes.collectives import warn
 
 PREFETCH = 2  # batches that each worker works ahead
@@ -61,9 +63,8 @@ def _init_worker(worker_id: int) -> None:
     Workers end when their loader closes, when the main process ends (`_end_workers`), or when it is gone.
     """
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
@@ -187,8 +188,7 @@ def _that_fit(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = locked = math.inf
     if num_workers and os.path.isdir("/dev/shm"):
-        status = os.statvfs("/dev/shm")
-        free = status.f_bavail * status.f_frsize
+        free = shutil.disk_usage("/dev/shm").free
         room = free // (batch * processes) - 2
     if pin_mem:
         from util.compute.memory import free_memory  # a CPU does without

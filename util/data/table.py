@@ -12,6 +12,7 @@ from util.files import shown, some
 
 PATH = ("path", "file", "filename", "file_name", "image", "image_path")
 WORDS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+LARGEST = 1e18  # of numbers, whose squares float32 can hold
 
 
 @dataclass
@@ -88,6 +89,8 @@ def parse_labels(
     asked = [*(wanted or ()), *([group] if group else [])]
     if missing := [name for name in asked if name not in table.header]:
         raise UserError(f"{table.place}: has no column {some(missing)}; it has {some(table.header, 20)}")
+    if twice := [name for name, count in Counter(wanted or ()).items() if count > 1]:
+        raise UserError(f"--label_columns {some(twice)}: is named twice; name each column once")
     names = list(wanted or [name for name in table.header if name not in others])
     if not names:
         raise UserError(f"{table.place}: has no label column beside {some(others)}")
@@ -109,6 +112,11 @@ def parse_labels(
         if None in numbers:
             row, advice = numbers.index(None), "--task and --label_columns say which columns are what"
             raise table.error(row, f"{name} is {shown(cells[row])}, which is {kind}; {advice}")
+        if max(numbers) > LARGEST or min(numbers) < -LARGEST:
+            row, advice = int(np.argmax(np.abs(numbers))), "take another unit"
+            raise table.error(
+                row, f"{name} is {shown(cells[row])}, beyond what float32 computes with; {advice}"
+            )
     return task, names, np.array(parsed, np.float64).T.copy()
 
 

@@ -28,6 +28,7 @@ CLASSES = ("ball", "fish", "gear", "house", "leaf", "ring", "spiral", "star", "t
 TRAIN, VAL = 200, 50  # pictures per class
 STAMP = ".mae_demo_set.json"
 OLD_AFTER_S = 3600  # age of a left-over work folder that no living process can own
+SHIPPED = REPOSITORY / "demo" / "shipped"  # a small model of this set, and pictures that it has not seen
 
 
 def demo_root() -> Path:
@@ -83,7 +84,7 @@ def make(root: Path, stamp: dict, workers: int) -> None:
             for name in CLASSES:
                 (work / split / name).mkdir(parents=True)
         draw_all(work, stamp["train"], stamp["val"], workers)
-        (work / STAMP).write_text(json.dumps(stamp) + "\n")
+        (work / STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
         if not is_complete(work, stamp):
             raise OSError(f"pictures vanished from {work}")
         if is_complete(root, stamp):
@@ -103,7 +104,7 @@ def make(root: Path, stamp: dict, workers: int) -> None:
 def is_complete(root: Path, stamp: dict) -> bool:
     """Whether `root` is a demo set of just this stamp with all its pictures there."""
     try:
-        if json.loads((root / STAMP).read_text()) != stamp:
+        if json.loads((root / STAMP).read_text(encoding="utf-8")) != stamp:
             return False
         for split in ("train", "val"):
             for name in stamp["classes"]:

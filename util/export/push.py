@@ -14,12 +14,12 @@ from util.files import printable, some
 
 def check_push(name: str) -> None:
     """Raises UserError for a name that no repository of the hub can have."""
+    if name.count("/") != 1:
+        raise UserError(f"--push {name}: must be OWNER/NAME")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"--push {name}: {error}") from None
-    if name.count("/") != 1:
-        raise UserError(f"--push {name}: must be OWNER/NAME")
 
 
 def push(folder: Path, name: str, private: bool, yes: bool, overwrite: bool) -> None:

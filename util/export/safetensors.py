@@ -15,10 +15,13 @@ from util.weights.state import is_cross
 
 
 def write(source: Source, folder: Path) -> None:
-    """Writes `model.safetensors`: this code's tensors, and the settings."""
+    """Writes `model.safetensors`: this code's tensors, as float16 if they are, and the settings."""
     epoch = source.content.get("epoch")
     entries = {"epoch": epoch} if isinstance(epoch, int) else {}
-    write_safetensors(folder / "model.safetensors", source.state, **settings(source), **entries)
+    state = source.state
+    if source.half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    write_safetensors(folder / "model.safetensors", state, **settings(source), **entries)
 
 
 def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -28,6 +28,7 @@ class Source(WeightsFile):
     `part` may also be "segmenter", a checkpoint of main_segment.py with its head; `vit` then has that head.
     """
 
+    half: bool = False  # whether the numbers are those of float16, and to be written so
     vit: VisionTransformer | None = None  # the encoder, with the head of a classifier; a probe's is one layer
     mae: MaskedAutoencoderViT | None = None  # the full model (its encoder's tensors are those of `vit`)
 
@@ -93,8 +94,8 @@ def read_source(path: str, args: Namespace, decoder: bool = True, pixels: bool =
     """Reads a checkpoint file, URL, or folder of a Hugging Face or timm model.
 
     Args:
-        args: encoder_only (leave decoder or head), and what a file may not say: input_size, num_heads,
-            decoder_num_heads, mean, std, mask_ratio, norm_pix_loss (None: as the file says).
+        args: encoder_only (leave decoder or head), half (round to float16), and what a file may not say:
+            input_size, num_heads, decoder_num_heads, mean, std, mask_ratio, norm_pix_loss (None: as it says).
         decoder: a full MAE may be one; else its encoder is taken.
         pixels: so may a model that gives each pixel a class.
 
@@ -107,7 +108,10 @@ def read_source(path: str, args: Namespace, decoder: bool = True, pixels: bool =
     )
     parts = ["encoder"] if args.encoder_only else ["full"] * decoder + ["classifier", "encoder"]
     weights = describe(content, path, args, *parts, override=True)
-    source, state = Source(**vars(weights)), encoder_state(content)[0]
+    half = getattr(args, "half", False)
+    if half:  # the models below are those of the rounded numbers
+        weights.state = {name: _rounded(name, value, path) for name, value in weights.state.items()}
+    source, state = Source(**vars(weights), half=half), encoder_state(content)[0]
     segments = weights.part == "encoder" and not args.encoder_only and "head.classify.weight" in state
     if segments and pixels:
         source.part, source.vit = "segmenter", _segmenter(weights, state)
@@ -132,6 +136,13 @@ def read_source(path: str, args: Namespace, decoder: bool = True, pixels: bool =
         source.notes.append("the file does not say which mean and std its images had: taken as this code's "
                             "default; else pass --mean and --std")  # fmt: skip
     return source
+
+
+def _rounded(name: str, value: torch.Tensor, path: str) -> torch.Tensor:
+    rounded = value.half().to(value.dtype) if value.is_floating_point() else value
+    if value.is_floating_point() and not rounded.isfinite().all():
+        raise UserError(f"--half: {name} of {path} has numbers that float16 cannot hold")
+    return rounded
 
 
 def _segmenter(weights: WeightsFile, state: dict) -> SegmentationTransformer:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from util.data.transforms import normalize_batch
 from util.figures.canvas import grid_tensor, save_png
-from util.figures.reconstruction import reconstruction_grid
+from util.figures.reconstruction import evaluation_mode, reconstruction_grid
 from util.processes.collectives import warn
 from util.rng import fixed_masks
 
@@ -42,11 +42,12 @@ def write_pictures(
     caption = f"epoch {epoch}, {args.mask_ratio:.0%} masked"
     if val_loss is not None:
         caption += f", held-out loss {val_loss:.4f}"
-    noise = fixed_masks(model, len(images), args.mask_ratio)
     normalized = normalize_batch(images, device, args.mean, args.std)
-    picture: Image.Image = reconstruction_grid(
-        model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
-    )
+    with evaluation_mode(model):  # with --size_schedule it is of another size in training
+        noise = fixed_masks(model, len(images), args.mask_ratio)
+        picture: Image.Image = reconstruction_grid(
+            model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
+        )
     if log_writer is not None:
         log_writer.add_image("reconstruction", grid_tensor(picture), int((epoch + 1) * 1000))
     if not args.output_dir:

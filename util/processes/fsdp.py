@@ -34,6 +34,8 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module
     """
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise UserError(f"--fsdp: does not work on CPU with torch {torch.__version__}; install a newer one")
+    if device.type == "cuda" and torch.distributed.get_backend() != "nccl":
+        raise UserError("--fsdp: needs NCCL, which torch for Windows has not; leave it out")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

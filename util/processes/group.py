@@ -47,7 +47,7 @@ def find_processes(args: Namespace) -> tuple[int, int, int] | None:
 
 
 def init_distributed_mode(args: Namespace) -> None:
-    """Joins the other processes, if a launcher started several: NCCL on GPUs, gloo on CPU.
+    """Joins the other processes, if a launcher started several: NCCL on GPUs, gloo on CPU and on Windows.
 
     Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu` (which one here). Checks that the
     processes reach each other, and starts watching them (`util.processes.watch`).
@@ -73,10 +73,15 @@ def init_distributed_mode(args: Namespace) -> None:
         if on_gpu:
             check_kernels(torch.device("cuda", args.gpu))
             torch.cuda.set_device(args.gpu)
+        if os.name == "nt":
+            os.environ.setdefault(
+                "USE_LIBUV", "0"
+            )  # of which torch 2.6 for Windows knows nothing, but asks for
         store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
         store.set_timeout(patience)
         known = dict(rank=args.rank, world_size=args.world_size, timeout=patience)
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=_own_part(store), **known)
+        backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, store=_own_part(store), **known)
         part = gather(uuid.uuid4().hex)[0]
         total = all_reduce_sum(torch.ones(1, device="cuda" if on_gpu else "cpu")).item()
     except (RuntimeError, ValueError, AssertionError) as error:

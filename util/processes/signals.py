@@ -10,8 +10,10 @@ import signal
 import threading
 
 EXIT_REQUEUE = 75  # "try again later" (EX_TEMPFAIL of sysexits.h): schedulers can be told to requeue on it
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, name)
+SIGNALS = tuple(  # of Windows SIGINT and SIGBREAK: its console can send no other
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGBREAK")
+    if hasattr(signal, name)
 )
 
 _requested: int | None = None

@@ -21,13 +21,13 @@ PATIENCE = 4.0  # seconds to wait for another process's reason when a collective
 
 _thread: threading.Thread | None = None
 _stop = threading.Event()
-_place: tuple[str, int, str] | None = None  # host, port, part of the store
+_place: tuple[str, int, bool, str] | None = None  # host, port, whether with libuv, part of the store
 
 
 def _connect() -> dist.Store:
-    *server, part = _place  # a connection of its own: one that waits for a key makes others wait
-    patience = timedelta(seconds=10)
-    store = dist.TCPStore(*server, is_master=False, wait_for_workers=False, timeout=patience)
+    host, port, libuv, part = _place  # a connection of its own: one that waits for a key makes others wait
+    options = dict(wait_for_workers=False, timeout=timedelta(seconds=10), use_libuv=libuv)
+    store = dist.TCPStore(host, port, is_master=False, **options)
     return dist.PrefixStore(f"watch/{part}", store)
 
 
@@ -41,7 +41,7 @@ def start(rank: int, world_size: int, store: dist.Store, part: str) -> None:
     global _thread, _place
     if not isinstance(store, dist.TCPStore):
         return  # a shared file has no server to beat at; the collectives' time-out remains
-    _place = (store.host, store.port, part)
+    _place = (store.host, store.port, store.libuvBackend, part)  # Windows: torch may have no libuv
     _stop.clear()
     _thread = threading.Thread(target=_watch, args=(rank, world_size), daemon=True, name="watch")
     _thread.start()

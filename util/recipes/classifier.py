@@ -61,8 +61,6 @@ def check_classifier_args(args: argparse.Namespace, parser: argparse.ArgumentPar
         raise UserError(f"--split {args.split}: only with --eval; training chooses its best epoch by val")
     if args.save_predictions and not args.output_dir:
         raise UserError("--save_predictions: needs an --output_dir to write to")
-    if args.save_predictions and args.eval:
-        make_report_dir(args.output_dir)
 
 
 def make_report_dir(folder: str) -> None:
@@ -107,7 +105,9 @@ def prepare_classes(
     checkpoint: Checkpoint | None,
     given: set[str],
 ) -> None:
-    """Checks that the class lists of data and checkpoint agree and sets `args.nb_classes`."""
+    """Checks that the class lists of data and checkpoint agree, sets `args.nb_classes`, and makes the
+    folder of an evaluation's predictions.
+    """
     if train is not None:
         check_classes(train, val)
     prepare_targets(args, train, val, checkpoint)
@@ -115,6 +115,8 @@ def prepare_classes(
         info = read_model_info(checkpoint.content, f"--resume {checkpoint.source}")
         check_class_names(info, val.classes, checkpoint.source, val.files.source, "nb_classes" in given)
     args.nb_classes = count_classes(args, val)
+    if args.save_predictions and args.eval:
+        make_report_dir(args.output_dir)
 
 
 def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTransformer:

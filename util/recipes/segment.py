@@ -39,13 +39,32 @@ MAX_CLASSES = 256  # of the table
 
 
 class PixelLoss(nn.Module):
-    """Cross entropy, the mean over the pixels of a class (number K is none); 0 where there are none."""
+    """Cross entropy, the mean over the pixels of a class (number K is none); 0 where there are none.
+
+    weight: (K,), of the pixels of each class in that mean, if they do not count alike.
+    """
+
+    def __init__(self, weight: torch.Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
 
     def forward(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, H, W) and masks int64 (N, H, W) -> a number."""
         ignore = logits.shape[1]
-        total = F.cross_entropy(logits, masks, ignore_index=ignore, reduction="sum")
-        return total / (masks != ignore).sum().clamp(min=1)
+        total = F.cross_entropy(logits, masks, self.weight, ignore_index=ignore, reduction="sum")
+        if self.weight is None:
+            return total / (masks != ignore).sum().clamp(min=1)
+        weights = F.pad(self.weight, (0, 1))[masks].sum()
+        return total / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def pixel_weights(pixels: dict[int, int], args: argparse.Namespace) -> torch.Tensor | None:
+    """`--class_weight`: (K,) from the number of pixels of each class; None without it."""
+    if not args.class_weight:
+        return None
+    counts = torch.tensor([pixels.get(label, 0) for label in range(args.nb_classes)], dtype=torch.float64)
+    weights = counts.sum() / counts.clamp(min=1) / (counts > 0).sum()  # scikit-learn's "balanced"
+    return torch.where(counts > 0, weights, 0).float()
 
 
 def build_segmenter(args: argparse.Namespace, **extra) -> SegmentationTransformer:

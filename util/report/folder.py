@@ -77,7 +77,7 @@ def read_run(path: str, going_on: bool, environment: str) -> RunFolder:
     try:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        advice = "its first epoch is not over; try again then" if going_on else advice
+        advice = "its first epoch is not over; try again then" if going_on or environment else advice
         raise UserError(f"{path}: holds no log.txt; {advice}") from None
     except OSError as error:
         raise UserError(f"{path}/log.txt: cannot be read ({error.strerror})") from None

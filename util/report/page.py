@@ -132,6 +132,8 @@ def nice_range(values: list[float]) -> tuple[float, float, float]:
     ten, at most eight of them.
     """
     low, high = min(values), max(values)
+    if high - low < 1e-4 * (size := max(abs(low), abs(high))):  # one value: ticks of few digits around it
+        low, high = low - 0.05 * size, high + 0.05 * size
     steps = (unit * 10.0**power for power in range(-6, 300) for unit in (1, 2, 5))
     step = next(step for step in steps if (high - low) / step <= 6 and high + step > high)
     low, high = step * (low // step), step * -(-high // step)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from util.errors import TrainingError, UserError
+from util.files import put_in_place
 from util.processes.collectives import get_world_size, is_main_process, warn
 from util.processes.parallel import is_sharded
 from util.run import owner
@@ -157,7 +158,7 @@ def _same_file(path: Path, other: Path) -> None:
         os.link(path, temporary)  # takes no room, and outlives the removal of the other name
     except OSError:
         shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
+    put_in_place(temporary, other)
 
 
 def _remove_old(newest: Path, run: str | None, keep: int) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from util.errors import UserError
 from util.files import printable, replacing
 from util.processes.collectives import all_reduce_mean, gather, get_world_size, is_main_process, log, warn
 from util.run import owner
@@ -171,28 +170,7 @@ def run_text(settings: dict, facts: Sequence[str]) -> str:
 
 
 def make_log_writer(log_dir: str | Path | None, purge_step: int | None = None, args=None):
-    """The writer of curves on the first process: TensorBoard's, or what `args.tracker` names; None elsewhere
-    and where nothing is to be written.
+    """The writer of curves: see `util.trackers.several.open_writers`."""
+    from util.trackers.several import open_writers  # with TensorBoard, which is slow to import
 
-    `purge_step`: x from which a resumed run draws again; what an earlier one drew there is hidden.
-
-    Raises:
-        UserError: the folder cannot be written, or a tracker's package is not installed.
-    """
-    from util.trackers import several, tensorboard  # which is slow to import
-
-    names = [name for name in getattr(args, "tracker", ["tensorboard"]) if name != "none"]
-    several.check_installed(names)
-    if not is_main_process():
-        return None
-    writers = []
-    if log_dir and "tensorboard" in names:
-        try:
-            writers.append(tensorboard.CurveWriter(log_dir, purge_step))
-        except OSError as error:
-            raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
-    for name in names:
-        if name != "tensorboard":
-            run, keeps = owner.run_id(args.output_dir), args.track_checkpoints
-            writers.append(several.Tracked(name, run, args.output_dir, log_dir, keeps))
-    return several.Several(writers) if len(writers) > 1 else next(iter(writers), None)
+    return open_writers(log_dir, purge_step, args, owner.run_id(getattr(args, "output_dir", "")))

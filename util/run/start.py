@@ -64,6 +64,8 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
         check_args: the script's, which raises UserError for flags that cannot work.
         parser: the script's.
     """
+    from util.trackers.several import check_installed
+
     given = take_given(args, parser)
     args.log_dir = args.log_dir if "log_dir" in given else args.output_dir
     # From the first second: a scheduler may want its nodes back while images are listed or a model is
@@ -72,6 +74,8 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
         signals.install()
     init_distributed_mode(args)
     check_args(args)
+    if not getattr(args, "eval", False):
+        check_installed(args.tracker)
     if not getattr(args, "eval", False) and is_main_process() and os.path.isdir(args.output_dir or ""):
         # Before anything in it is read; one that is not there is made later
         owner.claim(args.output_dir, waits=args.resume == "auto")

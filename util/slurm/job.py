@@ -124,7 +124,7 @@ def requeue(env, stop: signals.Interrupted, fruitless: bool) -> None:
         count = int(record.read_bytes())
     count = count + 1 if fruitless else 0
     with contextlib.suppress(OSError):
-        record.write_text(str(count))
+        record.write_text(str(count), encoding="utf-8")
     if count >= MAX_FRUITLESS_STARTS:
         raise TrainingError(
             f"{count} starts in a row ended before anything new was saved, so the job is not requeued; "

@@ -91,7 +91,7 @@ def start_process(command: list[str], paths, job_id: str, rank: int, count: int)
     if count > 1:
         env |= {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": master_port(job_id)}
-    with open(paths.stdout, "a") as out, open(paths.stderr, "a") as err:
+    with open(paths.stdout, "a", encoding="utf-8") as out, open(paths.stderr, "a", encoding="utf-8") as err:
         return subprocess.Popen(
             command,
             env=os.environ | {name: str(value) for name, value in env.items()},

@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import UserError
-from util.processes.collectives import warn
+from util.processes.collectives import is_main_process, warn
 from util.weights.names import is_inside_epoch, list_checkpoints
 
 PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}  # tracker: what pip installs
 
 
 def check_installed(names: list[str]) -> None:
-    """Raises UserError for a tracker whose package is not there."""
+    """Raises UserError for a tracker whose package is not there, and for others beside none."""
+    if "none" in names and len(set(names)) > 1:
+        raise UserError(f"--tracker {' '.join(names)}: none stands alone")
     for name in names:
         if name in PACKAGES and importlib.util.find_spec(name) is None:
             raise UserError(f"--tracker {name}: is not installed; pip install {PACKAGES[name]}")
@@ -117,3 +119,29 @@ class Tracked:
     def _checkpoints(self) -> list[Path]:
         there = list_checkpoints(Path(self.output_dir)) if self.output_dir else []
         return [path for path in there if not is_inside_epoch(path)]
+
+
+def open_writers(log_dir: str | Path | None, purge_step: int | None, args, run_id: str | None):
+    """The writer of curves on the first process: TensorBoard's, or what `args.tracker` names; None elsewhere
+    and where nothing is to be written.
+
+    `purge_step`: x from which a resumed run draws again; what an earlier one drew there is hidden.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    names = [name for name in getattr(args, "tracker", ["tensorboard"]) if name != "none"]
+    if not is_main_process():
+        return None
+    writers = []
+    if log_dir and "tensorboard" in names:
+        from util.trackers.tensorboard import CurveWriter
+
+        try:
+            writers.append(CurveWriter(log_dir, purge_step))
+        except OSError as error:
+            raise UserError(f"--log_dir {log_dir}: cannot be written ({error.strerror})") from None
+    for name in names:
+        if name != "tensorboard":
+            writers.append(Tracked(name, run_id, args.output_dir, log_dir, args.track_checkpoints))
+    return Several(writers) if len(writers) > 1 else next(iter(writers), None)

@@ -182,7 +182,7 @@ def _reason(error: Exception, path: Path) -> str:
     if "PytorchStreamReader" in text or "central directory" in text:
         return "it is damaged or incomplete (cut off?)"
     if "Weights only load failed" in text or "Unsupported" in text:
-        found = re.search(r"GLOBAL ([\w.]+)", text)
+        found = re.search(r"GLOBAL (?:builtins\.)?([\w.]+)", text)
         where = f" ({shown(found[1])}{_place(path, found[1])})" if found else ""
         return f"it is no checkpoint of tensors, or asks to execute code, which is refused{where}"
     reason = text.splitlines()[0] if text else type(error).__name__

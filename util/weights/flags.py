@@ -15,13 +15,13 @@ from util.weights.schema import comparable, in_words, said_settings, stored_sett
 FLAGS = ("model", "global_pool", "input_size", "patch_size", "in_chans", "nb_classes", "mean", "std")
 
 
-def add_weights_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of the weights file, and of what it may not say about itself."""
+def add_weights_args(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Flags of the weights file, and of what it may not say; `default`: without it, one must be named."""
     flag = parser.add_argument_group("model").add_argument
     # fmt: off
-    flag("--resume", required=True, metavar="FILE|URL|FOLDER",
+    flag("--resume", required=default is None, default=default, metavar="FILE|URL|FOLDER",
          help="a checkpoint, a released file, or the folder of a Hugging Face or timm model; its sizes come "
-         "with it")
+         "with it" + (" (default: a small model of painted pictures, to look at)" if default else ""))
     flag("--input_size", type=image_size, help="224, or 32x128 (height x width): for files that do not say "
          "it, or another size than that of training, with a warning")
     flag("--num_heads", type=int, help="only for files that do not say it: attention heads of the encoder")
