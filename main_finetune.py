@@ -25,7 +25,7 @@ from engine_finetune import train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.labelled import LabelledImages, labelled_images
 from util.data.transforms import channel_stats
@@ -99,7 +99,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_classifier_args(args, get_args_parser())
     check_fsdp(args)
-    check_optimizer(args)
+    check_optimizer_args(args)
     if uses_mixup(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup and cutmix pair images, so it must be even")
     if args.cutmix_minmax is not None:

@@ -25,7 +25,7 @@ from util.cli.flags import above, add_schedule_args, add_training_args, at_least
 from util.cli.parser import ArgumentParser, run_script
 from util.cli.questions import add_question_args, asks, settle_target
 from util.compute.compile import compile_model
-from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.dataset import build_pretrain_dataset, build_val_dataset
 from util.data.transforms import channel_stats
@@ -105,7 +105,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
-    check_optimizer(args)
+    check_optimizer_args(args)
     settle_target(args)
     if args.init:
         from util.recipes.init import check_init  # here and below: only runs with --init need it

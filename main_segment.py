@@ -21,7 +21,7 @@ from engine_finetune import train_one_epoch
 from util.cli.flags import above, add_schedule_args, add_training_args, at_least, check_flags, fraction
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
-from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer
+from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.data.depth import depth_of
 from util.data.segments import (
@@ -110,7 +110,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
     check_flags(args, get_args_parser())
     check_fsdp(args)
-    check_optimizer(args)
+    check_optimizer_args(args)
     if args.eval and (not args.resume or args.resume == "auto"):
         raise UserError("--eval needs the checkpoint to evaluate: --resume FILE")
     if args.split != "val" and not args.eval:

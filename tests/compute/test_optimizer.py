@@ -10,7 +10,7 @@ from timm import optim
 from timm.optim import muon, param_groups_weight_decay
 
 import models_mae
-from util.compute.optimizer import build_optimizer, check_optimizer
+from util.compute.optimizer import build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import UserError
 from util.run.checkpoint import save_model
@@ -44,7 +44,7 @@ def step(model, optimizer, number):
 )
 def test_state_saved_loaded_and_stepped_on_is_undisturbed_or_the_name_is_refused(name, tmp_path):
     try:
-        check_optimizer(Namespace(opt=name, opt_args=[]))
+        check_optimizer_args(Namespace(opt=name, opt_args=[]))
     except UserError as error:
         assert str(error).startswith(f"--opt {name}: ") and "\n" not in str(error)
         return
@@ -144,7 +144,7 @@ def test_muons_steps_are_those_of_a_plain_implementation(monkeypatch):
 )
 def test_mistakes_are_one_line(name, opt_args, message):
     with pytest.raises(UserError, match=message) as error:
-        check_optimizer(Namespace(opt=name, opt_args=opt_args))
+        check_optimizer_args(Namespace(opt=name, opt_args=opt_args))
     assert "\n" not in str(error.value)
 
 

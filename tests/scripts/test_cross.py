@@ -25,21 +25,7 @@ from util.weights.files import read_file
 
 CROSS = ["--model", "mae_vit_nano", "--decoder", "cross", "--save_freq", "1"]
 
-
-@pytest.fixture(autouse=True)
-def nano(monkeypatch):
-    """A model of two blocks, 24 wide, that --model knows."""
-    monkeypatch.setitem(
-        models_mae.MODELS, "mae_vit_nano", lambda **sizes: models_mae.mae_vit(TINY_MAE, **sizes)
-    )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 def full(path):

@@ -34,14 +34,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
-
-
 def run(images, output, *flags):
     """Runs main() in this process; returns the lines of log.txt, without the run's id."""
     parser = ArgumentParser(prog="main_pretrain.py", parents=[main_pretrain.get_args_parser()])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_utils import TINY, TINY_MAE, fill
-from image_utils import make_folder, picture
+from image_utils import picture
 from PIL import Image
 from test_engine_pretrain import make_args
 from test_main_pretrain import assert_same, names_in, run, weights
@@ -38,21 +38,7 @@ CPU = torch.device("cpu")
 NANO = ["--model", "mae_vit_nano", "--save_freq", "1", "--vis_freq", "1"]
 GRIDS = [(4, 4), (14, 14), (8, 16), (16, 4), (7, 7), (3, 10)]
 
-
-@pytest.fixture(autouse=True)
-def nano(monkeypatch):
-    """A masked autoencoder of two blocks, 24 wide, that --model knows."""
-    monkeypatch.setitem(
-        models_mae.MODELS, "mae_vit_nano", lambda **sizes: models_mae.mae_vit(TINY_MAE, **sizes)
-    )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from golden_utils import TINY_MAE
-from image_utils import make_folder
 from test_main_pretrain import names_in
 from test_main_pretrain import run as run_tiny
 from test_resuming import content_of, state_of_folder
@@ -42,14 +41,6 @@ def small_models():
         patch.setitem(models_vit.MODELS, "vit_test", vit_test)
         patch.setitem(models_mae.MODELS, "mae_nano", lambda **sizes: models_mae.mae_vit(TINY_MAE, **sizes))
         yield
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
 
 
 def same(first, second):

@@ -5,7 +5,6 @@ from argparse import Namespace
 import pytest
 import torch
 from golden_utils import TINY_MAE, fill
-from image_utils import make_folder
 from test_main_pretrain import assert_same, run, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,14 +15,6 @@ from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
 from util.recipes.sizes import SizeSchedule, read_phases
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
 
 
 def flags(root=None, *schedule, **changes):

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from golden_utils import REPO, TINY, TINY_MAE, fill
-from image_utils import make_folder
 from test_engine_pretrain import make_args
 from test_main_pretrain import assert_same, run, weights
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,13 +31,7 @@ CPU = torch.device("cpu")
 LARGER = dict(TINY, embed_dim=36, depth=4, num_heads=6)
 SMALL = ["--model", "mae_vit_nano", "--save_freq", "1"]
 
-
-@pytest.fixture(autouse=True)
-def nano(monkeypatch):
-    """A student of two blocks, 24 wide, that --model knows."""
-    monkeypatch.setitem(
-        models_mae.MODELS, "mae_vit_nano", lambda **sizes: models_mae.mae_vit(TINY_MAE, **sizes)
-    )
+pytestmark = pytest.mark.usefixtures("nano")
 
 
 def write_teacher(path, seed=5, **sizes):
@@ -53,14 +46,6 @@ def write_teacher(path, seed=5, **sizes):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root / "train", 13, classes=2)
-    make_folder(root / "val", 5, classes=2)
-    return root
 
 
 def flags(path, **changes):

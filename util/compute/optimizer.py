@@ -27,7 +27,7 @@ def build_optimizer(groups: list[dict], args: Namespace, device, **defaults) -> 
     return by_name(groups, args, {"fused": has_fused_adamw(device), **defaults})
 
 
-def check_optimizer(args: Namespace) -> None:
+def check_optimizer_args(args: Namespace) -> None:
     """Raises UserError for an optimizer that cannot be made or make a step, before anything is read."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 8), (8,))]
     own = Namespace(**{**vars(args), "lr": 1e-3})

@@ -13,8 +13,8 @@ from util.run.recipe import GROUPS
 from util.sizes import size_pair
 
 # Settings of the machine, not of the training; but of the processes, which make the effective batch
-_MACHINE = {*GROUPS["machine"].split(), "dist_backend", "distributed", "given", "gpu", "job_dir", "rank"}
-_MACHINE = {*_MACHINE, "start_step"} - {"world_size"}
+_MACHINE = {*GROUPS["machine"].split()} - {"world_size"}
+_MACHINE |= {"dist_backend", "distributed", "given", "gpu", "job_dir", "rank", "start_step"}
 _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
     "encoder": "encoder",
