@@ -320,6 +320,16 @@ def test_thresholds_of_the_best_f1_on_images_held_out_of_train(data, tmp_path, s
     assert again["model_info"]["thresholds"] == thresholds and read_log(tmp_path / "r") == read_log(tmp_path)
 
 
+def test_an_average_of_the_weights_does_not_leave_its_thresholds_to_the_model(data, tmp_path):
+    found = []
+    for name, flags in ("plain", ""), ("averaged", "--ema 0.9"):
+        words = [RECIPE, LABELS, "--thresholds auto --max_steps 3", flags]
+        run(main_finetune, *words, data_path=data, labels=data / "labels.csv", output_dir=tmp_path / name)
+        (inside,) = (tmp_path / name).glob("checkpoint-1-step*.pth")
+        found.append(torch.load(inside, weights_only=True)["model_info"]["thresholds"])
+    assert found[0] == found[1] != [0.5] * 3
+
+
 def test_thresholds_choose_between_the_images(data):
     values = np.array([[0.9, 0.2], [0.6, 0.3], [0.4, 0.3], [0.1, 0.1]])
     assert best_thresholds(np.array([[1, 0], [1, 0], [0, 0], [0, 0]]), values) == [pytest.approx(0.5), 0.5]

@@ -82,8 +82,10 @@ class ClassifierEpochEnd:
         record |= {f"test_{name}": value for name, value in test.items()}
         if state.ema:
             log("with the average of the weights (--ema):")
+            info = state.model_info  # thresholds that are chosen now are the average's, not the model's
             with state.ema.in_place():
                 test = self.evaluate(full_copy(self.trained), report=False)
+            state.model_info = info
             record |= {f"test_{name}_ema": value for name, value in test.items()}
         n_parameters = count_trained(state.model)
         write_log(args.output_dir, {**record, "epoch": epoch, "n_parameters": n_parameters})
