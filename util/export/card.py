@@ -12,8 +12,8 @@ from util.files import shown
 from util.run.recipe import GROUPS
 from util.sizes import size_pair
 
-# Settings of the machine, not of the training; but of the processes, which make the effective batch
-_MACHINE = {*GROUPS["machine"].split()} - {"world_size"}
+# Settings of the machine, but those on which it depends what was trained on how many images
+_MACHINE = {*GROUPS["machine"].split()} - {"world_size", "max_steps", "skip_nonfinite", "bad_images"}
 _MACHINE |= {"dist_backend", "distributed", "given", "gpu", "job_dir", "rank", "start_step"}
 _PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
