@@ -277,6 +277,17 @@ def test_mask_file_that_hides_nothing_or_all(tmp_path, value, share):
         read_mask(path, (2, 2))
 
 
+def test_the_ratio_of_a_mask_is_its_share_where_rounding_allows_it():
+    exact = 0
+    for length in range(2, 200):
+        for hidden in range(1, length):
+            ratio = mask_noise(torch.arange(length) < hidden, 1)[1]
+            assert int(length * (1 - ratio)) == length - hidden
+            exact += ratio == hidden / length
+            assert ratio in (hidden / length, (hidden - 0.5) / length)
+    assert mask_noise(torch.arange(16) < 4, 1)[1] == 0.25 and exact > 15_000
+
+
 def test_mask_noise_removes_exactly_the_mask():
     model, _, images, mean, std, _ = make()
     for count in (1, 5, 15):

@@ -65,9 +65,11 @@ def read_mask(path: str | os.PathLike, grid: tuple[int, int], sizes: Sequence[tu
 
 def mask_noise(removed: Tensor, rows: int) -> tuple[Tensor, float]:
     """(noise (rows, L) float32, mask ratio) that make a model remove the patches `removed`, bool (L,)."""
-    kept = len(removed) - int(removed.sum())
-    # Half a patch to spare on both sides: int(L * (1 - ratio)) does not hang on rounding
-    return removed.float().expand(rows, -1), 1 - (kept + 0.5) / len(removed)
+    length, hidden = len(removed), int(removed.sum())
+    ratio = hidden / length
+    if int(length * (1 - ratio)) != length - hidden:  # rounding; with half a patch to spare on both sides
+        ratio = (hidden - 0.5) / length
+    return removed.float().expand(rows, -1), ratio
 
 
 @contextmanager
