@@ -120,7 +120,7 @@ def start(options: argparse.Namespace, processes: int) -> dict:
             spawn(worker, (options, processes, port, path), processes)
         except (ProcessExitedException, ProcessRaisedException) as error:
             sys.exit(f"a process failed: {error}")
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def predict(options: argparse.Namespace, step: float, gradient_bytes: int, last_bucket: int) -> list[dict]:

@@ -47,7 +47,7 @@ def run(script: str, flags: list[str], output: Path, commands: list[str]) -> lis
             if script != "main_pretrain.py":
                 weights.unlink()
         (output / "done").touch()
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 def encoders(args, sizes: list[str], work: Path, commands: list[str]) -> dict[str, list[Path]]:

@@ -77,7 +77,8 @@ def main(args: argparse.Namespace) -> None:
         with replacing_folder(path) as work:
             for split, kind in itertools.product(("train", "val"), ("images", "masks")):
                 (work / split / kind).mkdir(parents=True)
-            (work / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
+            names = "\n".join(("background", *CLASSES)) + "\n"
+            (work / "classes.txt").write_text(names, encoding="utf-8")
             list(pool.map(partial(describe, work), keys, chunksize=20))
     say(f"{printable(path)}: {len(keys)} pictures with masks of {1 + len(CLASSES)} classes")
 

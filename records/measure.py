@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
                         recipes[recipe], f"{TASKS[task]} {data[task]} {args.flags}", seed, folder
                     )
                     with replacing(path) as temporary:
-                        temporary.write_text(json.dumps(runs, indent=1) + "\n")
+                        temporary.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
                     log(f"{key}: {runs[key]}")
     log(table(runs))
 

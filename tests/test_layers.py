@@ -154,3 +154,11 @@ def test_the_core_stays_small():
     lines = sum(len((REPO / path).read_text(encoding="utf-8").splitlines()) for path in found)
     assert len(found) <= 44 and lines <= 6500, f"{len(found)} files, {lines} lines"
     assert len(found) > 30  # they were followed
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_text_file_says_its_encoding(path):
+    """Else Windows reads and writes cp1252; ruff's rule does not know what `something.read_text()` is of."""
+    for node in ast.walk(ast.parse((REPO / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+            assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"

@@ -73,7 +73,7 @@ class Run:
         state |= changes
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "study.json") as temporary:
-            temporary.write_text(json.dumps(state, indent=1) + "\n")
+            temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     def count(self, state: dict, seconds: float, processor: float, trained: bool) -> None:
         """Writes that a start has ended."""
@@ -83,7 +83,7 @@ class Run:
     def finish(self, state: dict, keep: bool) -> None:
         """Writes the figures of a run that is done, and removes its checkpoints unless they are kept."""
         found = {}
-        for line in (self.folder / "log.txt").read_text().splitlines():
+        for line in (self.folder / "log.txt").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             found |= {name: record[name] for name in ("train_loss", "val_loss") if name in record}
         if self.card is not None:
@@ -165,7 +165,7 @@ class Runner:
 
     def check(self, run: Run, status: int) -> None:
         if status:
-            lines = (run.folder / "out.txt").read_text(errors="replace").split("\n")
+            lines = (run.folder / "out.txt").read_text(encoding="utf-8", errors="replace").split("\n")
             raise TrainingError(next(filter(str.strip, reversed(lines)), f"exit status {status}"))
 
     def call(self, run: Run, environment: dict, script: str, words: list) -> tuple[int, float, float]:
