@@ -37,9 +37,10 @@ from util.rng import seed_all
 from util.run.run_log import log_arguments, write_log
 from util.sizes import image_size
 from util.weights.describe import read_model_info
-from util.weights.encoder import check_final_norm
+from util.weights.encoder import check_final_norm, encoder_state
 from util.weights.files import read_file
 from util.weights.flags import adopt_model_info
+from util.weights.state import registers
 
 import models_vit  # isort: skip
 
@@ -77,10 +78,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def adopt_flags(args: argparse.Namespace, content: dict, given: set[str]) -> None:
-    """Takes the model's flags from a file that stores them, and the pixel range of any checkpoint; UserError
-    where a `given` one contradicts.
+    """Takes the model's flags from a file that stores them, registers and pixel range of any checkpoint;
+    UserError where a `given` one contradicts.
     """
     adopt_pixel_range(args, content, args.finetune, args.in_chans if "in_chans" in given else 0)
+    args.registers = registers(encoder_state(content, f"--finetune {args.finetune}")[0])
     if isinstance(content.get("model_info"), dict):  # pooling is a choice here, and there is no head
         stored = read_model_info(content, f"--finetune {args.finetune}")
         info = {name: value for name, value in stored.items() if name not in ("global_pool", "nb_classes")}

@@ -58,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--decoder_num_heads", type=at_least(1), help="default: the model's")
     flag("--decoder", default="self", choices=["self", "cross"],
          help="self: the paper's; cross: masked patches look at the visible ones alone (models_cross.py)")
+    flag("--registers", default=0, type=at_least(0), metavar="N", help="register tokens of the encoder")
     flag("--predict_ratio", default=1.0, type=float, metavar="R",
          help="with --decoder cross: share of the masked patches that a step predicts and scores")
 
@@ -123,8 +124,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def build_model(args: argparse.Namespace) -> models_mae.MaskedAutoencoderViT:
     """The named model with the sizes that the flags override; raises UserError for sizes that do not fit."""
-    sizes = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-    overrides = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    sizes = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "registers")
+    overrides = {name: getattr(args, name) for name in sizes if getattr(args, name)}
     if args.decoder == "cross":
         from models_cross import CrossDecoderViT  # only runs with such a decoder need it
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from util.cli.flags import Constructors
-from util.compute.blocks import Block, run_blocks
+from util.compute.blocks import Block, add_registers, drop_registers, run_blocks
 from util.console import say
 from util.pos_embed import get_2d_sincos_pos_embed
 
@@ -31,6 +31,7 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: hidden width of the blocks' MLPs over their width.
         norm_layer: constructor of the normalisations.
         norm_pix_loss: the target is each patch with its mean removed and its variance made one.
+        registers: learned tokens beside the others in the encoder, dropped after it (arXiv 2309.16588).
 
     Setting `grad_checkpointing` trades time for memory (`util.compute.blocks.run_blocks`).
 
@@ -54,6 +55,7 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio=4.0,
         norm_layer=nn.LayerNorm,
         norm_pix_loss=False,
+        registers=0,
     ):
         super().__init__()
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -65,6 +67,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = self.patch_embed.num_patches + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
@@ -97,6 +100,8 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -163,8 +168,8 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_encoder(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
         """(N, C, H, W) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
         x, mask, ids_restore = self.embed_visible(x, mask_ratio, noise)  # (N, 1 + K, D)
-        x = run_blocks(self.blocks, x, self.grad_checkpointing)
-        return self.norm(x), mask, ids_restore
+        x = run_blocks(self.blocks, add_registers(self, x), self.grad_checkpointing)
+        return self.norm(drop_registers(self, x)), mask, ids_restore
 
     def forward_decoder(self, x: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Latent (N, 1 + K, D) -> predicted patches (N, L, p * p * C)."""

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 import models_vit
-from util.compute.blocks import run_blocks
+from util.compute.blocks import add_registers, drop_registers, run_blocks
 
 HEADS = ("linear", "upsample")
 
@@ -77,10 +77,10 @@ class SegmentationTransformer(models_vit.VisionTransformer):
         x = self.patch_embed(x)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len(x) would fix the number in an export
         x = self.pos_drop(torch.cat([cls_token, x], dim=1) + self.pos_embed)
-        x, done, found = self.norm_pre(self.patch_drop(x)), 0, []
+        x, done, found = add_registers(self, self.norm_pre(self.patch_drop(x))), 0, []
         for layer in self.layers:
             x, done = run_blocks(self.blocks[done:layer], x, self.grad_checkpointing), layer
-            found.append(self.norm(x)[:, 1:])  # (N, L, D), without the class token
+            found.append(self.norm(drop_registers(self, x))[:, 1:])  # (N, L, D), without the class token
         return torch.cat(found, dim=-1).transpose(1, 2).unflatten(2, grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

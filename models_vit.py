@@ -18,13 +18,13 @@ from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from util.cli.flags import Constructors
-from util.compute.blocks import Block, run_blocks
+from util.compute.blocks import Block, add_registers, drop_registers, run_blocks
 
 
 class VisionTransformer(nn.Module):
     """ViT classifier.
 
-    Arguments are timm's, and `global_pool`:
+    Arguments are timm's, `global_pool` and `registers`:
         global_pool: False ("token"): final `norm`, then the class token. True ("avg"): mean over the patch
             tokens (class token left out), then `fc_norm`; there is no `norm` then.
         img_size: int or (height, width) in pixels, divisible by patch_size (int or pair).
@@ -35,6 +35,8 @@ class VisionTransformer(nn.Module):
         drop_rate: dropout before the head; pos_drop_rate: before the blocks; proj_drop_rate and
             attn_drop_rate: inside them.
         embed_layer, block_fn: constructors of patch embedding and blocks.
+        registers: learned tokens without a position that go through the blocks beside the others (timm's
+            `reg_tokens`; arXiv 2309.16588).
         block: what else timm's block takes (act_layer, mlp_layer, attn_layer, init_values, qk_norm, ...).
 
     `pos_drop`, `patch_drop` and `norm_pre` are timm's places between positional embedding and blocks; the
@@ -66,6 +68,7 @@ class VisionTransformer(nn.Module):
         norm_layer=None,
         embed_layer=PatchEmbed,
         block_fn=Block,
+        registers=0,
         **block,
     ):
         super().__init__()
@@ -77,6 +80,7 @@ class VisionTransformer(nn.Module):
         # The order of registration is that of the optimizer's parameter groups, which is part of what a
         # checkpoint's optimizer state means: `head` comes before `fc_norm`, but after `norm`.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.patch_embed = embed_layer(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
         )
@@ -116,6 +120,8 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(self._init_weights)
+        if self.reg_token is not None:
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -125,7 +131,7 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed although they have more than one dimension."""
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token", "reg_token"}
 
     def get_classifier(self) -> nn.Module:
         """The head; `nn.Identity` where there is none."""
@@ -149,7 +155,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x)  # (N, L, D)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # (N, 1, D)
         x = self.pos_drop(torch.cat([cls_token, x], dim=1) + self.pos_embed)  # (N, 1 + L, D)
-        return run_blocks(self.blocks, self.norm_pre(self.patch_drop(x)), self.grad_checkpointing)
+        x = add_registers(self, self.norm_pre(self.patch_drop(x)))
+        return drop_registers(self, run_blocks(self.blocks, x, self.grad_checkpointing))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W) -> pooled, normed features (N, D)."""

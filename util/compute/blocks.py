@@ -125,3 +125,15 @@ def run_blocks(
     for block in blocks:
         x = checkpoint(block, x, *more, use_reentrant=False) if recompute else block(x, *more)
     return x
+
+
+def add_registers(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Tokens (N, T, D), and behind them a model's R register tokens, if it has any (N, T + R, D)."""
+    registers = getattr(model, "reg_token", None)
+    return x if registers is None else torch.cat([x, registers.expand(x.shape[0], -1, -1)], dim=1)
+
+
+def drop_registers(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Tokens (N, T + R, D) without those (N, T, D)."""
+    registers = getattr(model, "reg_token", None)
+    return x if registers is None else x[:, : -registers.shape[1]]

@@ -235,11 +235,7 @@ def build_loader(
     options = {}
     num_workers, prefetch, pin_mem = _that_fit(dataset, batch_size, num_workers, pin_mem)
     if num_workers > 0:
-        options = {
-            "prefetch_factor": prefetch,
-            "persistent_workers": True,
-            "worker_init_fn": _init_worker,
-        }
+        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _init_worker}
     return ImageLoader(
         dataset,
         batch_size,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
+from util.compute.blocks import add_registers, drop_registers
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
 from util.compute.prefetch import on_host
 from util.data.loader import Batch
@@ -38,10 +39,10 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
         return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
-    x = torch.cat([cls_token, x], dim=1)
+    x = add_registers(model, torch.cat([cls_token, x], dim=1))
     for block in model.blocks:
         x = block(x)
-    x = model.norm(x)
+    x = model.norm(drop_registers(model, x))
     return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.compute.blocks import drop_registers
 from util.errors import UserError
 from util.evaluate.features import encoder_features, extract_features
 from util.processes.collectives import log
@@ -52,6 +53,7 @@ class EveryBlock(nn.Module):
         pooled, tokens = [], []
 
         def keep(block: int, output: Tensor) -> None:
+            output = drop_registers(self.model, output)
             if hasattr(self.model, "fc_norm"):
                 mean = self.model.fc_norm(output[:, 1:].mean(dim=1))
                 normed = F.layer_norm(output, output.shape[-1:], eps=1e-6)

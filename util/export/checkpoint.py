@@ -10,6 +10,7 @@ from util.weights.schema import plain
 
 FULL = ("norm_pix_loss", "mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 _SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "pixel_range", "num_heads")
+_SETTINGS += ("registers",)
 _CLASSIFIER = ("global_pool", "nb_classes", "class_names", "recipe")
 _CLASSIFIER += ("task", "thresholds", "target_mean", "target_std")
 _FLAGS = (

@@ -48,6 +48,9 @@ def write(source: Source, folder: Path) -> None:
     if source.mae is not None and is_cross(source.state):
         raise UserError("--to hf: its ViTMAE has no cross-attention decoder; pass --encoder_only, or --to "
                         "safetensors, which keeps it")  # fmt: skip
+    if "registers" in info and not name.startswith("TimmWrapper"):
+        raise UserError("--to hf: its ViT and ViTMAE have no register tokens; --to timm, safetensors, "
+                        "torch_export and onnx keep them")  # fmt: skip
     if height != width and name.startswith("ViTMAE"):
         raise UserError(f"--to hf: its ViTMAE takes square images only, this model {height}x{width}; "
                         "--to timm, torch_export or onnx can take them")  # fmt: skip

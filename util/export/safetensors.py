@@ -13,6 +13,8 @@ from util.export.files import render, write_safetensors
 from util.export.source import Source
 from util.weights.state import is_cross
 
+SIZES = ("patch_size", "in_chans", "registers")
+
 
 def write(source: Source, folder: Path) -> None:
     """Writes `model.safetensors`: this code's tensors, as float16 if they are, and the settings."""
@@ -41,7 +43,7 @@ def usage(source: Source, folder: str) -> str:
     """Code that loads the export with nothing but this code's model files."""
     info, full, cross = source.info, source.part == "full", is_cross(source.state)
     module = models_cross if cross else models_mae if full else models_vit
-    args = {"img_size": tuple(info["input_size"])} | {key: info[key] for key in ("patch_size", "in_chans")}
+    args = {"img_size": tuple(info["input_size"])} | {key: info[key] for key in SIZES if key in info}
     if full:
         args |= {key: info[key] for key in FULL if key != "mask_ratio"}
     else:

@@ -38,8 +38,8 @@ class Source(WeightsFile):
 
         nb_classes, global_pool and recipe are there for a classifier only, decoder_* for a full model only.
         """
-        names = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
-        info = {name: self.sizes[name] for name in names} | self.decoder
+        names = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "registers")
+        info = {name: self.sizes[name] for name in names if name in self.sizes} | self.decoder
         names = (
             "model",
             "input_size",

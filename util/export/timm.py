@@ -40,13 +40,17 @@ def _model(source: Source) -> tuple[str, dict]:
         "mlp_ratio": info["mlp_dim"] / info["embed_dim"],
     }
     args = {key: value for key, value in args.items() if value != usual[key]}
+    args |= {"reg_tokens": info["registers"]} if "registers" in info else {}
     return name, args | ({"global_pool": "avg"} if source.pooled else {})
 
 
 def write(source: Source, folder: Path) -> None:
     """Writes `model.safetensors`, and the `config.json` that `local-dir:` reads."""
-    write_safetensors(folder / "model.safetensors", source.vit.state_dict())
-    info, (name, args) = source.info, _model(source)
+    info, (name, args), state = source.info, _model(source), source.vit.state_dict()
+    if count := args.get("reg_tokens"):  # timm gives them places, all 0 here
+        first, table = state["pos_embed"].split([1, source.vit.patch_embed.num_patches], dim=1)
+        state["pos_embed"] = torch.cat([first, table.new_zeros(1, count, table.shape[2]), table], dim=1)
+    write_safetensors(folder / "model.safetensors", state)
     classes = args.pop("num_classes", source.vit.num_classes)
     pooling = "avg" if source.pooled else "token"
     config = {
@@ -98,7 +102,8 @@ def check(source: Source, path: Path) -> dict[str, tuple[torch.Tensor, torch.Ten
     tokens, features = source.tokens(images), source.vit.forward_features(images)
     for way, model in models.items():
         theirs = model.eval().forward_features(images)
-        outputs[f"tokens, {way}"] = theirs, tokens
+        without = torch.cat([theirs[:, :1], theirs[:, model.num_prefix_tokens :]], dim=1)
+        outputs[f"tokens, {way}"] = without, tokens
         outputs[f"features, {way}"] = model.forward_head(theirs, pre_logits=True), features
         if source.vit.num_classes:
             outputs[f"logits, {way}"] = model(images), source.logits(images)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.compute.blocks import add_registers
 from util.errors import UserError
 from util.figures.canvas import Panels, as_pictures
 from util.figures.reconstruction import evaluation_mode
@@ -39,11 +40,13 @@ def block_attention(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def encode(model: nn.Module, images: Tensor, blocks: int) -> Tensor:
-    """Tokens (N, 1 + L, D) of whole, unmasked images (N, C, H, W) after the first `blocks` of a model."""
+    """Tokens of whole, unmasked images (N, C, H, W) after the first `blocks` of a model: (N, 1 + L, D), and
+    those of registers behind them.
+    """
     images = images.to(next(model.parameters()).device)
     x = model.patch_embed(images) + model.pos_embed[:, 1:]
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
-    x = torch.cat([cls_token, x], dim=1)
+    x = add_registers(model, torch.cat([cls_token, x], dim=1))
     for block in model.blocks[:blocks]:
         x = block(x)
     return x
@@ -58,11 +61,12 @@ def class_token_attention(model: nn.Module, images: Tensor) -> Tensor:
         images: (N, C, H, W), normalised.
 
     Returns:
-        (N, heads, rows, columns) on the CPU. A map sums to at most 1: the class token itself has the rest.
+        (N, heads, rows, columns) on the CPU. A map sums to at most 1: the class token
+        itself and registers have the rest.
     """
     with evaluation_mode(model):
         x = encode(model, images, len(model.blocks) - 1)
-        weights = block_attention(model.blocks[-1], x)[:, :, 0, 1:]
+        weights = block_attention(model.blocks[-1], x)[:, :, 0, 1 : 1 + model.patch_embed.num_patches]
     return weights.unflatten(-1, model.patch_embed.grid_size).cpu()
 
 

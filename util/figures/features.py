@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.compute.blocks import drop_registers
 from util.figures.attention import encode
 from util.figures.canvas import Panels, as_pictures
 from util.figures.reconstruction import evaluation_mode
@@ -27,7 +28,7 @@ def patch_features(model: nn.Module, images: Tensor, batch_size: int = 32) -> Te
     norm = getattr(model, "norm", nn.Identity())
     with evaluation_mode(model):
         parts = [norm(encode(model, part, len(model.blocks))) for part in images.split(batch_size)]
-    return torch.cat([part[:, 1:].float().cpu() for part in parts])
+    return torch.cat([drop_registers(model, part)[:, 1:].float().cpu() for part in parts])
 
 
 def components(features: Tensor, count: int = 3) -> Tensor:

@@ -23,7 +23,7 @@ from util.weights.describe import read_model_info
 from util.weights.encoder import LoadReport, encoder_state, has_encoder, load_into
 from util.weights.files import read_file
 from util.weights.flags import adopt_model_info, check_class_names, warn_of_other_stats
-from util.weights.state import check_state, model_state
+from util.weights.state import check_state, model_state, registers
 
 
 def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -83,7 +83,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
         return None
     source, content = checkpoint
     args.resume = source  # what "auto" has found stands in the log and in later checkpoints
-    model_state(content, f"--resume {source}")
+    args.registers = registers(model_state(content, f"--resume {source}"))
     info = read_model_info(content, f"--resume {source}")
     if "recipe" not in info:
         state, kind = encoder_state(content, f"--resume {source}")
@@ -121,8 +121,8 @@ def prepare_classes(
 
 def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTransformer:
     """The named model with the sizes that the flags say; raises UserError for sizes that do not fit."""
-    if args.patch_size is not None:
-        extra["patch_size"] = args.patch_size
+    sizes = {name: getattr(args, name, None) for name in ("patch_size", "registers")}
+    extra |= {name: value for name, value in sizes.items() if value}
     try:
         model = construct(
             models_vit.MODELS[args.model],
@@ -142,10 +142,11 @@ def build_classifier(args: argparse.Namespace, **extra) -> models_vit.VisionTran
 
 
 def read_start(args: argparse.Namespace) -> dict | None:
-    """The content of `--finetune FILE` for `start_from`, if any; `args` get the pixel range that it says."""
+    """The content of `--finetune FILE` for `start_from`, if any; `args` get its registers and pixel range."""
     if not getattr(args, "finetune", "") or getattr(args, "eval", False):
         return None
     content = _read(args)
+    args.registers = registers(encoder_state(content, f"--finetune {args.finetune}")[0])
     if isinstance(getattr(args, "pixel_range", "auto"), str | list):  # not settled by --resume
         adopt_pixel_range(args, content, f"--finetune {args.finetune}", args.in_chans)
     return content

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models_mae import MaskedAutoencoderViT, gather_tokens
 from models_vit import VisionTransformer
-from util.compute.blocks import run_blocks
+from util.compute.blocks import add_registers, drop_registers, run_blocks
 from util.errors import UserError
 from util.files import printable
 from util.processes.collectives import log
@@ -111,12 +111,16 @@ def teach(lesson: Lesson, imgs: Tensor, ids_restore: Tensor, visible: int) -> Te
     )
     cls_token = (teacher.cls_token + teacher.pos_embed[:, :1]).expand(len(x), -1, -1)
     *before, last = teacher.blocks
-    x = run_blocks(before, torch.cat([cls_token, x], dim=1))
-    return last(x) if lesson.features else attention_maps(last, x)
+    x = run_blocks(before, add_registers(teacher, torch.cat([cls_token, x], dim=1)))
+    if lesson.features:
+        return drop_registers(teacher, last(x))
+    return attention_maps(last, drop_registers(teacher, x))
 
 
 def attention_maps(block: nn.Module, x: Tensor) -> Tensor:
-    """Weights (N, heads, T, T) with which a timm block mixes tokens (N, T, D); torch compiles this."""
+    """Weights (N, heads, T, T) with which a timm block mixes tokens (N, T, D): among those alone, where
+    registers were beside them. Torch compiles this.
+    """
     q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1)).unbind(2)
     q, k = block.attn.q_norm(q).transpose(1, 2), block.attn.k_norm(k).transpose(1, 2)
     return at_least_float32(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
@@ -152,10 +156,11 @@ class Student(MaskedAutoencoderViT):
         blocks, place, recompute = list(self.blocks), self.lesson.block - 1, self.grad_checkpointing
         x, mask, ids_restore = self.embed_visible(imgs, mask_ratio, noise)  # (N, 1 + K, D)
         target = teach(self.lesson, imgs, ids_restore, x.shape[1] - 1)
-        before = run_blocks(blocks[:place], x, recompute)
+        before = run_blocks(blocks[:place], add_registers(self, x), recompute)
         after = run_blocks(blocks[place : place + 1], before, recompute)
-        x = self.norm(run_blocks(blocks[place + 1 :], after, recompute))
+        x = self.norm(drop_registers(self, run_blocks(blocks[place + 1 :], after, recompute)))
         loss = self.forward_loss(imgs, *self.predict(x, mask, ids_restore))
+        before, after = drop_registers(self, before), drop_registers(self, after)  # either may have its own
         if self.lesson.features:
             own = self.teacher_map(after) if hasattr(self, "teacher_map") else after
             return loss, feature_distance(own, target)

@@ -71,14 +71,7 @@ def save_in_background(
     loss_scaler,
     step: int = 0,
     best: bool = False,
-    *,
-    run: dict | None = None,
-    stats: dict | None = None,
-    evaluated: bool | None = None,
-    meters: list | None = None,
-    model_info: dict | None = None,
-    best_acc1: float | None = None,
-    model_ema: dict | None = None,
+    **entries,
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
 
@@ -91,12 +84,10 @@ def save_in_background(
         model: bare, not its wrapper.
         step: micro-steps done of that epoch when it is not complete.
         best: also make it `checkpoint-best.pth`.
-        run, stats, evaluated, meters, model_info, best_acc1, model_ema: entries, see `RunState`.
+        entries: run, stats, evaluated, meters, model_info, best_acc1, model_ema of `RunState`, but None.
 
     Returns the path, or None on other processes.
     """
-    entries = {"run": run, "stats": stats, "evaluated": evaluated, "meters": meters, "model_info": model_info}
-    entries |= {"best_acc1": best_acc1, "model_ema": model_ema}
     if not getattr(args, "output_dir", "") or not (is_main_process() or is_sharded(model)):
         return None
     content = {

@@ -12,8 +12,9 @@ from util.weights.schema import comparable, in_words
 
 # Every flag of the training scripts is in one group. PRETRAIN.md shows table and rules word for word
 GROUPS = {
-    "model": "model input_size patch_size in_chans mean std pixel_range decoder_embed_dim decoder_depth "
-    "decoder_num_heads decoder global_pool nb_classes trainable_blocks mode layers init_freeze opt opt_args",
+    "model": "model input_size patch_size in_chans mean std pixel_range registers decoder_embed_dim "
+    "decoder_depth decoder_num_heads decoder global_pool nb_classes trainable_blocks mode layers init_freeze "
+    "opt opt_args",
     "data": "data_path labels label_columns task group_column folds fold pages loader shuffle repeated_aug "
     "no_aug cache_features cache_views color_jitter aa reprob remode recount",
     "recipe": "mask_ratio predict_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr "

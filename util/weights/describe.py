@@ -25,7 +25,7 @@ from util.weights.encoder import count_blocks, encoder_state, has_encoder, part_
 from util.weights.flags import FLAGS, settle
 from util.weights.hugging_face import decoder_from_hugging_face
 from util.weights.schema import check_settings, said_settings, stored_settings
-from util.weights.state import not_finite
+from util.weights.state import not_finite, registers
 
 _DECODER = {"mask_token", "decoder_embed.weight", "decoder_pred.weight"}  # every decoder has these
 _OTHERS = ("args", "model_info", "epoch", "config", "preprocessor", "settings")  # entries beside the tensors
@@ -160,13 +160,13 @@ def _sizes(state: dict, info: dict, said: dict, path) -> dict:
         "img_size": size, "patch_size": side, "in_chans": channels, "embed_dim": width,
         "depth": depth, "num_heads": heads, "mlp_ratio": len(mlp) / width,
         "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        **({"registers": number} if (number := registers(state)) else {}),
     }  # fmt: skip
 
 
 def _heads(flag: str, said: dict, width: int, depth: int, named: dict, path) -> int:
     """Attention heads: what the file or the flag says, else those of the `named` model of this size."""
-    heads = said[flag]
-    if heads is None:  # the last stack of a masked autoencoder is its decoder
+    if (heads := said[flag]) is None:  # the last stack of a masked autoencoder is its decoder
         stacks = (_stacks(constructor)[-1] for constructor in named.values())
         heads = next((stack[2] for stack in stacks if stack[:2] == (width, depth)), None)
     if heads is None:

@@ -22,19 +22,18 @@ from util.weights.files import read_file
 from util.weights.hugging_face import from_hugging_face
 from util.weights.layouts import own_names, take_weights
 from util.weights.schema import stored_settings
-from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite
+from util.weights.state import compare_state, describe_kind, foreign_kind, model_state, not_finite, registers
 
-# Keys that a file need not have: the head is new in every recipe, and which norm there is depends on pooling
-_OPTIONAL = ("head.", "fc_norm.", "norm.")
-_ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+# Keys that a file need not have: a recipe's head is new, so are registers asked for; norms go with pooling
+_OPTIONAL = ("head.", "fc_norm.", "norm.", "reg_token")
+_ENCODER = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "blocks.")
 
 # Dimensions of the tensors that sizes are read off: of every encoder, and of those that may be there
 _RANKS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-_LATER = {"head.weight": 2, "head.1.weight": 2, "mask_token": 3}
+_LATER = {"head.weight": 2, "head.1.weight": 2, "mask_token": 3, "reg_token": 3}
 _LATER |= {"blocks.0.mlp.fc1.bias": 1, "blocks.0.mlp.fc1.weight": 2, "decoder_blocks.0.mlp.fc1.bias": 1}
 
-# Keys that a file may have besides: what comes after or beside the encoder. Anything else would change what
-# the encoder computes (register tokens, a norm before the blocks, ...)
+# Keys that a file may have besides, after or beside the encoder. Any other would change what it computes
 _BESIDE = ("decoder", "mask_token", "masked_embed", "head", "pre_logits", "pooler", "classifier", "beside.",
            "teacher_map")  # fmt: skip
 
@@ -247,17 +246,18 @@ def _fit_pos_embed(model, state, content, report, flag) -> None:
 def _misfit_text(model, state, where, kind, differences) -> str:
     """One line: what the file's encoder is, what the model's is, the first differences, what to do."""
 
-    def sizes(state: dict) -> tuple[int, int, int, int]:
+    def sizes(state: dict) -> tuple[int, int, int, int, int]:
         width, channels, _, patch = state["patch_embed.proj.weight"].shape
-        return count_blocks(state), width, channels, patch
+        return count_blocks(state), width, channels, patch, registers(state)
 
     theirs, ours = sizes(state), sizes(model.state_dict())
     if theirs == ours:
         return (f"{where} ({kind}): its encoder is no plain ViT, though of the model's size: "
                 f"{some(differences, 3, '; ')}")  # fmt: skip
-    words = "{} blocks, width {}, {} channels, patch {}"
+    words = "{} blocks, width {}, {} channels, patch {}" + ", {} registers" * any((theirs[4], ours[4]))
     hints = ["--model"] if theirs[:2] != ours[:2] else []
-    pairs = zip(("in_chans", "patch_size"), theirs[2:], ours[2:], strict=True)
+    hints += [f"--registers {theirs[4]}"] if theirs[4] != ours[4] else []
+    pairs = zip(("in_chans", "patch_size"), theirs[2:4], ours[2:4], strict=True)
     hints += [f"--{flag} {their} (--{flag} {our} adapts it)" for flag, their, our in pairs if their != our]
     return (
         f"{where} ({kind}): its encoder ({words.format(*theirs)}) does not fit the model "

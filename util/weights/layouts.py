@@ -90,4 +90,10 @@ def own_names(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
         if value is not None and f"{start}qkv.bias" not in state:
             state[f"{start}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
             del state[f"{start}q_bias"], state[f"{start}v_bias"]
+    registers, table = (state.get(name) for name in ("reg_token", "pos_embed"))
+    if getattr(registers, "ndim", 0) == getattr(table, "ndim", 0) == 3:
+        count = registers.shape[1]
+        told += f", {count} registers"
+        if not table[:, 1 : 1 + count].any():  # timm's places for them, which ours have not
+            state["pos_embed"] = torch.cat([table[:, :1], table[:, 1 + count :]], dim=1)
     return state, told

@@ -84,6 +84,12 @@ def is_cross(state: dict) -> bool:
     return "decoder_blocks.0.attn.kv.weight" in state
 
 
+def registers(state: dict) -> int:
+    """Number of the encoder's register tokens in a state dict."""
+    token = state.get("reg_token")
+    return token.shape[1] if token is not None and token.ndim == 3 else 0
+
+
 def not_finite(state: dict) -> str:
     """Name of the first tensor of a state dict with NaN or inf in it; "" if there is none."""
     bad = (k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all())
