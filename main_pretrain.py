@@ -157,10 +157,9 @@ def main(args: argparse.Namespace) -> None:
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
     log_arguments(args)
 
-    # Data: no padding and no partial batch
+    # Data
     dataset = build_pretrain_dataset(args)
     check_agreement(args, images=len(dataset))
-    loader, sampler = train_loader(dataset, args, run.pin_memory, "images of the set")
     val_set = build_val_dataset(args) if args.vis_freq else None
 
     # Model
@@ -171,7 +170,8 @@ def main(args: argparse.Namespace) -> None:
     if asks(args):
         from util.recipes.questions import ask
 
-        ask(model, args, run, dataset)
+        ask(model, args, run, dataset, val_set)
+    loader, sampler = train_loader(dataset, args, run.pin_memory, "images of the set")  # no partial batch
     if args.size_schedule:
         from util.recipes.sizes import SizeSchedule
 

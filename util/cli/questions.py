@@ -14,7 +14,8 @@ def add_question_args(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag("--mask", default="random", choices=["random", "block", "grid", "inverse_block", "file"],
          help="hides any patches, blocks, all but one of every 2x2, all but a block, or what a file says")
-    flag("--mask_file", default="", metavar="FILE", help="of --mask file: a picture or .npy, white is hidden")
+    flag("--mask_file", default="", metavar="FILE|DIR",
+         help="of --mask file: a picture or .npy, white is hidden; or a folder with one for each image")
     flag("--visible_loss", default=0, type=at_least(0, float), metavar="W", help="weight of visible patches")
     flag("--target", choices=[*PIXELS, *NO_PIXELS],
          help="what is predicted of a patch (default: pixels; norm_pixels is --norm_pix_loss)")

@@ -237,13 +237,7 @@ def build_loader(
     if num_workers > 0:
         options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _init_worker}
     return ImageLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_mem,
-        drop_last=drop_last,
-        collate_fn=collate,
+        dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=pin_mem,
+        drop_last=drop_last, collate_fn=collate, **options,
         generator=torch.Generator(),  # its draw of worker seeds must not move the training's generator
-        **options,
-    )
+    )  # fmt: skip

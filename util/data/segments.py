@@ -62,7 +62,7 @@ class SegmentedImages(ImageDataset):
         image, place = self.decode(path), mask_of(path, self.files.root, self.masks)
         mask = read_mask(place)
         if mask.shape != image.shape[:2]:
-            raise BadImage(place, _other_size(mask.shape, image.shape))
+            raise BadImage(place, other_size(mask.shape, image.shape))
         if beyond := [v for v in np.unique(mask).tolist() if v >= self.num_classes and v != self.ignore]:
             raise BadImage(place, _beyond(beyond, self.num_classes, self.ignore))
         mask[mask == self.ignore] = self.num_classes
@@ -205,7 +205,7 @@ def _look_at(path: str, images: str, masks: str) -> tuple[Counter, str]:
     except Exception:  # no picture of Pillow's: its size is compared when it is read
         size = mask.shape
     if mask.shape != size:
-        return Counter(), f"{place}: {_other_size(mask.shape, size)}"
+        return Counter(), f"{place}: {other_size(mask.shape, size)}"
     return Counter(
         dict(zip(*(part.tolist() for part in np.unique(mask, return_counts=True)), strict=True))
     ), ""
@@ -253,7 +253,7 @@ def read_class_names(args: Namespace, stored: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def _other_size(mask: tuple, image: tuple) -> str:
+def other_size(mask: tuple, image: tuple) -> str:
     return f"a mask of {mask[1]}x{mask[0]} pixels for an image of {image[1]}x{image[0]}"
 
 

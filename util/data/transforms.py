@@ -167,11 +167,13 @@ class EvalTransform:
         self.size, self.depth = size_pair(size), depth
 
     def __call__(self, image: np.ndarray, rng: random.Random | None = None) -> torch.Tensor:
-        height, width = image.shape[:2]
+        return resize_crop(image, self.box(*image.shape[:2]), self.size, self.depth)
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of that part of a picture, in pixels."""
         scale = min(height / self.size[0], width / self.size[1])
         h, w = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
-        box = round((height - h) / 2), round((width - w) / 2), h, w
-        return resize_crop(image, box, self.size, self.depth)
+        return round((height - h) / 2), round((width - w) / 2), h, w
 
 
 def reference_transform(size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Callable:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.data.read import open_pil
+from util.data.read import BadImage, open_pil
 from util.errors import UserError
 from util.figures.canvas import Panels, draw_grid
 from util.rng import masked_by
@@ -37,14 +37,10 @@ def read_mask(path: str | os.PathLike, grid: tuple[int, int], sizes: Sequence[tu
         UserError: no picture, of another size, or one that removes all patches or none.
     """
     try:
-        own = os.fspath(path).lower().endswith(".npy")
-        pixels = np.load(path) if own else np.asarray(open_pil(os.fspath(path), "L"))
-        height, width = pixels.shape
-        pixels = pixels.astype(np.float64) / (255 if pixels.max(initial=0) > 1 else 1)
+        pixels = mask_pixels(os.fspath(path))
     except UserError as error:
         raise UserError(f"--mask_file {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--mask_file {path}: is no mask of rows and columns: {error}") from None
+    height, width = pixels.shape
     if sizes and (height, width) not in sizes:
         wanted = " or ".join(f"{rows}x{columns}" for rows, columns in sizes)
         raise UserError(f"--mask_file {path}: is {height}x{width}, and must be {wanted} (patches, or pixels)")
@@ -61,6 +57,17 @@ def read_mask(path: str | os.PathLike, grid: tuple[int, int], sizes: Sequence[tu
             f"--mask_file {path}: removes {share} of the {rows}x{columns} patches; white is removed"
         )
     return removed
+
+
+def mask_pixels(path: str) -> np.ndarray:
+    """Brightness, float64 (H, W) in [0, 1], of a mask picture or `.npy`; raises BadImage."""
+    try:
+        pixels = np.load(path) if path.lower().endswith(".npy") else np.asarray(open_pil(path, "L"))
+        if pixels.ndim != 2:
+            raise ValueError(f"its shape is {pixels.shape}")
+        return pixels.astype(np.float64) / (255 if pixels.max(initial=0) > 1 else 1)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadImage(path, f"is no mask of rows and columns: {error}") from None
 
 
 def mask_noise(removed: Tensor, rows: int) -> tuple[Tensor, float]:

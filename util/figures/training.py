@@ -45,6 +45,8 @@ def write_pictures(
     normalized = normalize_batch(images, device, args.mean, args.std)
     with evaluation_mode(model):  # with --size_schedule it is of another size in training
         noise = fixed_masks(model, len(images), args.mask_ratio)
+        if hasattr(model, "take_masks"):  # of `util.recipes.mask_folder`
+            normalized, noise = model.take_masks(normalized, noise)
         picture: Image.Image = reconstruction_grid(
             model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
         )

@@ -1,5 +1,6 @@
 """Other masks, targets and losses of pre-training (`util.cli.questions`), made of a run's model in place."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -45,18 +46,18 @@ class Targeted(MaskedAutoencoderViT):
         return (loss * weight).sum() / weight.sum()
 
 
-def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None:
+def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset, val_set=None) -> None:
     """Changes `model` as the flags say; call it when the model has its first weights, before the optimizer.
 
     Args:
         args: gets mask_digest and the mask_ratio of a mask file, and what `make_student` sets.
-        dataset: training images, for "pca".
+        dataset: training images, for "pca"; both sets get the masks of a folder.
 
     Raises:
         UserError: flags or files that do not fit each other or the model.
     """
-    own, bases = type(model), []
-    if args.mask != "random" or args.mask_file:
+    own, bases, folder = type(model), [], os.path.isdir(args.mask_file)
+    if (args.mask != "random" or args.mask_file) and not folder:
         if not takes_noise(model):
             raise UserError(f"--mask {args.mask}: {args.model} draws its own masks; leave the flag out")
         set_masks(model, args, run)
@@ -79,6 +80,10 @@ def ask(model: MaskedAutoencoderViT, args: Namespace, run: Run, dataset) -> None
         from util.recipes.teacher import make_student
 
         make_student(model, args, run.device)
+    if folder:
+        from util.recipes.mask_folder import use_folder
+
+        use_folder(model, args, dataset, val_set)
 
 
 def set_masks(model: MaskedAutoencoderViT, args: Namespace, run: Run) -> None:
@@ -88,8 +93,8 @@ def set_masks(model: MaskedAutoencoderViT, args: Namespace, run: Run) -> None:
         return
     sized = getattr(args, "size_schedule", None)
     if args.mask != "file" or not args.mask_file or "mask_ratio" in run.given or sized:
-        raise UserError("--mask file: needs a --mask_file FILE, which needs it, and goes without "
-                        "--mask_ratio and --size_schedule")  # fmt: skip
+        raise UserError("--mask file: needs a --mask_file FILE, which needs it, or a folder; a FILE goes "
+                        "without --mask_ratio and --size_schedule")  # fmt: skip
     from util.figures.reconstruction import mask_noise, read_mask
     from util.weights.files import digest
 
