@@ -68,7 +68,7 @@ def save_vit(folder, global_pool, probe=False, **changes):
         model="vit_tiny_patch16", global_pool=global_pool, input_size=(height, width), patch_size=8,
         nb_classes=5,
         in_chans=vit.patch_embed.proj.in_channels, mean=MEAN, std=STD, num_heads=3,
-        class_names=["bee", "ant", "big cat", "dog", "eel"], recipe="linprobe" if probe else "finetune",
+        class_names=["bee", "ant", "big cat", "d<o>g", "eel"], recipe="linprobe" if probe else "finetune",
     )  # fmt: skip
     path = folder / "checkpoint-best.pth"
     torch.save({"model": vit.state_dict(), "epoch": 2, "model_info": info, "args": {"lr": 1e-3}}, path)

@@ -138,6 +138,7 @@ def test_muons_steps_are_those_of_a_plain_implementation(monkeypatch):
         ("muon", ["momentum=nan"], r"--opt_args momentum=nan: a step fails: "),  # a word to Python
         ("muon", ["betas=0.9"], r"--opt_args betas=0\.9: a step fails: "),  # of its AdamW part
         ("muon", ["ns_steps=2.5"], r"--opt_args ns_steps=2\.5: a step fails: "),
+        ("muon", ["ns_steps=-1"], r"--opt_args ns_steps=-1: must be 1 or more"),
         ("lion", ["betas=(0.9, 1)", "betas=(0.8, 1)"], r"betas is there twice"),
         ("sgd", ["momentum=1e999", "nesterov=True"], r"a step makes weights that are not finite"),
     ],

@@ -172,6 +172,7 @@ def test_classifier_as_safetensors(tmp_path, probe):
     close(again.logits(IMAGES), vit(IMAGES))
     assert again.info["class_names"][2] == "big cat"
     assert again.info["recipe"] == ("linprobe" if probe else "finetune")
+    assert "big cat, d&lt;o>g, eel." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_code_of_the_card_loads_the_safetensors(tmp_path, capsys):
@@ -287,13 +288,13 @@ def test_every_target_has_the_same_functions():
 
 
 def test_model_card(tmp_path):
-    path, _ = save_mae(tmp_path, model_note="a|b\n{{ c }}")
+    path, _ = save_mae(tmp_path, model_note="a|b\n{{ c }}<i>")
     run_export("--resume", path, "--to", "timm", "--output", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "\nlicense" not in card
     assert "| train_loss | 0.83 |" in card and "After epoch 7" in card  # the checkpoint's, not the log's last
     assert "| epochs | 400 |" in card and "| mask_ratio | 0.6 |" in card and "`photos`" in card
-    assert "| model_note | a\\|b {{ c }} |" in card  # stays in its cell, and is no template
+    assert "| model_note | a\\|b {{ c }}&lt;i> |" in card  # stays in its cell, is no template, no HTML
     assert "somebody" not in card and str(tmp_path) not in card  # nobody's folders
     assert 'checkpoint_path="out/model.safetensors"' in card and "Licence" in card
     (tmp_path / "log.txt").unlink()

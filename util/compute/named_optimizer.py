@@ -79,4 +79,6 @@ def optimizer_settings(args: Namespace) -> dict:
             settings[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             settings[name] = text
+    if isinstance(steps := settings.get("ns_steps"), int) and steps < 1:  # timm would leave out what Muon is
+        raise UserError(f"--opt_args ns_steps={steps}: must be 1 or more")
     return settings

@@ -110,8 +110,13 @@ def last_part(path) -> str:
 
 def _cell(value) -> str:
     """Text that stays in its cell of a Markdown table."""
+    return _plain(value).replace("|", "\\|")
+
+
+def _plain(value) -> str:
+    """Text in which a page of Markdown sees no HTML."""
     value = value.replace("\n", " ") if isinstance(value, str) else value
-    return shown(value, 300).replace("|", "\\|")
+    return shown(value, 300).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _quoted(text: str) -> str:
@@ -125,6 +130,6 @@ _TEMPLATES = Environment(
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _TEMPLATES.filters |= {
-    "cell": _cell, "last_part": last_part, "number": "{:g}".format, "printable": printable, "quoted": _quoted,
-    "shown": shown,
+    "cell": _cell, "last_part": last_part, "number": "{:g}".format, "plain": _plain, "printable": printable,
+    "quoted": _quoted,
 }  # fmt: skip

@@ -50,9 +50,11 @@ def choose(
             f"--in_chans {channels}: " + ("all are grey" if channels == 1 else "as the files have")
         )
     if gpu_memory is None:
-        batch, rate, kind = 32, 1e-3, "cpu"
+        batch, rate, kind = 32, 4e-3, "cpu"
         flags.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
-        reasons.append("tiny encoder, two decoder blocks: there is no GPU")
+        flags.update(opt="muon", opt_args=["ns_steps=3", "nesterov=True"])
+        reasons += ["tiny encoder, two decoder blocks: there is no GPU",
+                    "--opt muon: a better encoder after the same time (records/README.md)"]  # fmt: skip
         if matrix_unit:
             flags["amp_dtype"] = "bf16"
             reasons.append("--amp_dtype bf16: this CPU has a matrix unit for it, which float32 leaves idle")
