@@ -358,8 +358,8 @@ def test_mistakes(tmp_path, capsys):
         ({"model": decoder}, "a decoder without its encoder"),
         ({"model": {"conv1.weight": torch.zeros(3)}}, "not a vision transformer"),
         (
-            {"model": {**mae.state_dict(), "reg_token": torch.zeros(1)}},
-            "not a plain ViT of this code.*reg_token",
+            {"model": {**mae.state_dict(), "dist_token": torch.zeros(1)}},
+            "not a plain ViT of this code.*dist_token",
         ),
         ({"model": {k: v * float("nan") for k, v in mae.state_dict().items()}}, "its weights are not finite"),
     ]:

@@ -263,7 +263,8 @@ VIT = make_vit(depth=1).state_dict()
 BAD = {
     "another architecture": ({"model": VIT}, r"1 blocks, width 24.* does not fit .*2 blocks.*--model"),
     "conv net": ({"state_dict": conv_net()}, "not a vision transformer"),
-    "register tokens": ("reg_token", r"tensors that the model does not know \(reg_token\)"),
+    "register tokens": ("reg_token", r"4 registers\) does not fit .* 0 registers\).*--registers 4"),
+    "registers with positions": ("placed", "a position table of 20 patches is not square"),
     "video": ({"model": VIT | {"patch_embed.proj.weight": torch.zeros(24, 3, 2, 8, 8)}}, "a model of videos"),
     "no position table": ({"model": {k: v for k, v in VIT.items() if k != "pos_embed"}}, r"\(pos_embed\) is"),
     "half the blocks": ("half", r"its encoder \(1 blocks, width 24.* does not fit .*\(2 blocks"),
@@ -283,6 +284,7 @@ def test_bad_files_end_in_one_line(images, out, whole, name, capsys, tmp_path):
     state = whole[1].state_dict()
     parts = {
         "reg_token": state | {"reg_token": torch.zeros(1, 4, 24)},
+        "placed": state | {"reg_token": torch.zeros(1, 4, 24), "pos_embed": torch.ones(1, 21, 24)},
         "half": {k: v for k, v in state.items() if not k.startswith("blocks.1")},
         "part": {k: v for k, v in state.items() if not k.startswith("blocks.1.mlp")},
         "nan": state | {"norm.weight": torch.full((24,), torch.nan)},

@@ -119,7 +119,7 @@ def test_tensors_of_another_model_are_refused(tmp_path):
     path, mae = save_mae(tmp_path)
     content = read_file(path)
     for change, text in [
-        ({"reg_token": torch.zeros(1)}, "1 are not known"),
+        ({"dist_token": torch.zeros(1)}, "1 are not known"),
         ({"norm.weight": None}, "1 tensors are missing"),
         ({"norm.weight": torch.zeros(5)}, "1 have other shapes"),
     ]:
