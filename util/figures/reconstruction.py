@@ -15,7 +15,7 @@ from torch import Tensor
 
 from util.data.read import open_pil
 from util.errors import UserError
-from util.figures.canvas import Panels, draw_grid
+from util.figures.canvas import Panels
 from util.rng import masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -157,25 +157,6 @@ def column_headings(norm_pix_loss: bool, channels: int) -> tuple[str, ...]:
     return tuple(f"{name} ({note})" if note else name for name, note in zip(PANELS, notes, strict=True))
 
 
-def reconstruction_grid(
-    model: torch.nn.Module,
-    images: Tensor,
-    noise: Tensor,
-    mask_ratio: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    caption: str | None = None,
-    row_labels: Sequence[str] | None = None,
-) -> Image.Image:
-    """Draws the panels of `reconstruct` (same arguments), a row per image, under headings that fit `model`.
-
-    `caption` (such as "epoch 20, masked 75 %") and `row_labels` as in `draw_grid`; returns an RGB picture.
-    """
-    panels = reconstruct(model, images, noise, mask_ratio, mean, std)
-    headings = column_headings(model.norm_pix_loss, images.shape[1])
-    return draw_grid(headings, list(panels.values()), caption, row_labels)
-
-
 def ratio_panels(
     model: torch.nn.Module,
     images: Tensor,
@@ -184,7 +165,8 @@ def ratio_panels(
     std: Sequence[float],
     batch_size: int = 32,
 ) -> Panels:
-    """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
+    """The panels of `reconstruct` for one way of masking or several, a row per image, under headings that fit
+    `model`: the original once, then three for each.
 
     Args:
         maskings: (title such as "75% masked", noise (N, L), mask ratio); one alone goes without its title.
