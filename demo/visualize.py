@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.cli.flags import at_least, check_flags
+from util.cli.flags import Bounded, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
 from util.data.depth import depth_of, make_reader
@@ -77,7 +77,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--mask_file", metavar="PNG",
          help="a picture of what to hide, instead of --mask_ratio: white is hidden, black is seen; any size; "
               "cut like a photograph to the centre part that the model sees; a patch goes by its mean")
-    flag("--seed", type=int, default=2, help="of the random masks")
+    flag("--seed", type=Bounded(int, range(2**63).__contains__, "lie between 0 and 2^63 - 1"), default=2,
+         help="of the random masks")
     flag = parser.add_argument_group("pictures").add_argument
     flag("--output", default="reconstruction.png", metavar="FILE.png",
          help="picture to write; replaces one that is there")
@@ -97,7 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
               "of its own, or as a whole with position tables of that size")
     flag("--save_images", metavar="DIR",
          help="also write each panel as a file of its own: NUMBER-NAME-PANEL.png")
-    flag("--rows", type=int, metavar="N",
+    flag("--rows", type=at_least(1), metavar="N",
          help=f"draw N of the images, evenly spread (default: all, {DEMO_ROWS} of the demo set)")
     flag("--pages", default="first", choices=["first", "all"],
          help="of files with several pages or pictures: the first one is an image, or all are")
@@ -116,10 +117,6 @@ def check_args(args: argparse.Namespace) -> None:
     for ratio in args.mask_ratio:
         if not 0 < ratio < 1:
             raise UserError(f"--mask_ratio {ratio}: must lie between 0 and 1, both excluded")
-    if args.rows is not None and args.rows < 1:
-        raise UserError(f"--rows {args.rows}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must lie between 0 and 2^63 - 1")
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: must end in .png")
     check_output("--output", args.output)
