@@ -163,10 +163,8 @@ def draw_depth(record: dict) -> Image.Image:
     last, values = max(block for block, *_ in points), [value for *_, value in points]
     step = next(step for step in STEPS if max(values) - min(values) <= 6 * step)
     low, high = step * (min(values) // step), step * (max(values) // step + 1)
-    font, picture = (
-        ImageFont.load_default(13),
-        Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND),
-    )
+    picture = Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND)
+    font = ImageFont.load_default(13)
     draw = ImageDraw.Draw(picture)
     name = printable(Path(record["finetune"]).name)
     title = f"{record['metric']} of {name}, over its blocks (thin: class token)"
