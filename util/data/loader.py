@@ -232,14 +232,7 @@ def build_loader(
         num_workers: at most; fewer where their batches would not fit into shared memory.
         pin_mem: page-locked batches, for copies to a GPU that do not wait; where memory has the room.
     """
-    options = {}
     num_workers, prefetch, pin_mem = _that_fit(dataset, batch_size, num_workers, pin_mem)
-    if num_workers > 0:
-        options = {
-            "prefetch_factor": prefetch,
-            "persistent_workers": True,
-            "worker_init_fn": _init_worker,
-        }
     return ImageLoader(
         dataset,
         batch_size,
@@ -249,5 +242,7 @@ def build_loader(
         drop_last=drop_last,
         collate_fn=collate,
         generator=torch.Generator(),  # its draw of worker seeds must not move the training's generator
-        **options,
+        prefetch_factor=prefetch if num_workers else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_init_worker,
     )
