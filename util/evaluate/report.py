@@ -34,7 +34,10 @@ def evaluate_and_report(
     stats = {} if task in ("labels", "numbers") else summarize(predictions)
     if task:
         stats |= {"loss": math.fsum(predictions.losses) / len(predictions.losses)}
-        stats |= measure_predictions(predictions, dataset)
+        targets, found = dataset.targets, None
+        if is_main_process():  # computed once, the same on each
+            found = measure(task, *values_of(predictions, dataset), targets.thresholds or 0.5)
+        stats |= gather(found)[0]
     if report and is_main_process():
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
@@ -81,14 +84,6 @@ def values_of(predictions: Predictions, dataset: LabelledImages) -> tuple[np.nda
     """(labels in their own units, float64 (n, K) probabilities or numbers) of predictions with outputs."""
     values = dataset.targets.values(torch.from_numpy(predictions.outputs)).numpy()
     return dataset.files.labels[predictions.indices], values
-
-
-def measure_predictions(predictions: Predictions, dataset: LabelledImages) -> dict[str, float | None]:
-    """All figures of the task, computed once from the predictions of all processes; the same on each."""
-    targets, found = dataset.targets, None
-    if is_main_process():
-        found = measure(targets.task, *values_of(predictions, dataset), targets.thresholds or 0.5)
-    return gather(found)[0]
 
 
 def figures_line(stats: dict[str, float | None]) -> str:
