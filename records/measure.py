@@ -139,12 +139,8 @@ def table(runs: dict[str, dict]) -> str:
     lines = ["| task | seeds | processor s | times less | held-out loss | ridge probe (%) | k-NN (%) |"]
     lines.append("|" + " --- |" * 7)
     for task in TASKS:
-        keys = [
-            key
-            for key in runs
-            if key.startswith(f"{task} baseline") and key.replace("baseline", "fast") in runs
-        ]
-        pairs = [(runs[key], runs[key.replace("baseline", "fast")]) for key in keys]
+        keys = [(key, key.replace("baseline", "fast")) for key in runs if key.startswith(f"{task} baseline")]
+        pairs = [(runs[base], runs[fast]) for base, fast in keys if fast in runs]
         if len(pairs) < 2:
             continue
         found = compared(pairs)
@@ -172,18 +168,16 @@ def main(args: argparse.Namespace) -> None:
                 "--cells DIR: where are they? (python demo/prepare_elpv.py), or name other --tasks"
             )
         first = f"{TASKS['painted']} {args.flags}"
-        measure(
-            recipes["fast"] + " --max_steps 2", first, 0, Path(scratch, "first")
-        )  # what a process does once is not counted
+        # What a process does once is not counted
+        measure(f"{recipes['fast']} --max_steps 2", first, 0, Path(scratch, "first"))
         for seed in range(args.seeds):
             for task in args.tasks:
                 for recipe in list(recipes)[:: 1 if seed % 2 == 0 else -1]:
                     if (key := f"{task} {recipe} {seed}") in runs:
                         continue
                     folder = Path(scratch, key.replace(" ", "-"))
-                    runs[key] = measure(
-                        recipes[recipe], f"{TASKS[task]} {data[task]} {args.flags}", seed, folder
-                    )
+                    flags = f"{TASKS[task]} {data[task]} {args.flags}"
+                    runs[key] = measure(recipes[recipe], flags, seed, folder)
                     with replacing(path) as temporary:
                         temporary.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
                     log(f"{key}: {runs[key]}")
