@@ -41,25 +41,8 @@ from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size
 from util.processes.group import shut_down
 from util.processes.parallel import check_fsdp, wrap_model
-from util.recipes.classifier import (
-    load_for_eval,
-    make_report_dir,
-    read_start,
-    resume_classifier,
-    set_trainable_blocks,
-    start_from,
-)
+from util.recipes import classifier, segment
 from util.recipes.epoch_end import count_trained
-from util.recipes.segment import (
-    PixelLoss,
-    SegmentationEpochEnd,
-    adopt_head,
-    build_segmenter,
-    evaluate_masks,
-    pixel_weights,
-    segment_by_neighbours,
-    whole_images,
-)
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
@@ -142,9 +125,10 @@ def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImage
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
-    checkpoint = resume_classifier(args, "segment", run.given)  # the flags of its model come with it
-    stored = adopt_head(args, checkpoint.content, checkpoint.source, run.given) if checkpoint else []
-    start = read_start(args)
+    # The flags of its model come with it
+    checkpoint = classifier.resume_classifier(args, "segment", run.given)
+    stored = segment.adopt_head(args, checkpoint.content, checkpoint.source, run.given) if checkpoint else []
+    start = classifier.read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -153,25 +137,25 @@ def main(args: argparse.Namespace) -> None:
     names = read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     if args.eval:
-        make_report_dir(args.output_dir)
+        classifier.make_report_dir(args.output_dir)
     log_arguments(args)
 
     # Model: the pre-trained encoder under a new head
     seed_all(args.seed)
-    model = build_segmenter(args, drop_path_rate=args.drop_path if args.mode == "finetune" else 0.0)
+    model = segment.build_segmenter(args, drop_path_rate=args.drop_path if args.mode == "finetune" else 0.0)
     if args.eval:
-        load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint)
         predict = probabilities(model.to(device).eval(), device, args)
-        evaluate_masks(whole_images(val_set, args), predict, args, device, names, report=True)
+        segment.evaluate_masks(segment.whole_images(val_set, args), predict, args, device, names, report=True)
         return shut_down()
     if args.finetune:
-        start_from(model, args, start, run.given)
+        classifier.start_from(model, args, start, run.given)
         del start
     model_without_ddp = model.to(device)
     if args.mode == "knn":
-        segment_by_neighbours(args, train_set, val_set, names, model.eval(), device)
+        segment.segment_by_neighbours(args, train_set, val_set, names, model.eval(), device)
         return shut_down()
-    set_trainable_blocks(model, 0 if args.mode == "linear" else None)
+    classifier.set_trainable_blocks(model, 0 if args.mode == "linear" else None)
     loader, sampler = train_loader(train_set, args, run.pin_memory)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
@@ -185,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion = PixelLoss(pixel_weights(train_set.pixels, args)).to(device)
+    criterion = segment.PixelLoss(segment.pixel_weights(train_set.pixels, args)).to(device)
 
     # Resume
     info = make_model_info(args, names, "segment")
@@ -203,8 +187,8 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # Training
-    val_loader = whole_images(val_set, args, run.pin_memory)
-    after = SegmentationEpochEnd(
+    val_loader = segment.whole_images(val_set, args, run.pin_memory)
+    after = segment.SegmentationEpochEnd(
         args, state, model_without_ddp, val_loader, val_set, device, log_writer, names
     )
     guard = RunGuard(args, state.save, train_set, len(loader), state.meters)

@@ -35,16 +35,8 @@ from util.console import say
 from util.data.inputs import find_inputs
 from util.data.targets import Targets
 from util.errors import TrainingError, UserError
+from util.evaluate import output
 from util.evaluate.anomaly import complementary_masks, image_losses, loss_loader, mask_count
-from util.evaluate.output import (
-    check_new_folder,
-    check_output,
-    table,
-    write_csv,
-    write_features,
-    write_losses,
-    write_maps,
-)
 from util.evaluate.predict import KINDS, predict, prediction_loader
 from util.files import printable, some
 from util.processes.collectives import note, warn
@@ -121,13 +113,13 @@ def check_args(args: argparse.Namespace) -> None:
             first, last = ("--loss", f"--{name}") if args.loss else (f"--{name}", "--loss FILE.csv")
             raise UserError(f"{first}: {text} {last}")
     if args.map:
-        check_new_folder("--map", args.map)
+        output.check_new_folder("--map", args.map)
     if args.features and not args.features.endswith(".npz"):
         text = "an .npz archive all the same: numpy.load(...)['features']; better name it .npz"
         warn(f"--features {args.features}: becomes {text}")
     for flag in ("csv", "features", "loss"):
         if getattr(args, flag) is not None:
-            check_output(f"--{flag}", getattr(args, flag))
+            output.check_output(f"--{flag}", getattr(args, flag))
 
 
 def read_names(path: str, count: int) -> list[str]:
@@ -179,10 +171,10 @@ def write_all_losses(args: argparse.Namespace, device) -> None:
     say_left_out(loader.dataset)
     paths, maps = [files.paths[i] for i in rows], []
     if args.map:
-        maps = write_maps(args.map, paths, losses, model.patch_embed.grid_size)
+        maps = output.write_maps(args.map, paths, losses, model.patch_embed.grid_size)
         grid = "x".join(map(str, model.patch_embed.grid_size))
         note(f"wrote {printable(args.map)}: {len(maps)} maps of {grid} patches")
-    write_losses(args.loss, paths, losses, maps)
+    output.write_losses(args.loss, paths, losses, maps)
     note(f"wrote {printable(args.loss)}: {len(paths)} images")
 
 
@@ -227,12 +219,12 @@ def main(args: argparse.Namespace) -> None:
     say_left_out(loader.dataset)
     paths = [files.paths[i] for i in result.rows]
     if args.features:
-        write_features(args.features, paths, result, kind, model.patch_embed.grid_size, args.layer)
+        output.write_features(args.features, paths, result, kind, model.patch_embed.grid_size, args.layer)
         note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
-        write_csv(args.csv, paths, names, result, targets)
+        output.write_csv(args.csv, paths, names, result, targets)
         note(f"wrote {printable(args.csv)}: {len(paths)} images")
-    elif wants_classes and not say(table(paths, names, result, targets)):
+    elif wants_classes and not say(output.table(paths, names, result, targets)):
         raise TrainingError("the table could not be written to stdout")
 
 
