@@ -38,11 +38,10 @@ from util.data.transforms import EvalTransform, normalize_batch
 from util.demo_set.files import SHIPPED, ensure_demo_data
 from util.errors import UserError
 from util.evaluate.output import check_output
+from util.figures import reconstruction
 from util.figures.attention import attention_panels
 from util.figures.canvas import Panels, panel_layout, save_png
 from util.figures.features import neighbour_panels, pca_panels
-from util.figures.full_size import padded_size, reconstruct_full
-from util.figures.reconstruction import column_headings, mask_noise, ratio_panels, read_mask
 from util.files import check_writable, printable
 from util.processes.collectives import log
 from util.rng import fixed_noise, takes_noise
@@ -150,15 +149,13 @@ def full_panels(model, weights: WeightsFile, path: str, args: argparse.Namespace
     check_size(1, 1 + 3 * len(args.mask_ratio), pixels.shape[:2])
     image = normalize_batch(EvalTransform(pixels.shape[:2], depth)(pixels)[None], "cpu", mean, std)[0]
     if args.full_size == "positions":
-        size = padded_size(image.shape[1:], [weights.sizes["patch_size"]] * 2)
+        size = reconstruction.padded_size(image.shape[1:], [weights.sizes["patch_size"]] * 2)
         model = build(at_size(weights, size)).to(next(model.parameters()).device)
-    columns, headings, groups = [], list(column_headings(model.norm_pix_loss, channels)), [("", 1)]
+    drawn = []
     for ratio in args.mask_ratio:
-        panels = list(reconstruct_full(model, image, ratio, args.seed, mean, std).values())
-        columns += panels[1:] if columns else panels
-        groups.append((f"{100 * ratio:g}% masked", 3))
-    several = len(args.mask_ratio) > 1
-    return Panels(headings[:1] + headings[1:] * len(args.mask_ratio), columns, groups if several else None)
+        panels = reconstruction.reconstruct_full(model, image, ratio, args.seed, mean, std)
+        drawn.append((f"{100 * ratio:g}% masked", panels))
+    return reconstruction.side_by_side(model, drawn)
 
 
 def choose_masks(
@@ -167,8 +164,9 @@ def choose_masks(
     """(title, noise (rows, L), mask ratio) of every masking; UserError for one that hides all or nothing."""
     length = grid[0] * grid[1]
     if args.mask_file:
-        removed = read_mask(args.mask_file, grid)
-        return [(f"{int(removed.sum())} of {length} patches masked", *mask_noise(removed, rows))]
+        removed = reconstruction.read_mask(args.mask_file, grid)
+        title = f"{int(removed.sum())} of {length} patches masked"
+        return [(title, *reconstruction.mask_noise(removed, rows))]
     noise, masks = fixed_noise(rows, length, args.seed), []
     for ratio in args.mask_ratio:
         kept = int(length * (1 - ratio))
@@ -243,7 +241,8 @@ def main(args: argparse.Namespace) -> None:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""
         caption = f"{name}{how}" + ("" if args.mask_file else f", seed {args.seed}")
-        write(ratio_panels(model, images, masks, mean, std), caption, labels, args.output, args)
+        panels = reconstruction.ratio_panels(model, images, masks, mean, std)
+        write(panels, caption, labels, args.output, args)
     if args.attention:
         caption = f"{name}: attention of the class token, last block; brightest: each map's largest value"
         panels = attention_panels(model, images, mean, std)
