@@ -152,17 +152,13 @@ def find_masked(split: str, args: Namespace) -> tuple[ImageFiles, str]:
     files = find_images(images, "", args.bad_images)
     files.labels = files.classes = None  # folders of images are no classes here
     settle_range(args, files)
-    _check_pairs(files, masks)
-    return files, masks
-
-
-def _check_pairs(files: ImageFiles, masks: str) -> None:
     wanted = {mask_of(path, files.root, masks) for path in files.paths}
     if absent := sorted(path for path in wanted if not os.path.isfile(path)):
         raise UserError(f"{printable(masks)}: {len(absent):,} images have no mask there: {some(absent)}")
     there = {os.path.join(top, name) for top, _, names in os.walk(masks) for name in names if name[0] != "."}
     if (alone := sorted(there - wanted)) and is_main_process():
         warn(f"{printable(masks)}: {len(alone):,} files are no image's mask and are not used: {some(alone)}")
+    return files, masks
 
 
 def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:

@@ -189,7 +189,11 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
     for i in range(count):
         y = margin + i * cell
         draw.text((margin - 6, y + cell / 2), names[i], fill="black", font=font, anchor="rm")
-        _draw_upwards(picture, names[i], (y + cell / 2, margin - 6), font)
+        _, _, right, bottom = font.getbbox(names[i])
+        label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
+        ImageDraw.Draw(label).text((0, 0), names[i], fill="black", font=font)
+        label = label.rotate(90, expand=True)  # reads upwards
+        picture.paste(label, (int(y + cell / 2 - label.width / 2), int(margin - 6 - label.height)))
         for j in range(count):
             x, share = margin + j * cell, shares[i, j]
             shade = tuple(round(255 + (dark - 255) * share) for dark in (8, 48, 107))
@@ -199,12 +203,3 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
                 size = ImageFont.load_default(size=13 if cell == 48 else 9)
                 draw.text((x + cell / 2, y + cell / 2), str(matrix[i, j]), fill=ink, font=size, anchor="mm")
     return picture
-
-
-def _draw_upwards(picture: Image.Image, text: str, bottom_centre: tuple[float, float], font) -> None:
-    """Writes `text` rotated, reading upwards from `bottom_centre` (x, y)."""
-    _, _, right, bottom = font.getbbox(text)
-    label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
-    ImageDraw.Draw(label).text((0, 0), text, fill="black", font=font)
-    label = label.rotate(90, expand=True)
-    picture.paste(label, (int(bottom_centre[0] - label.width / 2), int(bottom_centre[1] - label.height)))
