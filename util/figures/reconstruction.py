@@ -16,7 +16,7 @@ from torch import Tensor
 
 from util.data.read import open_pil
 from util.errors import UserError
-from util.figures.canvas import Panels
+from util.figures.canvas import Panels, as_pictures
 from util.rng import fixed_noise, masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -134,17 +134,13 @@ def reconstruct(
     pred = pred.to(images.dtype)  # autocast may have made it half
     if model.norm_pix_loss:
         pred = undo_patch_normalization(pred, model.patchify(images))
-    removed = model.unpatchify(mask[..., None].expand_as(pred)) > 0.5
-
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    removed = (model.unpatchify(mask[..., None].expand_as(pred)) > 0.5).cpu()
+    pictures = (as_pictures(x, mean, std) for x in (images, model.unpatchify(pred)))
     # A diverged model predicts NaN: black, instead of whatever a cast makes of it.
-    original, prediction = (
-        (x * std + mean).nan_to_num(0.0).clamp(0, 1) for x in (images, model.unpatchify(pred))
-    )
+    original, prediction = (picture.nan_to_num(0.0) for picture in pictures)
     masked = original.masked_fill(removed, GREY)
     pasted = torch.where(removed, prediction, original)
-    panels = (panel.cpu() for panel in (original, masked, prediction, pasted))
-    return dict(zip(PANELS, panels, strict=True))
+    return dict(zip(PANELS, (original, masked, prediction, pasted), strict=True))
 
 
 def column_headings(norm_pix_loss: bool, channels: int) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from util.data.segments import CropBoth, SegmentedImages
 from util.data.transforms import normalize_batch
 from util.errors import UserError
 from util.evaluate import segments
-from util.figures.canvas import draw_grid, save_png
+from util.figures.canvas import as_pictures, draw_grid, save_png
 from util.files import printable, replacing
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
 from util.recipes.classifier import build_classifier
@@ -138,13 +138,12 @@ def colours(count: int) -> torch.Tensor:
 def draw_overlays(dataset: SegmentedImages, predict, args, device):
     """A few images, the middle square of each, with their masks and the predictions over them."""
     palette, columns = colours(dataset.num_classes), ([], [], [])
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.mean, args.std))
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int)):
         image, mask, _ = dataset[int(index)]
         image = normalize_batch(image[None], device, args.mean, args.std)[0]
         size = tuple(mask.shape)
         found = segments.segment(predict, image, args.input_size, size).argmax(0).cpu()
-        shown = F.interpolate((image.cpu() * std + mean)[None], size, mode="bilinear")[0].clamp(0, 1)
+        shown = F.interpolate(as_pictures(image[None], args.mean, args.std), size, mode="bilinear")[0]
         shown = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
         short = min(size)
         y, x = (size[0] - short) // 2, (size[1] - short) // 2
