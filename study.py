@@ -80,11 +80,8 @@ def planned(args: argparse.Namespace) -> list[Run]:
             except UserError as error:
                 raise UserError(f"{error}; a card needs labels, --card none does without") from None
     place = Path(args.output_dir).resolve()
-    return [
-        Run(row, seed, place / row.folder / f"seed-{seed}", cards[row])
-        for seed in range(args.seeds)
-        for row in rows
-    ]
+    pairs = [(seed, row) for seed in range(args.seeds) for row in rows]
+    return [Run(row, seed, place / row.folder / f"seed-{seed}", cards[row]) for seed, row in pairs]
 
 
 def in_words(values: list[float], digits: int) -> str:

@@ -142,9 +142,8 @@ class ImageLoader(DataLoader):
             done += 1
             yield batch
         read = getattr(self.dataset, "__getitems__", lambda batch: [self.dataset[key] for key in batch])
-        yield from (
-            self.collate_fn(read(batch)) for batch in itertools.islice(self.batch_sampler, done, None)
-        )
+        for batch in itertools.islice(self.batch_sampler, done, None):
+            yield self.collate_fn(read(batch))
 
     def _part_with_workers(self, error: Exception) -> None:
         """Ends the workers where one has died or has no more memory; raises any other `error` of theirs."""

@@ -71,11 +71,8 @@ def probe_transform(args: Namespace, uint8: bool = False) -> Transform:
     size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
     if depth or channels not in (1, 3):
         return _array_chain(_crop_and_flip(size, tf_style=True), mean, std, depth, uint8)
-    steps = [
-        RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-    ]
-    return transforms.Compose([*steps, *_to_tensor(mean, std, uint8)])
+    crop = RandomResizedCrop(size, CROP_SCALE, ratio, InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_to_tensor(mean, std, uint8)])
 
 
 def eval_transform(args: Namespace, always_crop: bool = False, uint8: bool = False) -> Transform:
@@ -117,10 +114,8 @@ class _CentreResize:
 
     def __init__(self, size: tuple[int, int], share: float):
         self.size, self.share = size, share
-        short = int(size[0] / share)
-        self.square = transforms.Compose(
-            [transforms.Resize(short, InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-        )
+        resize = transforms.Resize(int(size[0] / share), InterpolationMode.BICUBIC)
+        self.square = transforms.Compose([resize, transforms.CenterCrop(size)])
 
     def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size

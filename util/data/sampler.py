@@ -107,11 +107,8 @@ class EvalSampler(Sampler):
 
     def __init__(self, length: int, num_replicas: int = 1, rank: int = 0, epoch: int | None = None):
         self.epoch = epoch
-        self.indices = [
-            index
-            for start in range(rank * GROUP, length, num_replicas * GROUP)
-            for index in range(start, min(start + GROUP, length))
-        ]
+        starts = range(rank * GROUP, length, num_replicas * GROUP)
+        self.indices = [index for start in starts for index in range(start, min(start + GROUP, length))]
 
     def __iter__(self) -> Iterator[int | tuple[int, int]]:
         return iter(self.indices if self.epoch is None else [(self.epoch, index) for index in self.indices])
