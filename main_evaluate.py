@@ -135,9 +135,8 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     check_agreement(args, images=len(train_set), evaluated=len(val_set))
     scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
     blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
-    loaders = [
-        eval_loader(part, args, args.pin_mem and device.type == "cuda") for part in (train_set, val_set)
-    ]
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loaders = [eval_loader(part, args, pin_memory) for part in (train_set, val_set)]
 
     # What is measured
     sources = {"encoder": EveryBlock(build(weights, "encoder"), blocks)}

@@ -167,9 +167,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimizer: earlier layers learn more slowly
     scale_learning_rate(args, get_world_size())
-    groups = param_groups_lrd(
-        model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
-    )
+    undecayed = model_without_ddp.no_weight_decay()
+    groups = param_groups_lrd(model_without_ddp, args.weight_decay, undecayed, args.layer_decay)
     optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
     criterion, mixup = build_criterion(args, train_set)

@@ -96,10 +96,9 @@ def describe(found: dict[str, Survey]) -> list[str]:
         if flat:
             lines.append(f"  constant images: {flat:,}")
         if part.bad:
-            names = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
-            lines.append(
-                f"  unreadable: {len(part.bad):,}: {names}; --bad_images skip leaves out 1 % at most"
-            )
+            text = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
+            text += "; --bad_images skip leaves out 1 % at most"
+            lines.append(f"  unreadable: {len(part.bad):,}: {text}")
     names, parts = list(found), list(found.values())
     exact, near = duplicates(parts)
     for kind, pairs in (("the same file", exact), ("nearly the same picture", near)):
@@ -112,9 +111,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
                 for pair in chosen[:3]:
                     lines.append("  " + " = ".join(printable(parts[s].path(n)) for s, n in pair))
     if not exact and not near:
-        lines.append(
-            f"duplicates: none{' within or across ' + ' and '.join(names) if len(names) > 1 else ''}"
-        )
+        where = f" within or across {' and '.join(names)}" if len(names) > 1 else ""
+        lines.append(f"duplicates: none{where}")
     return lines
 
 

@@ -164,9 +164,8 @@ def write_all_losses(args: argparse.Namespace, device) -> None:
     hidden = count - round(count * (1 - ratio))
     note(f"{count} masks of {100 * ratio:g} % of the patches: each is hidden {hidden} times")
     progress = progress_bar(len(files.paths))
-    rows, losses = image_losses(
-        model.to(device), loader, device, masks, args.amp_dtype, progress, stats=weights
-    )
+    model.to(device)
+    rows, losses = image_losses(model, loader, device, masks, args.amp_dtype, progress, stats=weights)
     progress.close()
     say_left_out(loader.dataset)
     paths, maps = [files.paths[i] for i in rows], []
@@ -212,9 +211,8 @@ def main(args: argparse.Namespace) -> None:
     say_input(weights, len(files.paths), device)
     progress = progress_bar(len(files.paths))
     top_k = args.top_k if wants_classes else 0
-    result = predict(
-        model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights, targets
-    )
+    model.to(device)
+    result = predict(model, loader, device, args.amp_dtype, top_k, kind, progress, weights, targets)
     progress.close()
     say_left_out(loader.dataset)
     paths = [files.paths[i] for i in result.rows]

@@ -8,6 +8,7 @@ JSON file is not measured again, so that a record can be measured in parts.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -107,16 +108,10 @@ def measure(words: str, task: str, seed: int, folder: Path) -> dict[str, float]:
     loader = build_loader(images, EvalSampler(len(images), 1, 0), 32, 0, False)
     loss = evaluate(loader, model, device, args)
     model.eval()
-    train, val = (
-        extract_features(lambda x: encoder_features(model, x), part, device, args)
-        for part in knn_loaders(args)
-    )
-    return {
-        "seconds": seconds,
-        "loss": loss,
-        "probe": probe(*train, *val),
-        "knn": knn_from_features(*train, *val)["acc1"],
-    }
+    features = functools.partial(encoder_features, model)
+    train, val = (extract_features(features, part, device, args) for part in knn_loaders(args))
+    knn = knn_from_features(*train, *val)["acc1"]
+    return {"seconds": seconds, "loss": loss, "probe": probe(*train, *val), "knn": knn}
 
 
 def compared(pairs: list[tuple[dict, dict]]) -> dict[str, tuple[float, float]]:
@@ -146,10 +141,8 @@ def table(runs: dict[str, dict]) -> str:
         found = compared(pairs)
         ratios = [math.log(base["seconds"] / fast["seconds"]) for base, fast in pairs]
         less = math.exp(statistics.fmean(ratios))
-        cells = [
-            f"{base:.{digits}f} -> {fast:.{digits}f} (p {p:.2g})"
-            for (base, fast, p), digits in zip(found.values(), (1, 4, 1, 1), strict=True)
-        ]
+        rows = zip(found.values(), (1, 4, 1, 1), strict=True)
+        cells = [f"{base:.{digits}f} -> {fast:.{digits}f} (p {p:.2g})" for (base, fast, p), digits in rows]
         lines.append(f"| {' | '.join([task, str(len(pairs)), cells[0], f'{less:.2f}', *cells[1:]])} |")
     return "\n".join(lines)
 

@@ -174,9 +174,8 @@ def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:
     def look(part: np.ndarray) -> list[tuple[Counter, str]]:
         return [_look_at(files.paths[int(i)], files.root, masks) for i in part]
 
-    found = [
-        one for part in ask_all(look, np.array_split(indices, max(1, len(indices) // 32))) for one in part
-    ]
+    parts = np.array_split(indices, max(1, len(indices) // 32))
+    found = [one for part in ask_all(look, parts) for one in part]
     bad = [reason for _, reason in found if reason]
     if bad and args.bad_images == "error":
         raise UserError(
@@ -202,9 +201,8 @@ def _look_at(path: str, images: str, masks: str) -> tuple[Counter, str]:
         size = mask.shape
     if mask.shape != size:
         return Counter(), f"{place}: {_other_size(mask.shape, size)}"
-    return Counter(
-        dict(zip(*(part.tolist() for part in np.unique(mask, return_counts=True)), strict=True))
-    ), ""
+    values, numbers = (part.tolist() for part in np.unique(mask, return_counts=True))
+    return Counter(dict(zip(values, numbers, strict=True))), ""
 
 
 def count_masked_classes(args: Namespace, *counts: Counter) -> int:

@@ -156,9 +156,8 @@ def _gather(columns: list[torch.Tensor]) -> Predictions:
     if not columns:
         raise ValueError("the evaluation loader gave no samples")
     order = np.argsort(columns[0], kind="stable")
-    return Predictions(
-        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=False)}
-    )
+    pairs = zip(fields(Predictions), columns, strict=False)
+    return Predictions(**{entry.name: column[order] for entry, column in pairs})
 
 
 def summarize(predictions: Predictions) -> dict[str, float]:

@@ -50,10 +50,8 @@ def knn_accuracy(
     was_training = model is not None and model.training
     if model is not None:
         model.eval()
-    train, val = (
-        extract_features(feature_fn, loader, device, args, everywhere=False)
-        for loader in (train_loader, val_loader)
-    )
+    loaders = (train_loader, val_loader)
+    train, val = (extract_features(feature_fn, part, device, args, everywhere=False) for part in loaders)
     if model is not None:
         model.train(was_training)
     # On one process alone: the others would hold as many features, to find the same

@@ -182,9 +182,8 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
     side = margin + count * cell + 12
     picture = Image.new("RGB", (max(side, 320), side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text(
-        (8, 6), "rows: true class, columns: prediction", fill="black", font=ImageFont.load_default(size=13)
-    )
+    title = "rows: true class, columns: prediction"
+    draw.text((8, 6), title, fill="black", font=ImageFont.load_default(size=13))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     for i in range(count):
         y = margin + i * cell

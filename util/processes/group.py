@@ -108,9 +108,8 @@ def check_kernels(device: torch.device) -> None:
         except RuntimeError as error:
             if "no kernel image" not in str(error):
                 raise
-            name = "{} (sm_{}{})".format(
-                torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
-            )
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
             raise UserError(
                 f"--device {device}: torch {torch.__version__} has no kernels for {name}, only for "
                 f"{' '.join(torch.cuda.get_arch_list())}; install a torch that is built for it "
