@@ -34,8 +34,8 @@ from util.data.find import find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
 from util.data.transforms import channel_stats
 from util.errors import TrainingError, UserError
-from util.evaluate.output import check_output
-from util.files import printable, replacing, some
+from util.evaluate.output import check_output, replacing_output
+from util.files import printable, some
 from util.processes.collectives import log as say
 from util.recipes.choose import choose, words
 from util.sizes import image_size
@@ -196,11 +196,8 @@ def write(path: str, command: list[str], note: str) -> None:
             lines.append(word)
         else:
             lines[-1] += f" {shlex.quote(word)}"
-    try:
-        with replacing(path) as temporary:
-            Path(temporary).write_text("\n".join([*lines, ""]), encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"--write {path}: cannot be written ({error.strerror or error})") from None
+    with replacing_output("--write", path) as temporary:
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="surrogateescape")
 
 
 def main(args: argparse.Namespace) -> None:

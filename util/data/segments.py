@@ -170,12 +170,8 @@ def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:
             read or is of another size than its image.
     """
     indices = np.unique(np.linspace(0, len(files.paths) - 1, MAX_LOOKED_AT).astype(int))
-
-    def look(part: np.ndarray) -> list[tuple[Counter, str]]:
-        return [_look_at(files.paths[int(i)], files.root, masks) for i in part]
-
-    parts = np.array_split(indices, max(1, len(indices) // 32))
-    found = [one for part in ask_all(look, parts) for one in part]
+    paths = [files.paths[int(i)] for i in indices]
+    found = list(ask_all(lambda path: _look_at(path, files.root, masks), paths))
     bad = [reason for _, reason in found if reason]
     if bad and args.bad_images == "error":
         raise UserError(
