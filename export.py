@@ -99,7 +99,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="share of patches removed")
     flag("--num_heads", type=at_least(1), help="of the encoder, if it is of no named model")
     flag("--decoder_num_heads", type=at_least(1))
-    # fmt: on
     return parser
 
 

@@ -82,7 +82,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--seed", default=0, type=seed_number,
          help="of the held-out part, the probes' batches, draws of few labels, and the random encoder")
     flag("--output_dir", default="./output_evaluate", help="where the card goes (default: %(default)s)")
-    # fmt: on
     add_decoder_args(parser)
     add_label_args(parser, trains=False)
     add_data_args(parser)

@@ -76,7 +76,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--mixup_prob", default=1.0, type=fraction, help="probability of mixup or cutmix")
     flag("--mixup_switch_prob", default=0.5, type=fraction, help="of cutmix when both are on")
     flag("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a weight")
-    # fmt: on
     add_training_args(parser, fsdp=True, folder="./output_finetune")
     return parser
 

@@ -68,7 +68,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
     flag("--seed", default=0, type=seed_number, help="of the random encoder, without --finetune")
     flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
-    # fmt: on
     parser.set_defaults(global_pool=True)
     add_label_args(parser, trains=False)
     add_data_args(parser)

@@ -57,7 +57,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="run the encoder once and train the head on its features, which are kept in memory")
     flag("--cache_views", default=1, type=at_least(1), metavar="V",
          help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
-    # fmt: on
     add_training_args(parser, backward=False, folder="./output_linprobe")
     return parser
 

@@ -84,7 +84,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"), help="largest gradient norm")
     flag("--drop_path", default=0.1, type=fraction, help="stochastic depth of the last block")
-    # fmt: on
     add_training_args(parser, fsdp=True, folder="./output_segment")
     return parser
 

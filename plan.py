@@ -57,7 +57,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="images of a split that are looked at, evenly spread")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--no_trial", action="store_true", help="leave the timed steps out")
-    # fmt: on
     return parser
 
 

@@ -93,7 +93,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision: faster on a GPU, but features to 2 or 3 digits only")
-    # fmt: on
     return parser
 
 

@@ -54,7 +54,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="main_evaluate.py of each encoder; none: for images without labels")
     flag("--keep", action="store_true", help="keep the checkpoints of finished runs")
     flag("--table", action="store_true", help="make no run: only the table of those that are done")
-    # fmt: on
     add_slurm_args(parser)
     parser.set_defaults(cluster="local", ngpus=1, nodes=1)
     return parser

@@ -104,7 +104,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
-    # fmt: on
     return parser
 
 
