@@ -23,16 +23,8 @@ from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
+from util.data import segments
 from util.data.depth import depth_of
-from util.data.segments import (
-    CropBoth,
-    SegmentedImages,
-    WholeImage,
-    count_masked_classes,
-    find_masked,
-    look_at_masks,
-    read_class_names,
-)
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.evaluate.segments import probabilities
@@ -104,18 +96,18 @@ def check_args(args: argparse.Namespace) -> None:
         args.blr = 1e-3 if args.mode == "finetune" else 3e-2
 
 
-def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImages]:
+def masked_images(args: argparse.Namespace, *splits: str) -> list[segments.SegmentedImages]:
     """The images of some splits with their masks, whole but for train's; sets `args.nb_classes`."""
-    found = [find_masked(split, args) for split in splits]
-    counts = [look_at_masks(*pair, args) for pair in found]
-    args.nb_classes = count_masked_classes(args, *counts)
+    found = [segments.find_masked(split, args) for split in splits]
+    counts = [segments.look_at_masks(*pair, args) for pair in found]
+    args.nb_classes = segments.count_masked_classes(args, *counts)
     options = args.nb_classes, args.ignore_index, args.in_chans, args.seed, args.bad_images, depth_of(args)
     sets = []
     for split, pair, pixels in zip(splits, found, counts, strict=True):
         crop = split == "train" and args.mode != "knn"
-        transform = CropBoth(args.input_size, options[-1]) if crop else WholeImage(
+        transform = segments.CropBoth(args.input_size, options[-1]) if crop else segments.WholeImage(
             args.input_size, args.short_side, options[-1])  # fmt: skip
-        sets.append(SegmentedImages(*pair, transform, *options))
+        sets.append(segments.SegmentedImages(*pair, transform, *options))
         sets[-1].pixels = pixels  # {class: how many}, of the masks that were looked at
     return sets
 
@@ -133,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     # Data
     sets = masked_images(args, *(["train"] * (not args.eval)), args.split)
     train_set, val_set = sets if len(sets) == 2 else (None, *sets)
-    names = read_class_names(args, stored)
+    names = segments.read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     if args.eval:
         classifier.make_report_dir(args.output_dir)
