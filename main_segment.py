@@ -104,9 +104,9 @@ def masked_images(args: argparse.Namespace, *splits: str) -> list[segments.Segme
     options = args.nb_classes, args.ignore_index, args.in_chans, args.seed, args.bad_images, depth_of(args)
     sets = []
     for split, pair, pixels in zip(splits, found, counts, strict=True):
-        crop = split == "train" and args.mode != "knn"
-        transform = segments.CropBoth(args.input_size, options[-1]) if crop else segments.WholeImage(
-            args.input_size, args.short_side, options[-1])  # fmt: skip
+        transform = segments.WholeImage(args.input_size, args.short_side, options[-1])
+        if split == "train" and args.mode != "knn":
+            transform = segments.CropBoth(args.input_size, options[-1])
         sets.append(segments.SegmentedImages(*pair, transform, *options))
         sets[-1].pixels = pixels  # {class: how many}, of the masks that were looked at
     return sets

@@ -176,10 +176,9 @@ def ratio_panels(
         maskings: (title such as "75% masked", noise (N, L), mask ratio); one alone goes without its title.
         batch_size: images per forward pass; any number of rows fits into memory.
     """
-    drawn = [
-        (title, in_parts(model, images, noise, ratio, mean, std, batch_size))
-        for title, noise, ratio in maskings
-    ]
+    drawn = []
+    for title, noise, ratio in maskings:
+        drawn.append((title, in_parts(model, images, noise, ratio, mean, std, batch_size)))
     return side_by_side(model, drawn)
 
 
