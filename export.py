@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from util.cli.flags import add_verify_arg
+from util.cli.flags import Bounded, add_verify_arg, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.console import say
 from util.errors import TrainingError, UserError
@@ -95,10 +95,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--std", default=None, type=float, nargs="+", help="channel standard deviations")
     flag("--norm_pix_loss", action="store_const", const=True,
          help="the model predicts patches normalised by their own statistics")
-    flag("--mask_ratio", type=float, help="share of patches removed")
-    flag("--num_heads", type=int, help="of the encoder, if it is of no named model")
-    flag("--decoder_num_heads", type=int)
-    # fmt: on
+    flag("--mask_ratio", type=Bounded(float, lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+         help="share of patches removed")
+    flag("--num_heads", type=at_least(1), help="of the encoder, if it is of no named model")
+    flag("--decoder_num_heads", type=at_least(1))
     return parser
 
 
@@ -116,14 +116,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume: is needed, the file to export or import")
     elif (args.to is None) == (args.from_ is None):
         raise UserError("pass one of --to (what to write) and --from (what to read)")
-    if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {args.mask_ratio}: must be at least 0 and below 1")
     if args.half and args.to != "safetensors":
         raise UserError("--half: is for --to safetensors; other libraries round themselves")
-    for name in ("num_heads", "decoder_num_heads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    check_flags(args, get_args_parser())
 
 
 def require_agreement(source: Source, differences: dict[str, float]) -> None:

@@ -19,14 +19,7 @@ import time
 
 import torch
 
-from util.cli.flags import (
-    add_data_args,
-    add_distributed_args,
-    add_verify_arg,
-    at_least,
-    check_flags,
-    seed_number,
-)
+from util.cli import flags
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.depth import adopt_pixel_range
@@ -61,8 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file or folder")
     flag("--input_size", type=image_size, help="only for files that do not say it: 224, or 32x128 "
          "(height x width)")
-    flag("--num_heads", type=at_least(1), help="only for files that do not say it: attention heads")
-    add_verify_arg(flag)
+    flag("--num_heads", type=flags.at_least(1), help="only for files that do not say it: attention heads")
+    flags.add_verify_arg(flag)
     flag = parser.add_argument_group("card").add_argument
     flag("--baselines", action="store_true",
          help="the same for the encoder before any training, and for raw pixels")
@@ -71,22 +64,22 @@ def get_args_parser() -> argparse.ArgumentParser:
               "the last, and the one at three quarters)")
     flag("--normal", metavar="CLASS",
          help="also the AUROC of the reconstruction error as an anomaly score: this class against the others")
-    flag("--steps", default=300, type=at_least(1), help="of 256 images, that a probe learns for")
-    flag("--memory", default=16.0, type=at_least(0, float), metavar="GB",
+    flag("--steps", default=300, type=flags.at_least(1), help="of 256 images, that a probe learns for")
+    flag("--memory", default=16.0, type=flags.at_least(0, float), metavar="GB",
          help="that the features may take at most")
-    flag("--batch_size", default=64, type=at_least(1), help="images per loader batch; changes no figure")
+    flag("--batch_size", default=64, type=flags.at_least(1),
+         help="images per loader batch; changes no figure")
     flag = parser.add_argument_group("run").add_argument
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision of the encoder")
-    flag("--seed", default=0, type=seed_number,
+    flag("--seed", default=0, type=flags.seed_number,
          help="of the held-out part, the probes' batches, draws of few labels, and the random encoder")
     flag("--output_dir", default="./output_evaluate", help="where the card goes (default: %(default)s)")
-    # fmt: on
     add_decoder_args(parser)
     add_label_args(parser, trains=False)
-    add_data_args(parser)
-    add_distributed_args(parser)
+    flags.add_data_args(parser)
+    flags.add_distributed_args(parser)
     return parser
 
 
@@ -121,7 +114,7 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     start, parser = time.time(), get_args_parser()
     given = take_given(args, parser)
     init_distributed_mode(args)
-    check_flags(args, parser)
+    flags.check_flags(args, parser)
     check_label_args(args)
     if not args.finetune:
         raise UserError("--finetune FILE is needed: the encoder that the card is of")
@@ -135,9 +128,8 @@ def main(args: argparse.Namespace) -> dict[str, Column] | None:
     check_agreement(args, images=len(train_set), evaluated=len(val_set))
     scores = anomaly_scores(args, weights, val_set, device) if args.normal else None
     blocks = token_blocks(args.token_blocks, weights.sizes["depth"])
-    loaders = [
-        eval_loader(part, args, args.pin_mem and device.type == "cuda") for part in (train_set, val_set)
-    ]
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loaders = [eval_loader(part, args, pin_memory) for part in (train_set, val_set)]
 
     # What is measured
     sources = {"encoder": EveryBlock(build(weights, "encoder"), blocks)}

@@ -38,17 +38,7 @@ from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size
 from util.processes.group import shut_down
 from util.processes.parallel import check_fsdp, wrap_model
-from util.recipes.classifier import (
-    add_classifier_args,
-    build_classifier,
-    check_classifier_args,
-    load_for_eval,
-    prepare_classes,
-    read_start,
-    resume_classifier,
-    set_trainable_blocks,
-    start_from,
-)
+from util.recipes import classifier
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
 from util.recipes.labels import classifier_info, label_mixup, target_loss
 from util.rng import seed_all
@@ -60,7 +50,7 @@ from util.run.start import RunState, announce, close_run, gives_folder_back, ope
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; `add_help=False`, so that launchers can take it as a parent."""
     parser = argparse.ArgumentParser("MAE fine-tuning", add_help=False)
-    add_classifier_args(parser, global_pool=True)
+    classifier.add_classifier_args(parser, global_pool=True)
     # fmt: off
     flag = add_schedule_args(
         parser, batch_size=64, epochs=50, warmup_epochs=5, blr=1e-3, min_lr=1e-6, weight_decay=0.05
@@ -86,7 +76,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--mixup_prob", default=1.0, type=fraction, help="probability of mixup or cutmix")
     flag("--mixup_switch_prob", default=0.5, type=fraction, help="of cutmix when both are on")
     flag("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares a weight")
-    # fmt: on
     add_training_args(parser, fsdp=True, folder="./output_finetune")
     return parser
 
@@ -97,7 +86,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
-    check_classifier_args(args, get_args_parser())
+    classifier.check_classifier_args(args, get_args_parser())
     check_fsdp(args)
     check_optimizer_args(args)
     if uses_mixup(args) and args.batch_size % 2:
@@ -141,14 +130,15 @@ def build_criterion(
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
-    checkpoint = resume_classifier(args, "finetune", run.given)  # the flags of its model come with it
-    start = read_start(args)
+    # The flags of its model come with it
+    checkpoint = classifier.resume_classifier(args, "finetune", run.given)
+    start = classifier.read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
     train_set = None if args.eval else labelled_images("train", args)
     val_set = labelled_images(getattr(args, "split", "val"), args)
-    prepare_classes(args, train_set, val_set, checkpoint, run.given)
+    classifier.prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)
     loader, sampler = train_loader(train_set, args, run.pin_memory) if train_set else (None, None)
@@ -156,18 +146,18 @@ def main(args: argparse.Namespace) -> None:
 
     # Model: the pre-trained encoder under a new head
     seed_all(args.seed)
-    model = build_classifier(args, drop_path_rate=args.drop_path)
+    model = classifier.build_classifier(args, drop_path_rate=args.drop_path)
     if args.eval:
-        load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint)
         evaluate_and_report(val_loader, model.to(device), device, args, val_set, report=True)
         shut_down()
         return
     if args.finetune:
-        start_from(model, args, start, run.given)
+        classifier.start_from(model, args, start, run.given)
         del start
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
     torch.nn.init.zeros_(model.head.bias)
-    set_trainable_blocks(model, args.trainable_blocks)
+    classifier.set_trainable_blocks(model, args.trainable_blocks)
     model_without_ddp = model.to(device)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
@@ -176,9 +166,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimizer: earlier layers learn more slowly
     scale_learning_rate(args, get_world_size())
-    groups = param_groups_lrd(
-        model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
-    )
+    undecayed = model_without_ddp.no_weight_decay()
+    groups = param_groups_lrd(model_without_ddp, args.weight_decay, undecayed, args.layer_decay)
     optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
     criterion, mixup = build_criterion(args, train_set)

@@ -12,15 +12,7 @@ import argparse
 
 import torch
 
-from util.cli.flags import (
-    above,
-    add_data_args,
-    add_distributed_args,
-    add_verify_arg,
-    at_least,
-    check_flags,
-    seed_number,
-)
+from util.cli import flags
 from util.cli.parser import ArgumentParser, run_script, take_given
 from util.compute.precision import resolve_amp_dtype, resolve_device
 from util.data.depth import adopt_pixel_range
@@ -53,27 +45,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--model", default="vit_large_patch16", choices=models_vit.MODELS, metavar="MODEL",
          help=f"one of {', '.join(models_vit.MODELS)}")
     flag("--input_size", default=224, type=image_size, help="pixels: 224, or 32x128 (height x width)")
-    flag("--patch_size", type=at_least(1), help="default: the model's")
+    flag("--patch_size", type=flags.at_least(1), help="default: the model's")
     flag("--finetune", "--resume", default="", metavar="FILE|URL|FOLDER",
          help="a pre-training or fine-tuning checkpoint, a released, timm or Hugging Face file or folder")
-    add_verify_arg(flag)
+    flags.add_verify_arg(flag)
     flag("--global_pool", action="store_true", help="features: the mean of the patch tokens (default)")
     flag("--cls_token", action="store_false", dest="global_pool", help="features: the class token")
     flag = parser.add_argument_group("k-NN").add_argument
-    flag("--k", default=20, type=at_least(1), help="neighbours that vote")
-    flag("--temperature", default=0.07, type=above(0),
+    flag("--k", default=20, type=flags.at_least(1), help="neighbours that vote")
+    flag("--temperature", default=0.07, type=flags.above(0),
          help="a neighbour of similarity s votes with exp(s / T)")
-    flag("--batch_size", default=64, type=at_least(1), help="images per loader batch")
+    flag("--batch_size", default=64, type=flags.at_least(1), help="images per loader batch")
     flag = parser.add_argument_group("run").add_argument
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
-    flag("--seed", default=0, type=seed_number, help="of the random encoder, without --finetune")
+    flag("--seed", default=0, type=flags.seed_number, help="of the random encoder, without --finetune")
     flag("--output_dir", default="", help="folder whose log.txt gets a line with the result (default: none)")
-    # fmt: on
     parser.set_defaults(global_pool=True)
     add_label_args(parser, trains=False)
-    add_data_args(parser)
-    add_distributed_args(parser)
+    flags.add_data_args(parser)
+    flags.add_distributed_args(parser)
     return parser
 
 
@@ -94,7 +85,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     parser = get_args_parser()
     given = take_given(args, parser)
     init_distributed_mode(args)
-    check_flags(args, parser)
+    flags.check_flags(args, parser)
     check_label_args(args)
     verify, key = not args.no_verify, args.weights_key
     content = read_file(args.finetune, "--finetune", verify, key) if args.finetune else {}

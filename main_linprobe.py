@@ -33,16 +33,7 @@ from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size, log
 from util.processes.group import shut_down
 from util.processes.parallel import wrap_model
-from util.recipes.classifier import (
-    add_classifier_args,
-    build_classifier,
-    check_classifier_args,
-    load_for_eval,
-    prepare_classes,
-    read_start,
-    resume_classifier,
-    start_from,
-)
+from util.recipes import classifier
 from util.recipes.epoch_end import ClassifierEpochEnd, count_trained
 from util.recipes.labels import classifier_info, target_loss
 from util.recipes.probe import cache_features, encoder_digest
@@ -56,7 +47,7 @@ from util.weights.encoder import check_final_norm
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; `add_help=False`, so that launchers can take it as a parent."""
     parser = argparse.ArgumentParser("MAE linear probing", add_help=False)
-    add_classifier_args(parser, global_pool=False)
+    classifier.add_classifier_args(parser, global_pool=False)
     # fmt: off
     flag = add_schedule_args(
         parser, batch_size=512, epochs=90, warmup_epochs=10, blr=0.1, min_lr=0.0, weight_decay=0
@@ -66,14 +57,13 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="run the encoder once and train the head on its features, which are kept in memory")
     flag("--cache_views", default=1, type=at_least(1), metavar="V",
          help="of --cache_features; 1: the centre crop of each image, more: V random crops, used in turn")
-    # fmt: on
     add_training_args(parser, backward=False, folder="./output_linprobe")
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that cannot work, before anything is read or written."""
-    check_classifier_args(args, get_args_parser())
+    classifier.check_classifier_args(args, get_args_parser())
     if args.batch_size < 2 and not args.eval:
         raise UserError(f"--batch_size {args.batch_size}: BatchNorm needs at least 2 images per process")
     if args.cache_views > 1 and (args.no_aug or not args.cache_features):
@@ -96,8 +86,9 @@ def put_on_probe(model: torch.nn.Module) -> None:
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
-    checkpoint = resume_classifier(args, "linprobe", run.given)  # the flags of its model come with it
-    start = read_start(args)
+    # The flags of its model come with it
+    checkpoint = classifier.resume_classifier(args, "linprobe", run.given)
+    start = classifier.read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
@@ -108,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         random_crop = functools.partial(probe_transform, uint8=True)
         train_set = labelled_images("train", args, random_crop if augment else centre)
     val_set = labelled_images(getattr(args, "split", "val"), args, centre)
-    prepare_classes(args, train_set, val_set, checkpoint, run.given)
+    classifier.prepare_classes(args, train_set, val_set, checkpoint, run.given)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     val_loader = eval_loader(val_set, args, run.pin_memory)
     loader, sampler = train_loader(train_set, args, run.pin_memory) if train_set else (None, None)
@@ -116,14 +107,14 @@ def main(args: argparse.Namespace) -> None:
 
     # Model: only the head learns
     seed_all(args.seed)
-    model = build_classifier(args)
+    model = classifier.build_classifier(args)
     if args.finetune and not args.eval:
-        check_final_norm(start_from(model, args, start, run.given))
+        check_final_norm(classifier.start_from(model, args, start, run.given))
         del start
     put_on_probe(model)
     model_without_ddp = model.to(device)
     if args.eval:
-        load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint)
         evaluate_and_report(val_loader, model, device, args, val_set, report=True)
         shut_down()
         return

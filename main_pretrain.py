@@ -95,7 +95,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="epochs between k-NN accuracies of the encoder, with labelled train/ and val/ (0: never)")
     flag("--card_freq", default=0, type=at_least(0), metavar="N",
          help="epochs between small report cards of it (main_evaluate.py), with the same images (0: never)")
-    # fmt: on
 
     add_question_args(parser)
     add_training_args(parser, fsdp=True)

@@ -23,16 +23,8 @@ from util.cli.parser import ArgumentParser, run_script
 from util.compute.compile import compile_model
 from util.compute.optimizer import add_optimizer_args, build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
+from util.data import segments
 from util.data.depth import depth_of
-from util.data.segments import (
-    CropBoth,
-    SegmentedImages,
-    WholeImage,
-    count_masked_classes,
-    find_masked,
-    look_at_masks,
-    read_class_names,
-)
 from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.evaluate.segments import probabilities
@@ -41,25 +33,8 @@ from util.lr_sched import scale_learning_rate
 from util.processes.collectives import check_agreement, get_world_size
 from util.processes.group import shut_down
 from util.processes.parallel import check_fsdp, wrap_model
-from util.recipes.classifier import (
-    load_for_eval,
-    make_report_dir,
-    read_start,
-    resume_classifier,
-    set_trainable_blocks,
-    start_from,
-)
+from util.recipes import classifier, segment
 from util.recipes.epoch_end import count_trained
-from util.recipes.segment import (
-    PixelLoss,
-    SegmentationEpochEnd,
-    adopt_head,
-    build_segmenter,
-    evaluate_masks,
-    pixel_weights,
-    segment_by_neighbours,
-    whole_images,
-)
 from util.rng import seed_all
 from util.run.guard import RunGuard
 from util.run.run_log import log_arguments, make_log_writer
@@ -101,7 +76,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--layer_decay", default=0.75, type=above(0), help="learning rate of a block over that of the next")
     flag("--clip_grad", type=above(0, "; leave it out for no clipping"), help="largest gradient norm")
     flag("--drop_path", default=0.1, type=fraction, help="stochastic depth of the last block")
-    # fmt: on
     add_training_args(parser, fsdp=True, folder="./output_segment")
     return parser
 
@@ -122,18 +96,18 @@ def check_args(args: argparse.Namespace) -> None:
         args.blr = 1e-3 if args.mode == "finetune" else 3e-2
 
 
-def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImages]:
+def masked_images(args: argparse.Namespace, *splits: str) -> list[segments.SegmentedImages]:
     """The images of some splits with their masks, whole but for train's; sets `args.nb_classes`."""
-    found = [find_masked(split, args) for split in splits]
-    counts = [look_at_masks(*pair, args) for pair in found]
-    args.nb_classes = count_masked_classes(args, *counts)
+    found = [segments.find_masked(split, args) for split in splits]
+    counts = [segments.look_at_masks(*pair, args) for pair in found]
+    args.nb_classes = segments.count_masked_classes(args, *counts)
     options = args.nb_classes, args.ignore_index, args.in_chans, args.seed, args.bad_images, depth_of(args)
     sets = []
     for split, pair, pixels in zip(splits, found, counts, strict=True):
-        crop = split == "train" and args.mode != "knn"
-        transform = CropBoth(args.input_size, options[-1]) if crop else WholeImage(
-            args.input_size, args.short_side, options[-1])  # fmt: skip
-        sets.append(SegmentedImages(*pair, transform, *options))
+        transform = segments.WholeImage(args.input_size, args.short_side, options[-1])
+        if split == "train" and args.mode != "knn":
+            transform = segments.CropBoth(args.input_size, options[-1])
+        sets.append(segments.SegmentedImages(*pair, transform, *options))
         sets[-1].pixels = pixels  # {class: how many}, of the masks that were looked at
     return sets
 
@@ -142,36 +116,37 @@ def masked_images(args: argparse.Namespace, *splits: str) -> list[SegmentedImage
 def main(args: argparse.Namespace) -> None:
     run = open_run(args, check_args, get_args_parser())
     device = run.device
-    checkpoint = resume_classifier(args, "segment", run.given)  # the flags of its model come with it
-    stored = adopt_head(args, checkpoint.content, checkpoint.source, run.given) if checkpoint else []
-    start = read_start(args)
+    # The flags of its model come with it
+    checkpoint = classifier.resume_classifier(args, "segment", run.given)
+    stored = segment.adopt_head(args, checkpoint.content, checkpoint.source, run.given) if checkpoint else []
+    start = classifier.read_start(args)
     args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
 
     # Data
     sets = masked_images(args, *(["train"] * (not args.eval)), args.split)
     train_set, val_set = sets if len(sets) == 2 else (None, *sets)
-    names = read_class_names(args, stored)
+    names = segments.read_class_names(args, stored)
     check_agreement(args, images=len(train_set or []), evaluated=len(val_set))
     if args.eval:
-        make_report_dir(args.output_dir)
+        classifier.make_report_dir(args.output_dir)
     log_arguments(args)
 
     # Model: the pre-trained encoder under a new head
     seed_all(args.seed)
-    model = build_segmenter(args, drop_path_rate=args.drop_path if args.mode == "finetune" else 0.0)
+    model = segment.build_segmenter(args, drop_path_rate=args.drop_path if args.mode == "finetune" else 0.0)
     if args.eval:
-        load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint)
         predict = probabilities(model.to(device).eval(), device, args)
-        evaluate_masks(whole_images(val_set, args), predict, args, device, names, report=True)
+        segment.evaluate_masks(segment.whole_images(val_set, args), predict, args, device, names, report=True)
         return shut_down()
     if args.finetune:
-        start_from(model, args, start, run.given)
+        classifier.start_from(model, args, start, run.given)
         del start
     model_without_ddp = model.to(device)
     if args.mode == "knn":
-        segment_by_neighbours(args, train_set, val_set, names, model.eval(), device)
+        segment.segment_by_neighbours(args, train_set, val_set, names, model.eval(), device)
         return shut_down()
-    set_trainable_blocks(model, 0 if args.mode == "linear" else None)
+    classifier.set_trainable_blocks(model, 0 if args.mode == "linear" else None)
     loader, sampler = train_loader(train_set, args, run.pin_memory)
     model.grad_checkpointing = args.grad_checkpointing
     compiled = compile_model(model, "forward", args, device)
@@ -180,12 +155,11 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimizer: earlier layers learn more slowly
     scale_learning_rate(args, get_world_size())
-    groups = param_groups_lrd(
-        model_without_ddp, args.weight_decay, model_without_ddp.no_weight_decay(), args.layer_decay
-    )
+    undecayed = model_without_ddp.no_weight_decay()
+    groups = param_groups_lrd(model_without_ddp, args.weight_decay, undecayed, args.layer_decay)
     optimizer = build_optimizer(groups, args, device)
     loss_scaler = NativeScalerWithGradNormCount(enabled=run.amp_dtype == torch.float16, device=device.type)
-    criterion = PixelLoss(pixel_weights(train_set.pixels, args)).to(device)
+    criterion = segment.PixelLoss(segment.pixel_weights(train_set.pixels, args)).to(device)
 
     # Resume
     info = make_model_info(args, names, "segment")
@@ -203,8 +177,8 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # Training
-    val_loader = whole_images(val_set, args, run.pin_memory)
-    after = SegmentationEpochEnd(
+    val_loader = segment.whole_images(val_set, args, run.pin_memory)
+    after = segment.SegmentationEpochEnd(
         args, state, model_without_ddp, val_loader, val_set, device, log_writer, names
     )
     guard = RunGuard(args, state.save, train_set, len(loader), state.meters)

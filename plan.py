@@ -34,8 +34,8 @@ from util.data.find import find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
 from util.data.transforms import channel_stats
 from util.errors import TrainingError, UserError
-from util.evaluate.output import check_output
-from util.files import printable, replacing, some
+from util.evaluate.output import check_output, replacing_output
+from util.files import printable, some
 from util.processes.collectives import log as say
 from util.recipes.choose import choose, words
 from util.sizes import image_size
@@ -57,7 +57,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="images of a split that are looked at, evenly spread")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--no_trial", action="store_true", help="leave the timed steps out")
-    # fmt: on
     return parser
 
 
@@ -96,10 +95,9 @@ def describe(found: dict[str, Survey]) -> list[str]:
         if flat:
             lines.append(f"  constant images: {flat:,}")
         if part.bad:
-            names = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
-            lines.append(
-                f"  unreadable: {len(part.bad):,}: {names}; --bad_images skip leaves out 1 % at most"
-            )
+            text = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
+            text += "; --bad_images skip leaves out 1 % at most"
+            lines.append(f"  unreadable: {len(part.bad):,}: {text}")
     names, parts = list(found), list(found.values())
     exact, near = duplicates(parts)
     for kind, pairs in (("the same file", exact), ("nearly the same picture", near)):
@@ -112,9 +110,8 @@ def describe(found: dict[str, Survey]) -> list[str]:
                 for pair in chosen[:3]:
                     lines.append("  " + " = ".join(printable(parts[s].path(n)) for s, n in pair))
     if not exact and not near:
-        lines.append(
-            f"duplicates: none{' within or across ' + ' and '.join(names) if len(names) > 1 else ''}"
-        )
+        where = f" within or across {' and '.join(names)}" if len(names) > 1 else ""
+        lines.append(f"duplicates: none{where}")
     return lines
 
 
@@ -198,11 +195,8 @@ def write(path: str, command: list[str], note: str) -> None:
             lines.append(word)
         else:
             lines[-1] += f" {shlex.quote(word)}"
-    try:
-        with replacing(path) as temporary:
-            Path(temporary).write_text("\n".join([*lines, ""]), encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"--write {path}: cannot be written ({error.strerror or error})") from None
+    with replacing_output("--write", path) as temporary:
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="surrogateescape")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -35,16 +35,8 @@ from util.console import say
 from util.data.inputs import find_inputs
 from util.data.targets import Targets
 from util.errors import TrainingError, UserError
+from util.evaluate import output
 from util.evaluate.anomaly import complementary_masks, image_losses, loss_loader, mask_count
-from util.evaluate.output import (
-    check_new_folder,
-    check_output,
-    table,
-    write_csv,
-    write_features,
-    write_losses,
-    write_maps,
-)
 from util.evaluate.predict import KINDS, predict, prediction_loader
 from util.files import printable, some
 from util.processes.collectives import note, warn
@@ -101,7 +93,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
     flag("--amp_dtype", default="none", choices=["auto", "bf16", "fp16", "none"],
          help="mixed precision: faster on a GPU, but features to 2 or 3 digits only")
-    # fmt: on
     return parser
 
 
@@ -121,13 +112,13 @@ def check_args(args: argparse.Namespace) -> None:
             first, last = ("--loss", f"--{name}") if args.loss else (f"--{name}", "--loss FILE.csv")
             raise UserError(f"{first}: {text} {last}")
     if args.map:
-        check_new_folder("--map", args.map)
+        output.check_new_folder("--map", args.map)
     if args.features and not args.features.endswith(".npz"):
         text = "an .npz archive all the same: numpy.load(...)['features']; better name it .npz"
         warn(f"--features {args.features}: becomes {text}")
     for flag in ("csv", "features", "loss"):
         if getattr(args, flag) is not None:
-            check_output(f"--{flag}", getattr(args, flag))
+            output.check_output(f"--{flag}", getattr(args, flag))
 
 
 def read_names(path: str, count: int) -> list[str]:
@@ -172,17 +163,16 @@ def write_all_losses(args: argparse.Namespace, device) -> None:
     hidden = count - round(count * (1 - ratio))
     note(f"{count} masks of {100 * ratio:g} % of the patches: each is hidden {hidden} times")
     progress = progress_bar(len(files.paths))
-    rows, losses = image_losses(
-        model.to(device), loader, device, masks, args.amp_dtype, progress, stats=weights
-    )
+    model.to(device)
+    rows, losses = image_losses(model, loader, device, masks, args.amp_dtype, progress, stats=weights)
     progress.close()
     say_left_out(loader.dataset)
     paths, maps = [files.paths[i] for i in rows], []
     if args.map:
-        maps = write_maps(args.map, paths, losses, model.patch_embed.grid_size)
+        maps = output.write_maps(args.map, paths, losses, model.patch_embed.grid_size)
         grid = "x".join(map(str, model.patch_embed.grid_size))
         note(f"wrote {printable(args.map)}: {len(maps)} maps of {grid} patches")
-    write_losses(args.loss, paths, losses, maps)
+    output.write_losses(args.loss, paths, losses, maps)
     note(f"wrote {printable(args.loss)}: {len(paths)} images")
 
 
@@ -220,19 +210,18 @@ def main(args: argparse.Namespace) -> None:
     say_input(weights, len(files.paths), device)
     progress = progress_bar(len(files.paths))
     top_k = args.top_k if wants_classes else 0
-    result = predict(
-        model.to(device), loader, device, args.amp_dtype, top_k, kind, progress, weights, targets
-    )
+    model.to(device)
+    result = predict(model, loader, device, args.amp_dtype, top_k, kind, progress, weights, targets)
     progress.close()
     say_left_out(loader.dataset)
     paths = [files.paths[i] for i in result.rows]
     if args.features:
-        write_features(args.features, paths, result, kind, model.patch_embed.grid_size, args.layer)
+        output.write_features(args.features, paths, result, kind, model.patch_embed.grid_size, args.layer)
         note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
-        write_csv(args.csv, paths, names, result, targets)
+        output.write_csv(args.csv, paths, names, result, targets)
         note(f"wrote {printable(args.csv)}: {len(paths)} images")
-    elif wants_classes and not say(table(paths, names, result, targets)):
+    elif wants_classes and not say(output.table(paths, names, result, targets)):
         raise TrainingError("the table could not be written to stdout")
 
 

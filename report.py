@@ -33,7 +33,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--images", default=200, type=at_least(0), metavar="N",
          help="held-out images that the model looks at (default: %(default)s; 0: no pictures of the model)")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
-    # fmt: on
     return parser
 
 

@@ -16,23 +16,27 @@ import statistics
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import main_pretrain
 from util.cli.flags import at_least, check_flags
 from util.cli.parser import ArgumentParser, parse_args, run_script
+from util.console import write
 from util.errors import TrainingError, UserError
 from util.evaluate.knn import knn_sets
-from util.figures.canvas import save_png
+from util.figures.canvas import BACKGROUND, FAINT_INK, INK, RULE, save_png, shorten
 from util.files import check_writable, printable, replacing
 from util.processes.collectives import log
-from util.recipes.study_picture import draw_study
 from util.recipes.study_rows import check_row, read_rows
-from util.recipes.study_runs import REPO, Run, Runner, card_flags
-from util.slurm.submit import add_slurm_args
+from util.recipes.study_runs import REPO, Run, RunJob, Runner, card_flags
+from util.report.page import nice_range
+from util.slurm.submit import add_slurm_args, check_slurm_args, sbatch_script, submit
 
 STUDIES = sorted(path.stem.removeprefix("study_") for path in REPO.glob("recipes/study_*.txt"))
 COLUMNS = {"val_loss": ("held-out loss", 4), "knn": ("k-NN (%)", 1), "linear": ("linear probe (%)", 1)}
 TIMES = {"seconds": "time (s)", "processor": "processor time (s)"}
+COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (120, 94, 20)]
+LABEL, WIDTH, LINE, MARGIN = 230, 300, 26, 18  # of the names, a panel, a row, the border, in pixels
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -50,7 +54,6 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="main_evaluate.py of each encoder; none: for images without labels")
     flag("--keep", action="store_true", help="keep the checkpoints of finished runs")
     flag("--table", action="store_true", help="make no run: only the table of those that are done")
-    # fmt: on
     add_slurm_args(parser)
     parser.set_defaults(cluster="local", ngpus=1, nodes=1)
     return parser
@@ -76,11 +79,8 @@ def planned(args: argparse.Namespace) -> list[Run]:
             except UserError as error:
                 raise UserError(f"{error}; a card needs labels, --card none does without") from None
     place = Path(args.output_dir).resolve()
-    return [
-        Run(row, seed, place / row.folder / f"seed-{seed}", cards[row])
-        for seed in range(args.seeds)
-        for row in rows
-    ]
+    pairs = [(seed, row) for seed in range(args.seeds) for row in rows]
+    return [Run(row, seed, place / row.folder / f"seed-{seed}", cards[row]) for seed, row in pairs]
 
 
 def in_words(values: list[float], digits: int) -> str:
@@ -116,6 +116,42 @@ def write_table(args: argparse.Namespace, runs: list[Run]) -> str:
     return text
 
 
+def draw_study(panels: dict[str, dict[str, list[float]]]) -> Image.Image:
+    """An RGB picture of panels side by side, with the same rows: a dot a seed, a stroke for their mean.
+
+    Args:
+        panels: {heading: {row: the values of its seeds, or none}}; each panel has a value at least.
+    """
+    font, rows = ImageFont.load_default(13), list(next(iter(panels.values())))
+    top, bottom = MARGIN + LINE, MARGIN + LINE * (len(rows) + 1)
+    size = LABEL + (WIDTH + MARGIN) * len(panels) + MARGIN, bottom + LINE + MARGIN
+    picture = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        text = shorten(row, font, LABEL - 2 * MARGIN)
+        draw.text((LABEL - MARGIN, top + LINE * (i + 0.5)), text, INK, font, anchor="rm")
+    for k, (heading, values) in enumerate(panels.items()):
+        left = LABEL + k * (WIDTH + MARGIN)
+        low, high, step = nice_range([value for seeds in values.values() for value in seeds])
+        draw.text((left + WIDTH / 2, MARGIN), heading, INK, font, anchor="ma")
+
+        def place(value: float, left=left, low=low, high=high) -> float:
+            return left + 16 + (value - low) / (high - low) * (WIDTH - 32)
+
+        for tick in range(round((high - low) / step) + 1):
+            x = place(low + tick * step)
+            draw.line((x, top, x, bottom), RULE)
+            draw.text((x, bottom + 5), f"{low + tick * step:g}", FAINT_INK, font, anchor="ma")
+        for i, seeds in enumerate(values.values()):
+            y, ink = top + LINE * (i + 0.5), COLOURS[i % len(COLOURS)]
+            for value in seeds:
+                draw.ellipse((place(value) - 3, y - 3, place(value) + 3, y + 3), outline=ink)
+            if seeds:
+                mean = place(statistics.fmean(seeds))
+                draw.line((mean, y - 9, mean, y + 9), ink, 3)
+    return picture
+
+
 def main(args: argparse.Namespace) -> str:
     """Returns the table."""
     check_flags(args, get_args_parser())
@@ -124,10 +160,13 @@ def main(args: argparse.Namespace) -> str:
     check_writable("--output_dir", args.output_dir, f"{printable(args.output_dir)}:")
     failed = {}
     if not args.table and args.cluster == "slurm":
-        from util.recipes.study_slurm import submit_runs
-
+        check_slurm_args(args)
         parser = ArgumentParser(parents=[main_pretrain.get_args_parser()])
-        submit_runs(left, args, lambda words: parse_args(parser, words))
+        for run in left:
+            if args.dry_run:
+                write(sbatch_script(args, "mae_study"))
+                break
+            submit(RunJob(run, parse_args(parser, run.training), args.keep), args, "mae_study")
         return ""
     if not args.table:
         gpus = [str(i) for i in range(torch.cuda.device_count())]

@@ -59,7 +59,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--port", default=7860, type=Bounded(int, range(1, 65536).__contains__, "lie between 1 and 65535"))
     flag("--max_upload_mb", default=20, type=at_least(1), metavar="MB", help="largest upload")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
-    # fmt: on
     return parser
 
 

@@ -115,8 +115,6 @@ def copy(folder: Path, split: dict, out: Path, label: Callable) -> None:
                     target = work / name / label(probability, kind) / Path(path).name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(folder / path, target)
-            if out.exists():
-                out.rmdir()
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
 

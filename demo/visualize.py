@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.cli.flags import at_least, check_flags
+from util.cli.flags import Bounded, at_least, check_flags
 from util.cli.parser import ArgumentParser, run_script
 from util.compute.precision import resolve_device
 from util.data.depth import depth_of, make_reader
@@ -38,11 +38,10 @@ from util.data.transforms import EvalTransform, normalize_batch
 from util.demo_set.files import SHIPPED, ensure_demo_data
 from util.errors import UserError
 from util.evaluate.output import check_output
+from util.figures import reconstruction
 from util.figures.attention import attention_panels
 from util.figures.canvas import Panels, panel_layout, save_png
 from util.figures.features import neighbour_panels, pca_panels
-from util.figures.full_size import padded_size, reconstruct_full
-from util.figures.reconstruction import column_headings, mask_noise, ratio_panels, read_mask
 from util.files import check_writable, printable
 from util.processes.collectives import log
 from util.rng import fixed_noise, takes_noise
@@ -77,7 +76,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--mask_file", metavar="PNG",
          help="a picture of what to hide, instead of --mask_ratio: white is hidden, black is seen; any size; "
               "cut like a photograph to the centre part that the model sees; a patch goes by its mean")
-    flag("--seed", type=int, default=2, help="of the random masks")
+    flag("--seed", type=Bounded(int, range(2**63).__contains__, "lie between 0 and 2^63 - 1"), default=2,
+         help="of the random masks")
     flag = parser.add_argument_group("pictures").add_argument
     flag("--output", default="reconstruction.png", metavar="FILE.png",
          help="picture to write; replaces one that is there")
@@ -97,14 +97,13 @@ def get_args_parser() -> argparse.ArgumentParser:
               "of its own, or as a whole with position tables of that size")
     flag("--save_images", metavar="DIR",
          help="also write each panel as a file of its own: NUMBER-NAME-PANEL.png")
-    flag("--rows", type=int, metavar="N",
+    flag("--rows", type=at_least(1), metavar="N",
          help=f"draw N of the images, evenly spread (default: all, {DEMO_ROWS} of the demo set)")
     flag("--pages", default="first", choices=["first", "all"],
          help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--bad_images", default="error", choices=["error", "skip"],
          help="a file that is no image: stop, or leave it out")
     flag("--device", default="auto", help="auto (cuda, else mps, else cpu) or a torch device")
-    # fmt: on
     return parser
 
 
@@ -116,10 +115,6 @@ def check_args(args: argparse.Namespace) -> None:
     for ratio in args.mask_ratio:
         if not 0 < ratio < 1:
             raise UserError(f"--mask_ratio {ratio}: must lie between 0 and 1, both excluded")
-    if args.rows is not None and args.rows < 1:
-        raise UserError(f"--rows {args.rows}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must lie between 0 and 2^63 - 1")
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: must end in .png")
     check_output("--output", args.output)
@@ -153,15 +148,13 @@ def full_panels(model, weights: WeightsFile, path: str, args: argparse.Namespace
     check_size(1, 1 + 3 * len(args.mask_ratio), pixels.shape[:2])
     image = normalize_batch(EvalTransform(pixels.shape[:2], depth)(pixels)[None], "cpu", mean, std)[0]
     if args.full_size == "positions":
-        size = padded_size(image.shape[1:], [weights.sizes["patch_size"]] * 2)
+        size = reconstruction.padded_size(image.shape[1:], [weights.sizes["patch_size"]] * 2)
         model = build(at_size(weights, size)).to(next(model.parameters()).device)
-    columns, headings, groups = [], list(column_headings(model.norm_pix_loss, channels)), [("", 1)]
+    drawn = []
     for ratio in args.mask_ratio:
-        panels = list(reconstruct_full(model, image, ratio, args.seed, mean, std).values())
-        columns += panels[1:] if columns else panels
-        groups.append((f"{100 * ratio:g}% masked", 3))
-    several = len(args.mask_ratio) > 1
-    return Panels(headings[:1] + headings[1:] * len(args.mask_ratio), columns, groups if several else None)
+        panels = reconstruction.reconstruct_full(model, image, ratio, args.seed, mean, std)
+        drawn.append((f"{100 * ratio:g}% masked", panels))
+    return reconstruction.side_by_side(model, drawn)
 
 
 def choose_masks(
@@ -170,8 +163,9 @@ def choose_masks(
     """(title, noise (rows, L), mask ratio) of every masking; UserError for one that hides all or nothing."""
     length = grid[0] * grid[1]
     if args.mask_file:
-        removed = read_mask(args.mask_file, grid)
-        return [(f"{int(removed.sum())} of {length} patches masked", *mask_noise(removed, rows))]
+        removed = reconstruction.read_mask(args.mask_file, grid)
+        title = f"{int(removed.sum())} of {length} patches masked"
+        return [(title, *reconstruction.mask_noise(removed, rows))]
     noise, masks = fixed_noise(rows, length, args.seed), []
     for ratio in args.mask_ratio:
         kept = int(length * (1 - ratio))
@@ -246,7 +240,8 @@ def main(args: argparse.Namespace) -> None:
         masks = [(title, noise[: len(images)], ratio) for title, noise, ratio in masks]
         how = f", {masks[0][0]}" if len(masks) == 1 else ""
         caption = f"{name}{how}" + ("" if args.mask_file else f", seed {args.seed}")
-        write(ratio_panels(model, images, masks, mean, std), caption, labels, args.output, args)
+        panels = reconstruction.ratio_panels(model, images, masks, mean, std)
+        write(panels, caption, labels, args.output, args)
     if args.attention:
         caption = f"{name}: attention of the class token, last block; brightest: each map's largest value"
         panels = attention_panels(model, images, mean, std)

@@ -8,6 +8,7 @@ JSON file is not measured again, so that a record can be measured in parts.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -107,16 +108,10 @@ def measure(words: str, task: str, seed: int, folder: Path) -> dict[str, float]:
     loader = build_loader(images, EvalSampler(len(images), 1, 0), 32, 0, False)
     loss = evaluate(loader, model, device, args)
     model.eval()
-    train, val = (
-        extract_features(lambda x: encoder_features(model, x), part, device, args)
-        for part in knn_loaders(args)
-    )
-    return {
-        "seconds": seconds,
-        "loss": loss,
-        "probe": probe(*train, *val),
-        "knn": knn_from_features(*train, *val)["acc1"],
-    }
+    features = functools.partial(encoder_features, model)
+    train, val = (extract_features(features, part, device, args) for part in knn_loaders(args))
+    knn = knn_from_features(*train, *val)["acc1"]
+    return {"seconds": seconds, "loss": loss, "probe": probe(*train, *val), "knn": knn}
 
 
 def compared(pairs: list[tuple[dict, dict]]) -> dict[str, tuple[float, float]]:
@@ -139,21 +134,15 @@ def table(runs: dict[str, dict]) -> str:
     lines = ["| task | seeds | processor s | times less | held-out loss | ridge probe (%) | k-NN (%) |"]
     lines.append("|" + " --- |" * 7)
     for task in TASKS:
-        keys = [
-            key
-            for key in runs
-            if key.startswith(f"{task} baseline") and key.replace("baseline", "fast") in runs
-        ]
-        pairs = [(runs[key], runs[key.replace("baseline", "fast")]) for key in keys]
+        keys = [(key, key.replace("baseline", "fast")) for key in runs if key.startswith(f"{task} baseline")]
+        pairs = [(runs[base], runs[fast]) for base, fast in keys if fast in runs]
         if len(pairs) < 2:
             continue
         found = compared(pairs)
         ratios = [math.log(base["seconds"] / fast["seconds"]) for base, fast in pairs]
         less = math.exp(statistics.fmean(ratios))
-        cells = [
-            f"{base:.{digits}f} -> {fast:.{digits}f} (p {p:.2g})"
-            for (base, fast, p), digits in zip(found.values(), (1, 4, 1, 1), strict=True)
-        ]
+        rows = zip(found.values(), (1, 4, 1, 1), strict=True)
+        cells = [f"{base:.{digits}f} -> {fast:.{digits}f} (p {p:.2g})" for (base, fast, p), digits in rows]
         lines.append(f"| {' | '.join([task, str(len(pairs)), cells[0], f'{less:.2f}', *cells[1:]])} |")
     return "\n".join(lines)
 
@@ -172,18 +161,16 @@ def main(args: argparse.Namespace) -> None:
                 "--cells DIR: where are they? (python demo/prepare_elpv.py), or name other --tasks"
             )
         first = f"{TASKS['painted']} {args.flags}"
-        measure(
-            recipes["fast"] + " --max_steps 2", first, 0, Path(scratch, "first")
-        )  # what a process does once is not counted
+        # What a process does once is not counted
+        measure(f"{recipes['fast']} --max_steps 2", first, 0, Path(scratch, "first"))
         for seed in range(args.seeds):
             for task in args.tasks:
                 for recipe in list(recipes)[:: 1 if seed % 2 == 0 else -1]:
                     if (key := f"{task} {recipe} {seed}") in runs:
                         continue
                     folder = Path(scratch, key.replace(" ", "-"))
-                    runs[key] = measure(
-                        recipes[recipe], f"{TASKS[task]} {data[task]} {args.flags}", seed, folder
-                    )
+                    flags = f"{TASKS[task]} {data[task]} {args.flags}"
+                    runs[key] = measure(recipes[recipe], flags, seed, folder)
                     with replacing(path) as temporary:
                         temporary.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
                     log(f"{key}: {runs[key]}")

@@ -75,15 +75,12 @@ def copy_image(source: str, target: str, spare: str, short: int, quality: int) -
         raise BadImage(source, error.strerror or str(error)) from None
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with replacing(
-            target, spare, flush=False
-        ) as temporary:  # a power cut costs some images, said to be done
+        with replacing(target, spare, flush=False) as temporary:  # a power cut costs some, said to be done
             if content is None or content is KEPT:
                 shutil.copyfile(source, temporary)
             elif isinstance(content, np.ndarray) and options:
-                need("tifffile", "a TIFF of more than 8 bits or of many bands").imwrite(
-                    temporary, content, **options
-                )
+                tifffile = need("tifffile", "a TIFF of more than 8 bits or of many bands")
+                tifffile.imwrite(temporary, content, **options)
             elif isinstance(content, np.ndarray):
                 with open(temporary, "wb") as file:  # np.save would give a path its own extension
                     np.save(file, content)
@@ -163,9 +160,8 @@ def _scale_band(band: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if band.dtype == np.uint8:
         return np.asarray(scale(Image.fromarray(band), size))
     low = band.min().astype(np.float64)
-    values = (
-        np.asarray(scale(Image.fromarray((band - low).astype(np.float32)), size)).astype(np.float64) + low
-    )
+    shifted = Image.fromarray((band - low).astype(np.float32))
+    values = np.asarray(scale(shifted, size)).astype(np.float64) + low
     if band.dtype.kind in "iu":
         limits = np.iinfo(band.dtype)
         values = values.round().clip(limits.min, limits.max)

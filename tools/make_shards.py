@@ -88,9 +88,8 @@ def pack(task: tuple[argparse.Namespace, Part]) -> tuple[Counter, list[tuple[str
     args, part = task
     target, notes = Path(args.target, part.archive), Path(args.own, f"{part.archive}.json")
     if target.exists() and notes.exists():
-        return Counter(done=len(part)), [
-            tuple(pair) for pair in json.loads(notes.read_text(encoding="utf-8"))
-        ]
+        known = json.loads(notes.read_text(encoding="utf-8"))
+        return Counter(done=len(part)), list(map(tuple, known))
     unreadable, counts = [], Counter(archives=1)
     try:
         with replacing(target, args.spare) as temporary:

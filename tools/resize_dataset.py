@@ -203,11 +203,10 @@ def measure(args: argparse.Namespace, names: list[str]) -> tuple[float, int]:
             top, left, height, width = random_resized_crop_box(original.height, original.width, rng)
             box = (left, top, left + width, top + height)
             small_box = (left * x, top * y, (left + width) * x, (top + height) * y)
-            pair = [
-                np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=b), dtype=np.float32)
-                for image, b in ((original, box), (copy, small_box))
-            ]
-            total += float(np.square(pair[0] - pair[1]).mean())
+            sides = (original, box), (copy, small_box)
+            cut = (image.resize((224, 224), Image.Resampling.BICUBIC, box=place) for image, place in sides)
+            one, two = (np.asarray(part, dtype=np.float32) for part in cut)
+            total += float(np.square(one - two).mean())
             count += 1
     return (10 * math.log10(255**2 * count / total) if total else math.inf), images
 

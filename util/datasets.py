@@ -3,14 +3,3 @@
 from util.data.dataset import ImageDataset, build_pretrain_dataset, build_val_dataset
 from util.data.find import ImageFiles, PathList, find_images
 from util.data.labelled import build_dataset, build_transform
-
-__all__ = [
-    "ImageDataset",
-    "ImageFiles",
-    "PathList",
-    "build_dataset",
-    "build_pretrain_dataset",
-    "build_transform",
-    "build_val_dataset",
-    "find_images",
-]

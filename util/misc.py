@@ -19,23 +19,6 @@ from util.run.checkpoint import save_model
 from util.run.meters import MetricLogger, SmoothedValue
 from util.run.resume import load_model
 
-__all__ = [
-    "MetricLogger",
-    "NativeScalerWithGradNormCount",
-    "SmoothedValue",
-    "all_reduce_mean",
-    "get_grad_norm_",
-    "get_rank",
-    "get_world_size",
-    "init_distributed_mode",
-    "is_dist_avail_and_initialized",
-    "is_main_process",
-    "load_model",
-    "save_model",
-    "save_on_master",
-    "setup_for_distributed",
-]
-
 
 def save_on_master(*args, **kwargs) -> None:
     """`torch.save` on the first process only. (`save_model` writes what a kill cannot break.)"""

@@ -18,7 +18,7 @@ from util.data import loader as sampler_module
 from util.data.dataset import ImageDataset, build_pretrain_dataset, find_images
 from util.data.loader import build_loader, collate
 from util.data.read import BadImage
-from util.data.sampler import EpochSampler
+from util.data.sampler import EpochSampler, EvalSampler
 from util.data.transforms import EvalTransform
 from util.errors import UserError
 from util.processes import signals
@@ -68,7 +68,6 @@ def test_an_epoch_is_a_permutation_of_seed_and_epoch_only():
         other.set_epoch(epoch)
         orders.add(tuple(indices(other)))
     assert len(orders) == 4
-    assert indices(EpochSampler(7, shuffle=False)) == list(range(7))
     assert all(type(index) is int for index in indices(sampler))
 
 
@@ -86,13 +85,6 @@ def test_ranks_share_the_permutation_in_equal_full_batches(length, replicas):
         assert together == set(whole[12 * k : 12 * (k + 1)])
 
 
-def test_without_batch_size_every_sample_comes_once():
-    shares = [indices(EpochSampler(10, 4, rank, shuffle=False)) for rank in range(4)]
-    assert shares == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
-    assert [len(EpochSampler(10, 4, rank)) for rank in range(4)] == [3, 3, 2, 2]
-    assert indices(EpochSampler(2, 4, 3)) == [] and len(EpochSampler(2, 4, 3)) == 0
-
-
 def test_positions_inside_an_epoch():
     sampler = EpochSampler(50, 2, 1, seed=1, batch_size=4)
     sampler.set_epoch(2)
@@ -100,14 +92,10 @@ def test_positions_inside_an_epoch():
     assert len(whole) == 24
     sampler.set_epoch(2, 3)
     assert list(sampler) == whole[12:] and len(sampler) == 24 and sampler.start_batch == 3
-    sampler.set_epoch(2, 1, 4)
-    assert list(sampler) == whole[4:16]
     sampler.set_epoch(2, 6)
     assert list(sampler) == []
     sampler.set_epoch(2)
     assert list(sampler) == whole
-    with pytest.raises(ValueError, match="batch_size"):
-        EpochSampler(50).set_epoch(0, 1)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -117,8 +105,8 @@ def test_repeats_follow_each_other_and_lengthen_the_epoch(replicas):
     for one, three in zip(plain, samplers, strict=True):
         assert len(three) == 3 * len(one) == len(list(three)) == 3 * 2 * (29 // (2 * replicas))
         assert list(three) == [(*key, repeat) for key in one for repeat in range(3)]
-        one.set_epoch(4, 2, 5)
-        three.set_epoch(4, 2, 5)  # the same images: batches hold as many
+        one.set_epoch(4, 2)
+        three.set_epoch(4, 2)  # the same images: batches hold as many
         assert list(three) == [(*key, repeat) for key in one for repeat in range(3)]
     for options in ({"batch_size": 4}, {}):
         with pytest.raises(ValueError, match="whole images"):
@@ -217,7 +205,7 @@ def test_skipping_to_a_position_decodes_nothing(folder):
 
 def test_evaluation_keeps_the_last_short_batch(folder):
     dataset = dataset_of(folder)
-    loader = build_loader(dataset, EpochSampler(len(dataset), shuffle=False), 6, 0)
+    loader = build_loader(dataset, EvalSampler(len(dataset)), 6, 0)
     sizes = [len(batch[0]) for batch in loader]
     assert sizes == [6, 6, 6, 6, 5] and len(loader) == 5
 
@@ -259,7 +247,7 @@ def test_a_bad_image_is_one_clear_line_in_the_main_process(tmp_path, workers):
     path = dataset.files.paths[5]
     os.truncate(path, 45)
     with pytest.raises(UserError) as error:
-        for _ in build_loader(dataset, EpochSampler(8, shuffle=False, batch_size=4), 4, workers):
+        for _ in build_loader(dataset, EvalSampler(8), 4, workers):
             pass
     assert type(error.value) is BadImage
     text = str(error.value)
@@ -273,7 +261,7 @@ def test_skipped_images_are_flagged_from_workers(tmp_path, workers):
         Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"{i}.png")
     dataset = ImageDataset(find_images(tmp_path), EvalTransform(16), bad_images="skip")
     os.truncate(dataset.files.paths[5], 45)
-    batches = list(build_loader(dataset, EpochSampler(8, shuffle=False, batch_size=4), 4, workers))
+    batches = list(build_loader(dataset, EvalSampler(8), 4, workers))
     assert torch.cat([batch[0][:, 0, 0, 0] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 6, 6, 7]
     assert dataset.bad.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
 

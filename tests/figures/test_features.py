@@ -1,4 +1,4 @@
-"""features.py, full_size.py: components against numpy's SVD, neighbours against a loop, tiles one by one."""
+"""features.py against numpy's SVD and a loop over neighbours; images at full size, tile by tile."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,7 @@ from util.figures.features import (
     patch_features,
     pca_panels,
 )
-from util.figures.full_size import padded_size, reconstruct_full
-from util.figures.reconstruction import PANELS, reconstruct
+from util.figures.reconstruction import PANELS, padded_size, reconstruct, reconstruct_full
 from util.rng import fixed_noise
 
 STATS = [0.5] * 3, [0.25] * 3

@@ -1,6 +1,7 @@
 """reconstruction.py: panels against direct computations, honest headings, same bytes, no side effects."""
 
 import io
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models_mae import MaskedAutoencoderViT
 from util.errors import UserError
 from util.figures import canvas, reconstruction
-from util.figures.canvas import draw_grid, grid_tensor, panel_pixels, save_png, shorten, wrap
+from util.figures.canvas import draw_grid, panel_pixels, save_png, shorten, wrap
 from util.figures.reconstruction import (
     BORROWED_STATISTICS,
     column_headings,
@@ -21,8 +22,8 @@ from util.figures.reconstruction import (
     ratio_panels,
     read_mask,
     reconstruct,
-    reconstruction_grid,
 )
+from util.figures.training import write_pictures
 from util.rng import fixed_noise
 
 CHANNELS = [1, 2, 3, 4, 13]
@@ -58,6 +59,11 @@ def to_bytes(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def draw(model, images, noise, mean, std, *texts):
+    """The picture of one way of masking, as training writes it."""
+    return ratio_panels(model, images, [("", noise, 0.75)], mean, std).draw(*texts)
 
 
 # Masks
@@ -204,7 +210,7 @@ def test_grid_draws_the_headings_of_its_model(norm_pix_loss, monkeypatch):
         canvas.ImageDraw.ImageDraw, "text", lambda self, *a, **k: (drawn.append(a[1]), text(self, *a, **k))
     )
     model, _, images, mean, std, noise = make(13, norm_pix_loss=norm_pix_loss)
-    reconstruction_grid(model, images, noise, 0.75, mean, std, "epoch 20", ["one.png", "two.png"])
+    draw(model, images, noise, mean, std, "epoch 20", ["one.png", "two.png"])
     headings = ("original", "(channels 1-3 of 13)", "masked", "reconstruction", "reconstruction + visible")
     for part in ("epoch 20", "one.png", "two.png", *headings):
         assert drawn.count(part) == 1, part
@@ -240,10 +246,9 @@ def test_ratios_side_by_side(monkeypatch):
     # Patches that 75 % leaves visible are visible at 50 % too
     seen = [(panels[1] != reconstruction.GREY).any(dim=1) for panels in both]
     assert (seen[0] | ~seen[1]).all()
-    alone = ratio_panels(model, images, maskings[1:], mean, std).draw("caption", ["a", "b"])
-    assert to_bytes(alone) == to_bytes(
-        reconstruction_grid(model, images, noise, 0.75, mean, std, "caption", ["a", "b"])
-    )
+    drawn.clear()
+    ratio_panels(model, images, maskings[1:], mean, std).draw("caption", ["a", "b"])
+    assert drawn.count("masked") == 1 and "75% masked" not in drawn  # one alone
 
 
 def save_mask(path, values, size=None):
@@ -343,7 +348,7 @@ def test_panels_are_enlarged_without_smoothing_and_in_order(size, scale):
 def test_whole_grid_shows_the_panels(channels, size):
     model, _, images, mean, std, noise = make(channels, size, norm_pix_loss=True)
     panels = reconstruct(model, images, noise, 0.75, mean, std)
-    image = reconstruction_grid(model, images, noise, 0.75, mean, std)
+    image = draw(model, images, noise, mean, std)
     find_panels(image, list(panels.values()), scale=5 if size[1] == 32 else 2)
 
 
@@ -381,7 +386,7 @@ def test_same_bytes_twice_and_another_seed_another_picture():
     for seed in (5, 5, 6):
         model, _, images, mean, std, _ = make()
         noise = fixed_noise(2, 16, seed)
-        image = reconstruction_grid(model, images, noise, 0.75, mean, std, "epoch 1", ["a", "b"])
+        image = draw(model, images, noise, mean, std, "epoch 1", ["a", "b"])
         pictures.append(to_bytes(image))
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -415,17 +420,16 @@ def test_leaves_modes_and_random_state_alone(training, grad, fails):
 # Files
 
 
-def test_grid_tensor_is_what_tensorboard_takes(tmp_path):
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8))
-    tensor = grid_tensor(image)
-    assert tensor.shape == (3, 5, 7) and tensor.dtype == np.uint8 and tensor.flags["C_CONTIGUOUS"]
-    assert (tensor.transpose(1, 2, 0) == np.asarray(image)).all()
+def test_tensorboard_gets_the_picture_that_is_written(tmp_path):
+    model, pixels, _, mean, std, _ = make()
+    args = Namespace(mask_ratio=0.75, mean=mean, std=std, output_dir=str(tmp_path))
     with SummaryWriter(tmp_path) as writer:
-        writer.add_image("reconstruction", tensor, 20)
+        path = write_pictures(model, pixels, args, 1, 0.5, writer)
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Images("reconstruction")
-    assert event.step == 20
-    assert (np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) == np.asarray(image)).all()
+    assert event.step == 2000
+    shown = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (np.asarray(shown) == np.asarray(Image.open(path))).all()
 
 
 def test_save_png(tmp_path):

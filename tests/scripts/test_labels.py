@@ -23,7 +23,7 @@ import predict
 from util.cli.parser import ArgumentParser, parse_args
 from util.data.labelled import labelled_images
 from util.errors import UserError
-from util.evaluate.knn import knn_values
+from util.evaluate.knn import knn_votes
 from util.evaluate.metrics import best_thresholds
 from util.recipes.labels import TargetLoss, label_mixup, target_loss
 from util.weights.describe import read_model_info
@@ -428,7 +428,7 @@ def test_neighbours_against_a_plain_computation():
     generator = torch.Generator().manual_seed(0)
     train, val = torch.randn(30, 4, generator=generator), torch.randn(9, 4, generator=generator)
     numbers = torch.randn(30, 2, generator=generator)
-    found = knn_values(train, numbers, val, 5, 0.1)
+    ((_, found),) = knn_votes(train, numbers, val, [(5, 0.1)], 0)
     for query, values in zip(val, found, strict=True):
         near = F.cosine_similarity(query[None], train).topk(5)
         shares = (near.values / 0.1).softmax(dim=0)

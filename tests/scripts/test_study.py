@@ -14,9 +14,8 @@ import main_pretrain
 import study
 from util.cli.parser import ArgumentParser, parse_args
 from util.errors import TrainingError, UserError
-from util.recipes.study_picture import draw_study
 from util.recipes.study_rows import read_rows
-from util.recipes.study_runs import Run, Runner
+from util.recipes.study_runs import Run, RunJob, Runner
 from util.run import owner
 
 TINY = (
@@ -224,7 +223,6 @@ def test_a_job_for_each_run(data, tmp_path, capsys):
 
 
 def test_a_job_trains_and_cards(data, tmp_path, monkeypatch):
-    from util.recipes.study_slurm import RunJob
     from util.slurm.job import TrainingJob
 
     rows = rows_file(tmp_path, f"a: {TINY} --data_path {data}\n")
@@ -239,7 +237,7 @@ def test_a_job_trains_and_cards(data, tmp_path, monkeypatch):
 
 def test_the_picture_has_a_dot_for_each_seed():
     rows = {"a": [1.0, 3.0], "b": [], "c": [2.0]}
-    picture = draw_study(
+    picture = study.draw_study(
         {"one": rows, "two": {name: [v * 10 for v in values] for name, values in rows.items()}}
     )
     assert picture.size == (230 + 2 * 318 + 18, 18 + 26 * 4 + 26 + 18)

@@ -159,7 +159,6 @@ def add_data_args(parser: argparse.ArgumentParser) -> Callable:
          help="loader processes (default: one per core, at most 16; torchrun's processes share the cores)")
     flag("--pin_mem", action="store_true", help="pin batches in memory for faster copies to the GPU")
     flag("--no_pin_mem", action="store_false", dest="pin_mem")
-    # fmt: on
     group.set_defaults(pin_mem=True)
     return flag
 
@@ -192,7 +191,6 @@ def add_run_args(parser: argparse.ArgumentParser, folder: str) -> None:
          help="go on without the step after up to N losses in a row that are not finite (0: stop)")
     flag("--report", action="store_true", help="write report.html into --output_dir at the end (report.py)")
     flag("--print_freq", default=20, type=at_least(1), metavar="N", help="steps between log lines")
-    # fmt: on
 
 
 def add_verify_arg(flag: Callable) -> None:
@@ -225,7 +223,6 @@ def add_schedule_args(parser: argparse.ArgumentParser, **defaults: float) -> Cal
     flag("--cooldown", type=at_least(1), metavar="N", help="epochs of wsd's end (default: a fifth of all)")
     flag("--ema", type=inner_fraction, metavar="DECAY",
          help="keep the weights' moving average too: DECAY of it and 1 - DECAY of the weights at each step")
-    # fmt: on
     parser.set_defaults(**defaults)
     return flag
 
@@ -246,7 +243,6 @@ def add_speed_args(parser: argparse.ArgumentParser, backward: bool = True) -> No
         flag("--grad_checkpointing", action="store_true",
              help="compute each block again in the backward pass instead of keeping what it computed: less "
                   "memory, about a third more time")
-    # fmt: on
     group.set_defaults(compile=None)
 
 

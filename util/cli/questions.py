@@ -26,7 +26,6 @@ def add_question_args(parser: argparse.ArgumentParser) -> None:
     flag("--teacher_loss", choices=["attention", "features"], help="what of it (default: attention)")
     flag("--teacher_weight", type=above(0), help="of the distance to it in the loss (default: 1)")
     flag("--teacher_block", type=at_least(1), help="the model's block that imitates (default: the last)")
-    # fmt: on
 
 
 def settle_target(args: argparse.Namespace) -> None:

@@ -81,14 +81,10 @@ class Compiled:
         setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
         # Else a graph would serve blocks with and without hooks alike, and hooks of later on not at all
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        options = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
-        self.compiled = torch.compile(
-            method,
-            fullgraph=True,
-            dynamic=False,
-            backend=BACKEND,
-            options=options if BACKEND == "inductor" else None,
-        )
+        how = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
+        if BACKEND == "inductor":
+            how["options"] = {"fallback_random": True, "triton.cudagraphs": cuda_graphs}
+        self.compiled = torch.compile(method, **how)
 
     def __call__(self, module: torch.nn.Module, *inputs, **named):
         if self.failed or not module.training or not torch.is_grad_enabled():

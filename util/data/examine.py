@@ -48,9 +48,8 @@ def settle_range(args: Namespace, files: ImageFiles) -> Depth | None:
     channels = getattr(args, "in_chans", 3)
     given, found = parse_range(given, channels), None
     if is_main_process():
-        found = examine(
-            files, channels, getattr(args, "seed", 0), given, getattr(args, "bad_images", "error")
-        )
+        seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
+        found = examine(files, channels, seed, given, bad_images)
         for text in found.warnings:
             warn(text)
     args.pixel_range, notes = gather(found and (found.pixel_range, found.notes))[0]

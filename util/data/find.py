@@ -208,10 +208,8 @@ def _arrange(found: list[Folder], root: str, place: str, list_images: Callable) 
     if "" not in holds_images and holds_files - {""} == holds_images:
         files.classes = sorted(holds_images)
         number = {name: i for i, name in enumerate(files.classes)}
-        files.labels = np.repeat(
-            np.array([number[tops[folder.name]] for folder in folders], dtype=np.int32),
-            [folder.count for folder in folders],
-        )
+        labels = np.array([number[tops[folder.name]] for folder in folders], dtype=np.int32)
+        files.labels = np.repeat(labels, [folder.count for folder in folders])
     return files
 
 

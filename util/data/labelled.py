@@ -99,9 +99,8 @@ def build_dataset(is_train: bool, args: Namespace) -> LabelledFolder:
         UserError: no such folder, no labels, an empty class.
     """
     files = labelled_files("train" if is_train else getattr(args, "split", "val"), args)
-    return LabelledFolder(
-        files, build_transform(is_train, args), getattr(args, "in_chans", 3), depth_of(args)
-    )
+    transform = build_transform(is_train, args)
+    return LabelledFolder(files, transform, getattr(args, "in_chans", 3), depth_of(args))
 
 
 def build_transform(is_train: bool, args: Namespace) -> Callable:

@@ -142,9 +142,8 @@ class ImageLoader(DataLoader):
             done += 1
             yield batch
         read = getattr(self.dataset, "__getitems__", lambda batch: [self.dataset[key] for key in batch])
-        yield from (
-            self.collate_fn(read(batch)) for batch in itertools.islice(self.batch_sampler, done, None)
-        )
+        for batch in itertools.islice(self.batch_sampler, done, None):
+            yield self.collate_fn(read(batch))
 
     def _part_with_workers(self, error: Exception) -> None:
         """Ends the workers where one has died or has no more memory; raises any other `error` of theirs."""
@@ -232,12 +231,17 @@ def build_loader(
         num_workers: at most; fewer where their batches would not fit into shared memory.
         pin_mem: page-locked batches, for copies to a GPU that do not wait; where memory has the room.
     """
-    options = {}
     num_workers, prefetch, pin_mem = _that_fit(dataset, batch_size, num_workers, pin_mem)
-    if num_workers > 0:
-        options = {"prefetch_factor": prefetch, "persistent_workers": True, "worker_init_fn": _init_worker}
     return ImageLoader(
-        dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=pin_mem,
-        drop_last=drop_last, collate_fn=collate, **options,
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_mem,
+        drop_last=drop_last,
+        collate_fn=collate,
         generator=torch.Generator(),  # its draw of worker seeds must not move the training's generator
-    )  # fmt: skip
+        prefetch_factor=prefetch if num_workers else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_init_worker,
+    )

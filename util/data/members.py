@@ -233,10 +233,9 @@ def _wrapper(contents: list[Content], of_splits: bool = False) -> str:
 
 def kept_table(shards: list[Shard]) -> tuple[dict, dict[str, np.ndarray]]:
     """`make_table`, or what it gave before, from the cache; one process of this machine makes it for all."""
-    key = hashlib.sha256(repr([2, IMG_EXTENSIONS, shards]).encode("utf-8", "surrogateescape")).hexdigest()[
-        :32
-    ]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae" / f"members-{key}.npz"
+    key = hashlib.sha256(repr([2, IMG_EXTENSIONS, shards]).encode("utf-8", "surrogateescape")).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae"
+    cache = folder / f"members-{key[:32]}.npz"
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
             cache.parent.mkdir(parents=True, exist_ok=True)

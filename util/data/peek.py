@@ -101,9 +101,8 @@ def read_header(head: bytes, file: BinaryIO) -> Header:
         return Header(deep, head[25] in (4, 6))
     if head.startswith(TIFF) and not head.startswith(b"MM\0+"):
         tags = tiff_tags(file)
-        return Header(
-            deep, tags.get(277, 1) in (2, 4) and tags.get(262) in (1, 2), tuple(tiff_tags(file, None))
-        )
+        alpha = tags.get(277, 1) in (2, 4) and tags.get(262) in (1, 2)
+        return Header(deep, alpha, tuple(tiff_tags(file, None)))
     if is_dicom(head):
         tags = read_dicom(file, pixels=False)
         return Header(True, pages=tuple(range(int(tags.get("NumberOfFrames") or 1))))

@@ -37,12 +37,10 @@ Transform = Callable[[Image.Image | np.ndarray], torch.Tensor]
 def train_transform(args: Namespace) -> Transform:
     """Fine-tuning's augmentation; `args`: see `build_dataset`."""
     channels, mean, std, depth = _channels(args)
-    erasing = dict(
-        probability=getattr(args, "reprob", 0.0), mode=getattr(args, "remode", "pixel"),
-        max_count=getattr(args, "recount", 1),
-    )  # fmt: skip
+    probability, mode = getattr(args, "reprob", 0.0), getattr(args, "remode", "pixel")
+    count = getattr(args, "recount", 1)
     if depth or channels not in (1, 3):
-        erase = RandomErasing(**erasing, device="cpu") if erasing["probability"] > 0 else None
+        erase = RandomErasing(probability, mode=mode, max_count=count, device="cpu") if probability else None
         return _array_chain(_crop_and_flip(args.input_size), mean, std, depth, erase=erase)
     policy = getattr(args, "aa", None) or None
     try:
@@ -53,9 +51,9 @@ def train_transform(args: Namespace) -> Transform:
             auto_augment=policy,
             interpolation="bicubic",
             ratio=crop_ratio(args.input_size),
-            re_prob=erasing["probability"],
-            re_mode=erasing["mode"],
-            re_count=erasing["max_count"],
+            re_prob=probability,
+            re_mode=mode,
+            re_count=count,
             mean=mean,
             std=std,
         )
@@ -71,11 +69,8 @@ def probe_transform(args: Namespace, uint8: bool = False) -> Transform:
     size, ratio = size_pair(args.input_size), crop_ratio(args.input_size)
     if depth or channels not in (1, 3):
         return _array_chain(_crop_and_flip(size, tf_style=True), mean, std, depth, uint8)
-    steps = [
-        RandomResizedCrop(size, scale=CROP_SCALE, ratio=ratio, interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-    ]
-    return transforms.Compose([*steps, *_to_tensor(mean, std, uint8)])
+    crop = RandomResizedCrop(size, CROP_SCALE, ratio, InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_to_tensor(mean, std, uint8)])
 
 
 def eval_transform(args: Namespace, always_crop: bool = False, uint8: bool = False) -> Transform:
@@ -117,10 +112,8 @@ class _CentreResize:
 
     def __init__(self, size: tuple[int, int], share: float):
         self.size, self.share = size, share
-        short = int(size[0] / share)
-        self.square = transforms.Compose(
-            [transforms.Resize(short, InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-        )
+        resize = transforms.Resize(int(size[0] / share), InterpolationMode.BICUBIC)
+        self.square = transforms.Compose([resize, transforms.CenterCrop(size)])
 
     def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size

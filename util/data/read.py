@@ -180,11 +180,8 @@ def _decode_8bit(file: io.FileIO, head: bytes, channels: int, page: int) -> Imag
         tags = tiff_tags(file, page)
         bands, alpha = tags.get(277, 1), tags.get(338, ())
         # Of grey and RGB with more bands; CMYK and the like are Pillow's
-        if (
-            tags.get(262) in (1, 2)
-            and bands not in (1, 3)
-            and (bands, channels) not in ((4, 3), (4, 1), (2, 1))
-        ):
+        more = bands not in (1, 3) and (bands, channels) not in ((4, 3), (4, 1), (2, 1))
+        if more and tags.get(262) in (1, 2):
             if bands != channels:
                 raise ValueError(f"{bands} channels where the model has {channels} (--in_chans)")
             if alpha != (2,) or bands > 4:

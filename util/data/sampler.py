@@ -12,9 +12,8 @@ class EpochSampler(Sampler):
     """Yields (epoch, index) for one process: its share of a permutation that depends on (seed, epoch) only.
 
     Process `rank` of R takes every R-th sample, so the first k batches of all processes are the first
-    k * R * batch_size samples of the permutation, at any R. Nothing is padded. With `batch_size` (training)
-    every process gets the same number of full batches, and the rest of the permutation is left out in this
-    epoch; without (evaluation) every sample comes once, and processes may differ by one.
+    k * R * batch_size samples of the permutation, at any R. Nothing is padded: every process gets the same
+    number of full batches, and the rest of the permutation is left out in this epoch.
 
     With `repeats` above 1 (repeated augmentation) it yields (epoch, index, repeat), repeat = 0, 1, ...: an
     image's samples follow each other and lie in one batch, and an epoch is `repeats` times as long.
@@ -25,7 +24,7 @@ class EpochSampler(Sampler):
         near: (shards, starts) of the images: the permutation is that of `near_order`, and of the images that
             all processes' batches take at a time, process `rank` takes a stretch and not every R-th.
 
-    `len()` counts the samples of a whole epoch, also where `set_epoch` has cut it short.
+    `len()` counts the samples of a whole epoch, also where `set_epoch` begins inside it.
     """
 
     def __init__(
@@ -34,45 +33,34 @@ class EpochSampler(Sampler):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
-        batch_size: int | None = None,
+        batch_size: int = 1,
         repeats: int = 1,
         near: tuple[np.ndarray, np.ndarray] | None = None,
     ):
-        if repeats > 1 and (batch_size is None or batch_size % repeats):
+        if batch_size % repeats:
             raise ValueError(f"batches of {batch_size} samples do not hold whole images of {repeats} each")
         self.repeats, self.near = repeats, near
         self.length, self.num_replicas, self.rank = length, num_replicas, rank
-        self.seed, self.shuffle, self.batch_size = seed, shuffle, batch_size
-        self.epoch, self.start_batch, self.stop_batch = 0, 0, None
+        self.seed, self.batch_size, self.images = seed, batch_size, batch_size // repeats  # of a batch
+        self.epoch = self.start_batch = 0
 
-    def set_epoch(self, epoch: int, start_batch: int = 0, stop_batch: int | None = None) -> None:
-        """Chooses the epoch, and the batches of it that come; those before are skipped without decoding."""
-        if (start_batch or stop_batch is not None) and self.batch_size is None:
-            raise ValueError("positions inside an epoch need a sampler with batch_size")
-        self.epoch, self.start_batch, self.stop_batch = epoch, start_batch, stop_batch
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Chooses the epoch and its first batch; those before are skipped without decoding."""
+        self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        if self.batch_size is None:
-            return len(range(self.rank, self.length, self.num_replicas))
-        images = self.batch_size // self.repeats  # of a batch
-        return self.length // (self.num_replicas * images) * self.batch_size
+        return self.length // (self.num_replicas * self.images) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         rng = np.random.default_rng(derive_seed(self.seed, self.epoch))
+        images, steps = self.images, len(self) // self.batch_size
         if self.near is None:
-            order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
-            order = order[self.rank :: self.num_replicas][: len(self) // self.repeats]
+            order = rng.permutation(self.length)[self.rank :: self.num_replicas][: steps * images]
         else:
-            images, steps = self.batch_size // self.repeats, len(self) // self.batch_size
             order = near_order(*self.near, rng)[: steps * self.num_replicas * images]
             order = order.reshape(steps, self.num_replicas, images)[:, self.rank].ravel()
-        if self.batch_size is not None:
-            images = self.batch_size // self.repeats
-            stop = None if self.stop_batch is None else self.stop_batch * images
-            order = order[self.start_batch * images : stop]
         epoch = self.epoch  # of this iteration, whatever is set while it runs
-        for index in order:
+        for index in order[self.start_batch * images :]:
             if self.repeats == 1:
                 yield epoch, int(index)
             else:
@@ -119,11 +107,8 @@ class EvalSampler(Sampler):
 
     def __init__(self, length: int, num_replicas: int = 1, rank: int = 0, epoch: int | None = None):
         self.epoch = epoch
-        self.indices = [
-            index
-            for start in range(rank * GROUP, length, num_replicas * GROUP)
-            for index in range(start, min(start + GROUP, length))
-        ]
+        starts = range(rank * GROUP, length, num_replicas * GROUP)
+        self.indices = [index for start in starts for index in range(start, min(start + GROUP, length))]
 
     def __iter__(self) -> Iterator[int | tuple[int, int]]:
         return iter(self.indices if self.epoch is None else [(self.epoch, index) for index in self.indices])

@@ -152,17 +152,13 @@ def find_masked(split: str, args: Namespace) -> tuple[ImageFiles, str]:
     files = find_images(images, "", args.bad_images)
     files.labels = files.classes = None  # folders of images are no classes here
     settle_range(args, files)
-    _check_pairs(files, masks)
-    return files, masks
-
-
-def _check_pairs(files: ImageFiles, masks: str) -> None:
     wanted = {mask_of(path, files.root, masks) for path in files.paths}
     if absent := sorted(path for path in wanted if not os.path.isfile(path)):
         raise UserError(f"{printable(masks)}: {len(absent):,} images have no mask there: {some(absent)}")
     there = {os.path.join(top, name) for top, _, names in os.walk(masks) for name in names if name[0] != "."}
     if (alone := sorted(there - wanted)) and is_main_process():
         warn(f"{printable(masks)}: {len(alone):,} files are no image's mask and are not used: {some(alone)}")
+    return files, masks
 
 
 def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:
@@ -174,13 +170,8 @@ def look_at_masks(files: ImageFiles, masks: str, args: Namespace) -> Counter:
             read or is of another size than its image.
     """
     indices = np.unique(np.linspace(0, len(files.paths) - 1, MAX_LOOKED_AT).astype(int))
-
-    def look(part: np.ndarray) -> list[tuple[Counter, str]]:
-        return [_look_at(files.paths[int(i)], files.root, masks) for i in part]
-
-    found = [
-        one for part in ask_all(look, np.array_split(indices, max(1, len(indices) // 32))) for one in part
-    ]
+    paths = [files.paths[int(i)] for i in indices]
+    found = list(ask_all(lambda path: _look_at(path, files.root, masks), paths))
     bad = [reason for _, reason in found if reason]
     if bad and args.bad_images == "error":
         raise UserError(
@@ -206,9 +197,8 @@ def _look_at(path: str, images: str, masks: str) -> tuple[Counter, str]:
         size = mask.shape
     if mask.shape != size:
         return Counter(), f"{place}: {other_size(mask.shape, size)}"
-    return Counter(
-        dict(zip(*(part.tolist() for part in np.unique(mask, return_counts=True)), strict=True))
-    ), ""
+    values, numbers = (part.tolist() for part in np.unique(mask, return_counts=True))
+    return Counter(dict(zip(values, numbers, strict=True))), ""
 
 
 def count_masked_classes(args: Namespace, *counts: Counter) -> int:

@@ -63,9 +63,8 @@ class Selection(Sequence):
         if any(pair is None for pair in found):
             return None
         counts = np.cumsum([0, *(int(shards.max()) + 1 for shards, _ in found)])
-        shards = np.concatenate(
-            [first + shards for first, (shards, _) in zip(counts[:-1], found, strict=True)]
-        )
+        pairs = zip(counts[:-1], found, strict=True)
+        shards = np.concatenate([first + shards for first, (shards, _) in pairs])
         return shards[self.rows], np.concatenate([starts for _, starts in found])[self.rows]
 
     @property

@@ -71,7 +71,8 @@ def look(path: str) -> Look | str:
         if data.startswith(NPY) or is_deep(head, file):
             array = decode(file, head, page)
             (height, width, channels), kind = array.shape, f"{array.dtype}, {array.shape[2]} channels"
-            picture = Image.fromarray(_grey(array)[:, :, 0])
+            grey = array.mean(axis=2, dtype=np.float64)  # from its least value to its largest
+            picture = Image.fromarray(np.uint8(255 * (grey - grey.min()) / max(np.ptp(grey), 1e-12)))
         else:
             picture = Image.open(file)
             (width, height), kind = picture.size, picture.mode
@@ -84,11 +85,8 @@ def look(path: str) -> Look | str:
         thumbnail = np.asarray(small.convert("RGB"))
     except Exception as error:  # on broken files parsers raise whatever they run into
         return _explain(error)
-    if (
-        channels == 3
-        and np.ptp(thumbnail.astype(np.int16), axis=2).max() <= 2
-        and kind in ("P", "RGB", "RGBA")
-    ):
+    coloured = np.ptp(thumbnail.astype(np.int16), axis=2).max() > 2
+    if channels == 3 and kind in ("P", "RGB", "RGBA") and not coloured:
         channels = 1  # grey, stored as colour
     return Look((height, width), channels, kind, digest, thumbnail)
 
@@ -148,12 +146,6 @@ def _copies(thumbnails: np.ndarray) -> list[tuple[int, int]]:
         copies = gap.flip(1).cumsum(dim=1).flip(1) > 0  # a gap comes here or further on
         found |= {(start + i, int(others[i, k])) for i, k in copies.nonzero().tolist()}
     return sorted((i, j) for i, j in found if i < j and (j, i) in found)
-
-
-def _grey(array: np.ndarray) -> np.ndarray:
-    """(H, W, C) of any type -> uint8 (H, W, 1): the channels' mean, from its least value to its largest."""
-    grey = array.mean(axis=2, dtype=np.float64, keepdims=True)
-    return np.uint8(255 * (grey - grey.min()) / max(np.ptp(grey), 1e-12))
 
 
 def pixel_statistics(

@@ -180,19 +180,10 @@ def reference_transform(size: int | tuple[int, int], mean: Sequence[float], std:
     """The reference's chain: PIL image -> float32 (C, *size), normalised; draws from torch's generator."""
     from torchvision import transforms  # takes a second to import, and only this loader needs it
 
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                size_pair(size),
-                scale=PRETRAIN_SCALE,
-                ratio=crop_ratio(size),
-                interpolation=transforms.InterpolationMode.BICUBIC,
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(size_pair(size), PRETRAIN_SCALE, crop_ratio(size), bicubic)
+    flip = transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 @functools.lru_cache(maxsize=64)

@@ -160,27 +160,16 @@ def draw_all(folder: Path, train: int, val: int, workers: int) -> None:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [
-        sys.executable,
-        "-m",
-        "util.demo_set.files",
-        str(folder),
-        "--counts",
-        str(train),
-        str(val),
-        "--shard",
-    ]
-    running = []
+    command = [sys.executable, "-m", "util.demo_set.files", str(folder), "--counts", str(train), str(val)]
+    running = {}
     try:
         for i in range(workers):
             with contextlib.suppress(OSError):  # no process to be had: its share is drawn below
-                shard = [str(i), str(workers)]
-                running.append(
-                    (i, subprocess.Popen([*command, *shard], env=environment, cwd=folder, **quiet))
-                )
-        good = {i for i, process in running if process.wait() == 0}
+                share = [*command, "--shard", str(i), str(workers)]
+                running[i] = subprocess.Popen(share, env=environment, cwd=folder, **quiet)
+        good = {i for i, process in running.items() if process.wait() == 0}
     finally:
-        for _, process in running:
+        for process in running.values():
             if process.poll() is None:
                 process.kill()
                 process.wait()

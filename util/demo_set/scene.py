@@ -73,31 +73,20 @@ def paint(picture, parts, matrix, centre, tones, light, rng) -> np.ndarray:
     if x1 - x0 < 4 or y1 - y0 < 4:
         return covered
     window, size = picture[y0:y1, x0:x1], (y1 - y0, x1 - x0)
-    lift, soft, dark = (
-        rng.uniform(0.03, 0.22) * radius,
-        rng.uniform(0.5, 1 + 0.12 * radius),
-        rng.uniform(0.2, 0.6),
-    )
+    lift, soft = rng.uniform(0.03, 0.22) * radius, rng.uniform(0.5, 1 + 0.12 * radius)
+    dark = rng.uniform(0.2, 0.6)
     all_loops = [loop for loops in placed for loop in loops]
-    window *= (
-        1
-        - dark
-        * blur(rasterise(all_loops, (x0 - light[0] * lift, y0 - light[1] * lift), *size), soft)[..., None]
-    )
+    cast = rasterise(all_loops, (x0 - light[0] * lift, y0 - light[1] * lift), *size)
+    window *= 1 - dark * blur(cast, soft)[..., None]
     y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32) + 0.5
     inverse, (x, y) = np.linalg.inv(matrix).tolist(), (x - float(centre[0]), y - float(centre[1]))
     u, v = (row[0] * x + row[1] * y for row in inverse)
-    patterns = [
-        texture(rng, u, v) * rng.uniform(0, 1) ** 2,
-        texture(rng, u, v) * rng.uniform(0, 1) ** 2,
-        None,
-    ]
+    patterns = [*(texture(rng, u, v) * rng.uniform(0, 1) ** 2 for _ in range(2)), None]
     gloss = (0.0, 0.3, 0.8)[rng.integers(3)]
     for part, loops in zip(parts, placed, strict=True):
         mask = rasterise(loops, (x0, y0), *size)
-        window += mask[..., None] * (
-            colours_of(part, mask, u, v, radius, tones, patterns, light, gloss) - window
-        )
+        colours = colours_of(part, mask, u, v, radius, tones, patterns, light, gloss)
+        window += mask[..., None] * (colours - window)
         covered[y0:y1, x0:x1] |= mask > 0.5
     return covered
 
@@ -117,23 +106,15 @@ def expose(picture, rng) -> np.ndarray:
     height, width = picture.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     angle, amount = rng.uniform(0, TAU), rng.uniform(0, 0.4)
-    lamp = (
-        1
-        + amount * math.cos(angle) * x
-        + amount * math.sin(angle) * y
-        - rng.uniform(0, 0.2) * (x * x + y * y)
-    )
+    lamp = 1 + amount * math.cos(angle) * x + amount * math.sin(angle) * y
+    lamp -= rng.uniform(0, 0.2) * (x * x + y * y)
     if rng.random() < 0.25:  # the shade of something outside the picture
-        edge = np.clip(
-            (noise(rng, height, width, rng.uniform(25, 70)) - 0.5) * rng.uniform(5, 50) + 0.5, 0, 1
-        )
+        shadow = noise(rng, height, width, rng.uniform(25, 70)) - 0.5
+        edge = np.clip(shadow * rng.uniform(5, 50) + 0.5, 0, 1)
         lamp = lamp * (1 - rng.uniform(0.2, 0.5) * edge)
     balance = rng.uniform(0.88, 1.12, 3).astype(np.float32) * rng.uniform(0.95, 1.2)
-    level, contrast, lift = (
-        np.linspace(0, 1, 256) ** rng.uniform(0.7, 1.2),
-        rng.uniform(0.7, 1.05),
-        rng.uniform(-0.06, 0.06),
-    )
+    level = np.linspace(0, 1, 256) ** rng.uniform(0.7, 1.2)
+    contrast, lift = rng.uniform(0.7, 1.05), rng.uniform(-0.06, 0.06)
     curve = np.clip(255 * (0.5 + (level - 0.5) * contrast + lift), 0, 255).astype(int).tolist()
     image = to_image(picture * lamp[..., None] * balance).point(curve * 3)
     if rng.random() < 0.5:

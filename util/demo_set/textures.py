@@ -80,9 +80,8 @@ def texture(rng, u, v, scale=1.0) -> np.ndarray:
     elif kind == 3:
         field = 2 * hard * (np.cos(frequency * a) * np.cos(frequency * b) - rng.uniform(0.1, 0.5))
     elif kind == 4:
-        field = noise(
-            rng, height, width, *rng.permutation([rng.uniform(1.5, 3), rng.uniform(6, 30)]).tolist()
-        )
+        cells = rng.permutation([rng.uniform(1.5, 3), rng.uniform(6, 30)])
+        field = noise(rng, height, width, *cells.tolist())
     elif kind == 5:
         warp = 5 * noise(rng, height, width, 20)
         field = 0.5 + 0.8 * np.sin(frequency * np.hypot(a + 1.5, 0.25 * b) + warp)
@@ -105,9 +104,8 @@ def landscape(rng, u, v) -> np.ndarray:
     near, other = contrasting(rng, air, 0.3), 0.6 * air + 0.4 * colour(rng)
     ground = mix(texture(rng, u / depth * 0.6, 1 / depth, 0.5), near, other)
     ground = mix(np.exp(-3 * depth) * 0.7, ground, air)
-    sky = mix(fractal(rng, height, width, 0.55), air, 0.5 * air + 0.5 * colour(rng)) * (
-        0.85 + 0.15 * v[..., None]
-    )
+    sky = mix(fractal(rng, height, width, 0.55), air, 0.5 * air + 0.5 * colour(rng))
+    sky *= 0.85 + 0.15 * v[..., None]
     return mix(np.clip((v - line) * 40 + 0.5, 0, 1), sky, ground)
 
 

@@ -67,11 +67,9 @@ def differences(columns: dict[str, Column]) -> list[dict]:
         for key in COMPARED
         if key in first.rows and key in column.rows
     ]
-    if "attentive" in first.rows:
-        pairs += [
-            (f"{own}: attentive above {PROTOCOLS[key]}", first.rows["attentive"], first.rows[key])
-            for key in ("linear", "linear_norm")
-        ]
+    for key in ("linear", "linear_norm") if "attentive" in first.rows else ():
+        text = f"{own}: attentive above {PROTOCOLS[key]}"
+        pairs.append((text, first.rows["attentive"], first.rows[key]))
     return [_difference(*pair) for pair in pairs]
 
 
@@ -147,10 +145,8 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table whose columns stand under each other on a terminal too."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     cells = [head, ["-" * width for width in widths], *rows]
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return [f"| {' | '.join(row)} |" for row in padded]
 
 
 def draw_depth(record: dict) -> Image.Image:
@@ -163,10 +159,8 @@ def draw_depth(record: dict) -> Image.Image:
     last, values = max(block for block, *_ in points), [value for *_, value in points]
     step = next(step for step in STEPS if max(values) - min(values) <= 6 * step)
     low, high = step * (min(values) // step), step * (max(values) // step + 1)
-    font, picture = (
-        ImageFont.load_default(13),
-        Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND),
-    )
+    picture = Image.new("RGB", (WIDTH * len(names), HEIGHT + 75), BACKGROUND)
+    font = ImageFont.load_default(13)
     draw = ImageDraw.Draw(picture)
     name = printable(Path(record["finetune"]).name)
     title = f"{record['metric']} of {name}, over its blocks (thin: class token)"

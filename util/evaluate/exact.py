@@ -125,16 +125,10 @@ def predict_samples(
             with autocast(device, amp_dtype):
                 logits = model(images)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            rows.append(
-                (
-                    indices,
-                    labels,
-                    losses_of(logits, labels),
-                    logits.topk(min(5, logits.shape[1]), dim=1).indices,
-                    logits.softmax(dim=1).amax(dim=1),
-                    *([logits] if task else []),
-                )
-            )
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            confidence = logits.softmax(dim=1).amax(dim=1)
+            outputs = [logits] if task else []
+            rows.append((indices, labels, losses_of(logits, labels), top, confidence, *outputs))
     model.train(was_training)
     columns = [torch.cat(parts).cpu() for parts in zip(*rows, strict=True)] if rows else []
     return _gather(drop_unreadable(data_loader, columns, columns[0]) if columns else columns)
@@ -162,9 +156,8 @@ def _gather(columns: list[torch.Tensor]) -> Predictions:
     if not columns:
         raise ValueError("the evaluation loader gave no samples")
     order = np.argsort(columns[0], kind="stable")
-    return Predictions(
-        **{f.name: column[order] for f, column in zip(fields(Predictions), columns, strict=False)}
-    )
+    pairs = zip(fields(Predictions), columns, strict=False)
+    return Predictions(**{entry.name: column[order] for entry, column in pairs})
 
 
 def summarize(predictions: Predictions) -> dict[str, float]:

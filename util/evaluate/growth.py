@@ -61,8 +61,6 @@ class Growth:
     def _card(self, train, val, device) -> dict[str, float]:
         column = make_column(train, val, self._plan(train.labels, device))
         figures = {f"card_{key}": column.rows[key].score for key in SMALL}
-        return {
-            **figures,
-            "card_block": column.rows["linear_norm"].block,
-            "card_rank": column.depth["rank"][-1][2],
-        }
+        figures["card_block"] = column.rows["linear_norm"].block
+        figures["card_rank"] = column.depth["rank"][-1][2]
+        return figures

@@ -50,10 +50,8 @@ def knn_accuracy(
     was_training = model is not None and model.training
     if model is not None:
         model.eval()
-    train, val = (
-        extract_features(feature_fn, loader, device, args, everywhere=False)
-        for loader in (train_loader, val_loader)
-    )
+    loaders = (train_loader, val_loader)
+    train, val = (extract_features(feature_fn, part, device, args, everywhere=False) for part in loaders)
     if model is not None:
         model.train(was_training)
     # On one process alone: the others would hold as many features, to find the same
@@ -72,21 +70,11 @@ def _figures(
     """All figures of a task; labels int64 (n,), or float32 (n, K), numbers standardised."""
     if targets.task == "class":
         train_labels = F.one_hot(train_labels, len(targets.names)).float()
-    values = knn_values(train_features, train_labels, val_features, k, temperature, device).double()
+    votes = knn_votes(train_features, train_labels, val_features, [(k, temperature)], 0, device)
+    values = torch.cat([vote.cpu() for _, vote in votes]).double()
     if targets.task == "numbers":
         values, val_labels = targets.values(values), targets.values(val_labels.double())
     return measure(targets.task, val_labels.numpy(), values.numpy(), targets.thresholds or 0.5)
-
-
-@torch.no_grad()
-def knn_values(
-    train_features, train_values, val_features, k=20, temperature=0.07, device="cpu"
-) -> torch.Tensor:
-    """Weighted means (m, K), on the CPU, of the neighbours' `train_values` (n, K): of classes (one-hot) and
-    labels the probabilities. Neighbours and weights are those of `knn_from_features`.
-    """
-    votes = knn_votes(train_features, train_values, val_features, [(k, temperature)], 0, device)
-    return torch.cat([vote.cpu() for _, vote in votes])
 
 
 @torch.no_grad()
@@ -121,20 +109,7 @@ def knn_votes(
             K) are yielded. queries: (m, D).
         settings: (k, temperature); where there are fewer neighbours than k, all vote.
     """
-    labels = labels.to(device)
-    for rows, nearest, ids in _nearest(features, queries, max(k for k, _ in settings), device):
-        for k, temperature in settings:
-            weights = _weights(nearest[:, :k], temperature)
-            if labels.ndim == 1:
-                votes = nearest.new_zeros(len(nearest), num_classes)
-                yield rows, votes.scatter_add_(1, labels[ids[:, :k]], weights)
-            else:
-                shares = weights / weights.sum(dim=1, keepdim=True)
-                yield rows, (shares[..., None] * labels[ids[:, :k]]).sum(dim=1)
-
-
-def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(rows of the queries, cosines (rows, k) of their nearest ones, the nearest first, their places)."""
+    labels, most = labels.to(device), min(max(k for k, _ in settings), len(features))
     memory = torch.empty_like(features, device=device)
     for unit, part in zip(memory.split(ROWS), features.split(ROWS), strict=True):
         unit.copy_(F.normalize(part.to(device), dim=1))
@@ -142,12 +117,16 @@ def _nearest(features, queries, k: int, device) -> Iterator[tuple[slice, torch.T
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
         similarity = F.normalize(queries[rows].to(device), dim=1) @ memory.T  # (rows, n)
-        yield rows, *similarity.topk(min(k, len(memory)), dim=1)
-
-
-def _weights(nearest: torch.Tensor, temperature: float) -> torch.Tensor:
-    # Relative to the nearest: the same ranking, and no overflow at small temperatures
-    return ((nearest - nearest[:, :1]) / temperature).exp()
+        nearest, ids = similarity.topk(most, dim=1)  # the nearest first
+        for k, temperature in settings:
+            # Relative to the nearest: the same ranking, and no overflow at small temperatures
+            weights = ((nearest[:, :k] - nearest[:, :1]) / temperature).exp()
+            if labels.ndim == 1:
+                votes = nearest.new_zeros(len(nearest), num_classes)
+                yield rows, votes.scatter_add_(1, labels[ids[:, :k]], weights)
+            else:
+                shares = weights / weights.sum(dim=1, keepdim=True)
+                yield rows, (shares[..., None] * labels[ids[:, :k]]).sum(dim=1)
 
 
 def knn_sets(args: Namespace) -> list[LabelledImages]:

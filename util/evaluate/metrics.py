@@ -141,7 +141,6 @@ def undefined(task: str, labels: np.ndarray, names: list[str]) -> list[tuple[str
     for k, name in enumerate(names):
         column = labels == k if task == "class" else labels[:, k] > 0
         if column.all() or not column.any():
-            found.append(
-                (name, "all evaluated images have it" if column.all() else "no evaluated image has it")
-            )
+            why = "all evaluated images have it" if column.all() else "no evaluated image has it"
+            found.append((name, why))
     return found

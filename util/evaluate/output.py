@@ -138,7 +138,7 @@ def write_features(
         **({} if layer is None else {"layer": np.array(layer)}),
     }
 
-    with _replacing("--features", path) as temporary, open(temporary, "wb") as file:
+    with replacing_output("--features", path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
@@ -146,13 +146,13 @@ def write_features(
 def csv_writer(path: str | Path, flag: str = "") -> Iterator:
     """A `csv.writer` of a file that takes the place of `path` when it is whole; UserError names a `flag`."""
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    replaces = _replacing(flag, path) if flag else replacing(path)
+    replaces = replacing_output(flag, path) if flag else replacing(path)
     with replaces as temporary, open(temporary, "w", **text) as file:
         yield csv.writer(file)
 
 
 @contextlib.contextmanager
-def _replacing(flag: str, path: str) -> Iterator[Path]:
+def replacing_output(flag: str, path: str) -> Iterator[Path]:
     """`replacing`, with an error that names the flag."""
     try:
         with replacing(path) as temporary:

@@ -166,9 +166,8 @@ def search(
         grid = grid.gather(1, torch.tensor([[i] for i, _ in best], device=device))
         fit(probes, train, torch.cat(parts).sort().values, grid, task, steps, seed)
     final, _ = decide(probes, val, val.rows, grid, task)
-    return [
-        Found(rates[i], held, part[0 if refit else i]) for (i, held), part in zip(best, final, strict=True)
-    ]
+    pairs = zip(best, final, strict=True)
+    return [Found(rates[i], held, part[0 if refit else i]) for (i, held), part in pairs]
 
 
 def pick(
@@ -179,9 +178,8 @@ def pick(
     """
     scores = []
     for decision, loss in zip(decisions, losses, strict=True):
-        metric = task.metric(decision, targets) if math.isfinite(loss) else math.nan
-        scores.append(
-            (-math.inf if math.isnan(metric) else metric, -float(loss) if math.isfinite(loss) else -math.inf)
-        )
+        finite = math.isfinite(loss)
+        metric = task.metric(decision, targets) if finite else math.nan
+        scores.append((-math.inf if math.isnan(metric) else metric, -float(loss) if finite else -math.inf))
     best = max(range(len(scores)), key=lambda i: scores[i])
     return best, scores[best]

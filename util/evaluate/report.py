@@ -34,7 +34,10 @@ def evaluate_and_report(
     stats = {} if task in ("labels", "numbers") else summarize(predictions)
     if task:
         stats |= {"loss": math.fsum(predictions.losses) / len(predictions.losses)}
-        stats |= measure_predictions(predictions, dataset)
+        targets, found = dataset.targets, None
+        if is_main_process():  # computed once, the same on each
+            found = measure(task, *values_of(predictions, dataset), targets.thresholds or 0.5)
+        stats |= gather(found)[0]
     if report and is_main_process():
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
@@ -81,14 +84,6 @@ def values_of(predictions: Predictions, dataset: LabelledImages) -> tuple[np.nda
     """(labels in their own units, float64 (n, K) probabilities or numbers) of predictions with outputs."""
     values = dataset.targets.values(torch.from_numpy(predictions.outputs)).numpy()
     return dataset.files.labels[predictions.indices], values
-
-
-def measure_predictions(predictions: Predictions, dataset: LabelledImages) -> dict[str, float | None]:
-    """All figures of the task, computed once from the predictions of all processes; the same on each."""
-    targets, found = dataset.targets, None
-    if is_main_process():
-        found = measure(targets.task, *values_of(predictions, dataset), targets.thresholds or 0.5)
-    return gather(found)[0]
 
 
 def figures_line(stats: dict[str, float | None]) -> str:
@@ -187,14 +182,17 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
     side = margin + count * cell + 12
     picture = Image.new("RGB", (max(side, 320), side), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text(
-        (8, 6), "rows: true class, columns: prediction", fill="black", font=ImageFont.load_default(size=13)
-    )
+    title = "rows: true class, columns: prediction"
+    draw.text((8, 6), title, fill="black", font=ImageFont.load_default(size=13))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     for i in range(count):
         y = margin + i * cell
         draw.text((margin - 6, y + cell / 2), names[i], fill="black", font=font, anchor="rm")
-        _draw_upwards(picture, names[i], (y + cell / 2, margin - 6), font)
+        _, _, right, bottom = font.getbbox(names[i])
+        label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
+        ImageDraw.Draw(label).text((0, 0), names[i], fill="black", font=font)
+        label = label.rotate(90, expand=True)  # reads upwards
+        picture.paste(label, (int(y + cell / 2 - label.width / 2), int(margin - 6 - label.height)))
         for j in range(count):
             x, share = margin + j * cell, shares[i, j]
             shade = tuple(round(255 + (dark - 255) * share) for dark in (8, 48, 107))
@@ -204,12 +202,3 @@ def draw_confusion(matrix: np.ndarray, class_names: list[str]) -> Image.Image:
                 size = ImageFont.load_default(size=13 if cell == 48 else 9)
                 draw.text((x + cell / 2, y + cell / 2), str(matrix[i, j]), fill=ink, font=size, anchor="mm")
     return picture
-
-
-def _draw_upwards(picture: Image.Image, text: str, bottom_centre: tuple[float, float], font) -> None:
-    """Writes `text` rotated, reading upwards from `bottom_centre` (x, y)."""
-    _, _, right, bottom = font.getbbox(text)
-    label = Image.new("RGB", (max(int(right), 1), max(int(bottom), 1) + 2), "white")
-    ImageDraw.Draw(label).text((0, 0), text, fill="black", font=font)
-    label = label.rotate(90, expand=True)
-    picture.paste(label, (int(bottom_centre[0] - label.width / 2), int(bottom_centre[1] - label.height)))

@@ -127,10 +127,8 @@ def make_bank(loader: Iterable, model: torch.nn.Module, num_classes: int, device
     features, classes = [], []
     patch = model.patch_embed.patch_size
     for images, masks, _ in loader:
-        tokens = F.normalize(
-            model.forward_patches(normalize_batch(images, device, args.mean, args.std)), dim=1
-        )
-        tokens = tokens.permute(0, 2, 3, 1).flatten(0, 2)
+        images = normalize_batch(images, device, args.mean, args.std)
+        tokens = F.normalize(model.forward_patches(images), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
         blocks = masks.unfold(1, patch[0], patch[0]).unfold(2, patch[1], patch[1]).flatten(3).flatten(0, 2)
         votes = torch.stack([(blocks == number).sum(1) for number in range(num_classes)], dim=1)
         seen = votes.sum(1) > 0
@@ -138,9 +136,8 @@ def make_bank(loader: Iterable, model: torch.nn.Module, num_classes: int, device
         classes.append(votes.argmax(1)[seen])
     features, classes = torch.cat(features), torch.cat(classes)
     if len(features) > most:
-        kept = torch.randperm(len(features), generator=torch.Generator().manual_seed(args.seed % 2**63))[
-            :most
-        ]
+        draw = torch.Generator().manual_seed(args.seed % 2**63)
+        kept = torch.randperm(len(features), generator=draw)[:most]
         features, classes = features[kept.to(device)], classes[kept]
     return features, classes.to(device)
 

@@ -1,6 +1,5 @@
 """The `README.md` beside an export: what the model is, how it was trained, how to load it."""
 
-import json
 from pathlib import Path
 
 import timm
@@ -9,6 +8,7 @@ import torch
 from util.export.files import last_part, render
 from util.export.source import Source
 from util.files import shown
+from util.report.folder import read_log
 from util.run.recipe import GROUPS
 from util.sizes import size_pair
 
@@ -30,19 +30,11 @@ def read_metrics(path: str, epoch: int | None) -> dict:
         path: the checkpoint.
         epoch: the last complete epoch in it; None: the log's last line.
     """
-    found = {}
     log = Path(path).with_name("log.txt")
     if "://" in str(path) or not log.is_file():
         return {}
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a line cut short by a full disk, or rubbish
-        number = record.get("epoch") if isinstance(record, dict) else None
-        if isinstance(number, int) and (epoch is None or number <= epoch):
-            found = record
-    return found
+    records, *_ = read_log(log.read_text(encoding="utf-8", errors="replace").splitlines())
+    return next((record for record in records[::-1] if epoch is None or record["epoch"] <= epoch), {})
 
 
 def make_card(source: Source, title: str, library: str, usage: str, differences: dict[str, float]) -> str:

@@ -151,11 +151,6 @@ def panel_layout(height: int, width: int) -> tuple[int, int, int, int]:
     return height * scale, width * scale, column_w, min(max(13, column_w // 16), 40)
 
 
-def grid_tensor(image: Image.Image) -> np.ndarray:
-    """Returns uint8 (3, H, W), the layout that TensorBoard's `add_image` expects."""
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-
-
 def save_png(image: Image.Image, path: str | os.PathLike) -> str | os.PathLike:
     """Writes `image` to `path` as a whole or not at all and returns `path`; OSError when it cannot."""
     with replacing(path) as temporary:

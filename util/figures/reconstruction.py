@@ -10,13 +10,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from util.data.read import BadImage, open_pil
 from util.errors import UserError
-from util.figures.canvas import Panels, draw_grid
-from util.rng import masked_by
+from util.figures.canvas import Panels, as_pictures
+from util.rng import fixed_noise, masked_by
 
 PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
 BORROWED_STATISTICS = "original patch mean/std"  # what the panels of a norm_pix_loss model must say
@@ -140,17 +141,13 @@ def reconstruct(
     pred = pred.to(images.dtype)  # autocast may have made it half
     if model.norm_pix_loss:
         pred = undo_patch_normalization(pred, model.patchify(images))
-    removed = model.unpatchify(mask[..., None].expand_as(pred)) > 0.5
-
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    removed = (model.unpatchify(mask[..., None].expand_as(pred)) > 0.5).cpu()
+    pictures = (as_pictures(x, mean, std) for x in (images, model.unpatchify(pred)))
     # A diverged model predicts NaN: black, instead of whatever a cast makes of it.
-    original, prediction = (
-        (x * std + mean).nan_to_num(0.0).clamp(0, 1) for x in (images, model.unpatchify(pred))
-    )
+    original, prediction = (picture.nan_to_num(0.0) for picture in pictures)
     masked = original.masked_fill(removed, GREY)
     pasted = torch.where(removed, prediction, original)
-    panels = (panel.cpu() for panel in (original, masked, prediction, pasted))
-    return dict(zip(PANELS, panels, strict=True))
+    return dict(zip(PANELS, (original, masked, prediction, pasted), strict=True))
 
 
 def column_headings(norm_pix_loss: bool, channels: int) -> tuple[str, ...]:
@@ -164,23 +161,11 @@ def column_headings(norm_pix_loss: bool, channels: int) -> tuple[str, ...]:
     return tuple(f"{name} ({note})" if note else name for name, note in zip(PANELS, notes, strict=True))
 
 
-def reconstruction_grid(
-    model: torch.nn.Module,
-    images: Tensor,
-    noise: Tensor,
-    mask_ratio: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    caption: str | None = None,
-    row_labels: Sequence[str] | None = None,
-) -> Image.Image:
-    """Draws the panels of `reconstruct` (same arguments), a row per image, under headings that fit `model`.
-
-    `caption` (such as "epoch 20, masked 75 %") and `row_labels` as in `draw_grid`; returns an RGB picture.
-    """
-    panels = reconstruct(model, images, noise, mask_ratio, mean, std)
-    headings = column_headings(model.norm_pix_loss, images.shape[1])
-    return draw_grid(headings, list(panels.values()), caption, row_labels)
+def in_parts(model, images: Tensor, noise: Tensor, ratio: float, mean, std, batch_size: int) -> dict:
+    """`reconstruct` of any number of rows, `batch_size` at a time."""
+    pairs = zip(images.split(batch_size), noise.split(batch_size), strict=True)
+    parts = [reconstruct(model, *pair, ratio, mean, std) for pair in pairs]
+    return {name: torch.cat([part[name] for part in parts]) for name in PANELS}
 
 
 def ratio_panels(
@@ -191,21 +176,56 @@ def ratio_panels(
     std: Sequence[float],
     batch_size: int = 32,
 ) -> Panels:
-    """`reconstruction_grid` for several ways of masking: the original once, then three panels for each.
+    """The panels of `reconstruct` for one way of masking or several, a row per image, under headings that fit
+    `model`: the original once, then three for each.
 
     Args:
         maskings: (title such as "75% masked", noise (N, L), mask ratio); one alone goes without its title.
         batch_size: images per forward pass; any number of rows fits into memory.
     """
-    headings = column_headings(model.norm_pix_loss, images.shape[1])
-    columns, titles, groups = [], list(headings[:1]), [("", 1)]
+    drawn = []
     for title, noise, ratio in maskings:
-        parts = [
-            reconstruct(model, *part, ratio, mean, std)
-            for part in zip(images.split(batch_size), noise.split(batch_size), strict=True)
-        ]
-        panels = [torch.cat([part[name] for part in parts]) for name in PANELS]
-        columns += panels[1:] if columns else panels
-        titles += headings[1:]
-        groups.append((title, 3))
-    return Panels(titles, columns, groups if len(maskings) > 1 else None)
+        drawn.append((title, in_parts(model, images, noise, ratio, mean, std, batch_size)))
+    return side_by_side(model, drawn)
+
+
+def side_by_side(model: torch.nn.Module, drawn: Sequence[tuple[str, dict[str, Tensor]]]) -> Panels:
+    """Of ways of masking (title, panels of `reconstruct`): the original once, then three panels for each."""
+    original = drawn[0][1]["original"]
+    first, *headings = column_headings(model.norm_pix_loss, original.shape[1])
+    columns = [original, *(panels[name] for _, panels in drawn for name in PANELS[1:])]
+    groups = [("", 1), *((title, 3) for title, _ in drawn)]
+    return Panels([first, *headings * len(drawn)], columns, groups if len(drawn) > 1 else None)
+
+
+def padded_size(size: Sequence[int], tile: Sequence[int]) -> tuple[int, int]:
+    """The next (height, width) of whole tiles."""
+    return tuple(-(-side // part) * part for side, part in zip(size, tile, strict=True))
+
+
+def reconstruct_full(
+    model: torch.nn.Module,
+    image: Tensor,
+    ratio: float,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 32,
+) -> dict[str, Tensor]:
+    """The panels of `reconstruct`, each (1, C, H, W), of an image (C, H, W) of any size.
+
+    Its edges are repeated at right and bottom up to whole tiles of the model's size, each of which has a mask
+    of its own: that of its number in `fixed_noise` with `seed`.
+    """
+    (height, width), (h, w) = image.shape[1:], model.patch_embed.img_size
+    full = padded_size((height, width), (h, w))
+    rows, columns = full[0] // h, full[1] // w
+    whole = F.pad(image[None], (0, full[1] - width, 0, full[0] - height), mode="replicate")[0]
+    tiles = whole.unflatten(2, (columns, w)).unflatten(1, (rows, h))
+    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (rows * columns, C, h, w)
+    noise = fixed_noise(len(tiles), model.patch_embed.num_patches, seed)
+    panels = in_parts(model, tiles, noise, ratio, mean, std, batch_size)
+    for name, panel in panels.items():
+        x = panel.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+        panels[name] = x.flatten(3).flatten(1, 2)[None, :, :height, :width]
+    return panels

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from util.data.transforms import normalize_batch
-from util.figures.canvas import grid_tensor, save_png
-from util.figures.reconstruction import evaluation_mode, reconstruction_grid
+from util.figures.canvas import save_png
+from util.figures.reconstruction import evaluation_mode, ratio_panels
 from util.processes.collectives import warn
 from util.rng import fixed_masks
 
@@ -47,11 +46,11 @@ def write_pictures(
         noise = fixed_masks(model, len(images), args.mask_ratio)
         if hasattr(model, "take_masks"):  # of `util.recipes.mask_folder`
             normalized, noise = model.take_masks(normalized, noise)
-        picture: Image.Image = reconstruction_grid(
-            model, normalized, noise, args.mask_ratio, args.mean, args.std, caption=caption
-        )
+        panels = ratio_panels(model, normalized, [("", noise, args.mask_ratio)], args.mean, args.std)
+        picture = panels.draw(caption)
     if log_writer is not None:
-        log_writer.add_image("reconstruction", grid_tensor(picture), int((epoch + 1) * 1000))
+        x = int((epoch + 1) * 1000)
+        log_writer.add_image("reconstruction", np.asarray(picture), x, dataformats="HWC")
     if not args.output_dir:
         return None
     path = Path(args.output_dir) / f"reconstruction-{epoch}.png"

@@ -41,10 +41,9 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module
 
     # The loss does not change the view in place that this speaks of, and nobody else uses it
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    empty = {
-        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        for p in model.parameters()
-    }
+    empty = {}
+    for p in model.parameters():
+        empty[id(p)] = torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     without_weights = copy.deepcopy(model, empty)  # deepcopy takes what its memo has in place of a copy
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in [*model.blocks, *getattr(model, "decoder_blocks", [])]:

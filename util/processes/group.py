@@ -74,9 +74,7 @@ def init_distributed_mode(args: Namespace) -> None:
             check_kernels(torch.device("cuda", args.gpu))
             torch.cuda.set_device(args.gpu)
         if os.name == "nt":
-            os.environ.setdefault(
-                "USE_LIBUV", "0"
-            )  # of which torch 2.6 for Windows knows nothing, but asks for
+            os.environ.setdefault("USE_LIBUV", "0")  # torch 2.6 for Windows has none, but asks for it
         store = next(dist.rendezvous(url, args.rank, args.world_size, timeout=patience))[0]
         store.set_timeout(patience)
         known = dict(rank=args.rank, world_size=args.world_size, timeout=patience)
@@ -110,9 +108,8 @@ def check_kernels(device: torch.device) -> None:
         except RuntimeError as error:
             if "no kernel image" not in str(error):
                 raise
-            name = "{} (sm_{}{})".format(
-                torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
-            )
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
             raise UserError(
                 f"--device {device}: torch {torch.__version__} has no kernels for {name}, only for "
                 f"{' '.join(torch.cuda.get_arch_list())}; install a torch that is built for it "

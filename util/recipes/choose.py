@@ -46,9 +46,8 @@ def choose(
                f"(height x width); {grid}"]  # fmt: skip
     if channels != 3:
         flags["in_chans"] = channels
-        reasons.append(
-            f"--in_chans {channels}: " + ("all are grey" if channels == 1 else "as the files have")
-        )
+        why = "all are grey" if channels == 1 else "as the files have"
+        reasons.append(f"--in_chans {channels}: {why}")
     if gpu_memory is None:
         batch, rate, kind = 32, 4e-3, "cpu"
         flags.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)

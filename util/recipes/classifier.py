@@ -46,7 +46,6 @@ def add_classifier_args(parser: argparse.ArgumentParser, global_pool: bool) -> N
          help="accepted for old commands: evaluation is always spread over the processes, and exact")
     flag("--save_predictions", action="store_true",
          help="write predictions.csv (one line per validation image) to --output_dir")
-    # fmt: on
     add_label_args(parser)
     parser.set_defaults(global_pool=global_pool)
 

@@ -23,16 +23,6 @@ from util.run.run_log import write_log
 from util.run.start import RunState
 
 
-def share_buffers(module: torch.nn.Module) -> None:
-    """Gives every process the first one's buffers.
-
-    Each has updated BatchNorm's running statistics with its own last batch, and the first one's are saved.
-    """
-    if get_world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 @dataclass
 class ClassifierEpochEnd:
     """Evaluates, saves and logs.
@@ -72,7 +62,9 @@ class ClassifierEpochEnd:
     def finish(self, epoch: int, stats: dict[str, float]) -> None:
         """All processes call this when `epoch` is trained; `stats`: its averages, for the log."""
         args, state = self.args, self.state
-        share_buffers(self.trained)
+        # Each process has updated BatchNorm's statistics with its own batches; the first one's are saved
+        for buffer in self.trained.buffers() if get_world_size() > 1 else ():
+            dist.broadcast(buffer, src=0)
         state.save(epoch, stats=stats)  # an evaluation may take longer than a scheduler waits
         test = self.evaluate(full_copy(self.trained), report=epoch + 1 == args.epochs)
         is_best, text = self.judge(test)

@@ -41,7 +41,6 @@ def add_label_args(parser: argparse.ArgumentParser, trains: bool = True) -> None
          help="what checkpoint-best.pth is best in (default: acc1, of labels auroc, of numbers r2); given, "
               "all metrics are computed for class folders too")
     flag("--class_weight", choices=["balanced"], help="rare classes and labels count as much as others")
-    # fmt: on
 
 
 def check_label_args(args: argparse.Namespace) -> None:

@@ -16,18 +16,10 @@ from util.data.depth import depth_of
 from util.data.loader import build_loader
 from util.data.sampler import EvalSampler
 from util.data.segments import CropBoth, SegmentedImages
+from util.data.transforms import normalize_batch
 from util.errors import UserError
-from util.evaluate.segments import (
-    GROUP,
-    count_pixels,
-    make_bank,
-    neighbours,
-    pixel_table,
-    probabilities,
-    segment,
-    summarize_pixels,
-)
-from util.figures.canvas import draw_grid
+from util.evaluate import segments
+from util.figures.canvas import as_pictures, draw_grid, save_png
 from util.files import printable, replacing
 from util.processes.collectives import get_rank, get_world_size, is_main_process, log, warn
 from util.recipes.classifier import build_classifier
@@ -99,12 +91,14 @@ def whole_images(dataset: SegmentedImages, args, pin_memory: bool = False) -> Da
 
 def evaluate_masks(loader, predict, args, device, names: list[str], report: bool) -> dict[str, float]:
     """Figures of all pixels, printed; with `report` also the table per class and overlays, in the folder."""
-    matrix = count_pixels(loader, predict, args.input_size, len(names), device, args)
+    matrix = segments.count_pixels(loader, predict, args.input_size, len(names), device, args)
     if not matrix.sum():
         raise UserError(f"--data_path {printable(args.data_path)}: no pixel of the masks is of a class")
-    stats = summarize_pixels(matrix)
+    stats = segments.summarize_pixels(matrix)
     if report and is_main_process():
-        table = pixel_table(matrix, [printable(name) for name in names]) if len(names) <= MAX_CLASSES else ""
+        table = ""
+        if len(names) <= MAX_CLASSES:
+            table = segments.pixel_table(matrix, [printable(name) for name in names])
         log(table or f"{len(names)} classes: no table")
         if args.output_dir:
             _write_reports(Path(args.output_dir), table, loader.dataset, predict, args, device)
@@ -117,8 +111,7 @@ def _write_reports(folder: Path, table: str, dataset, predict, args, device) -> 
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "per_class.txt") as temporary:
             temporary.write_text(table + "\n", encoding="utf-8")
-        with replacing(folder / "segmentation.png") as temporary:
-            draw_overlays(dataset, predict, args, device).save(temporary, format="PNG")
+        save_png(draw_overlays(dataset, predict, args, device), folder / "segmentation.png")
     except OSError as error:
         warn(f"{printable(folder)}: reports were not written: {error.strerror or error}")
 
@@ -126,10 +119,10 @@ def _write_reports(folder: Path, table: str, dataset, predict, args, device) -> 
 def segment_by_neighbours(args, train_set, val_set, names: list[str], model, device) -> dict[str, float]:
     """Segments by the nearest patches of training images, one crop of each: no training, one evaluation."""
     train_set.transform = CropBoth(args.input_size, depth_of(args))
-    loader = build_loader(train_set, EvalSampler(len(train_set)), GROUP, args.num_workers)
-    bank = make_bank(loader, model, len(names), device, args)
+    loader = build_loader(train_set, EvalSampler(len(train_set)), segments.GROUP, args.num_workers)
+    bank = segments.make_bank(loader, model, len(names), device, args)
     log(f"bank: {len(bank[0]):,} patches of {len(train_set):,} images")
-    predict = neighbours(model, *bank, len(names))
+    predict = segments.neighbours(model, *bank, len(names))
     stats = evaluate_masks(whole_images(val_set, args), predict, args, device, names, report=True)
     write_log(args.output_dir, {f"test_{name}": value for name, value in stats.items()})
     return stats
@@ -144,16 +137,13 @@ def colours(count: int) -> torch.Tensor:
 @torch.no_grad()
 def draw_overlays(dataset: SegmentedImages, predict, args, device):
     """A few images, the middle square of each, with their masks and the predictions over them."""
-    from util.data.transforms import normalize_batch
-
     palette, columns = colours(dataset.num_classes), ([], [], [])
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.mean, args.std))
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int)):
         image, mask, _ = dataset[int(index)]
         image = normalize_batch(image[None], device, args.mean, args.std)[0]
         size = tuple(mask.shape)
-        found = segment(predict, image, args.input_size, size).argmax(0).cpu()
-        shown = F.interpolate((image.cpu() * std + mean)[None], size, mode="bilinear")[0].clamp(0, 1)
+        found = segments.segment(predict, image, args.input_size, size).argmax(0).cpu()
+        shown = F.interpolate(as_pictures(image[None], args.mean, args.std), size, mode="bilinear")[0]
         shown = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
         short = min(size)
         y, x = (size[0] - short) // 2, (size[1] - short) // 2
@@ -173,7 +163,7 @@ class SegmentationEpochEnd(ClassifierEpochEnd):
 
     def evaluate(self, model: torch.nn.Module, report: bool) -> dict[str, float]:
         training = model.training
-        predict = probabilities(model.eval(), self.device, self.args)
+        predict = segments.probabilities(model.eval(), self.device, self.args)
         test = evaluate_masks(self.val_loader, predict, self.args, self.device, self.names, report)
         model.train(training)
         return test

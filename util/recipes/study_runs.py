@@ -4,6 +4,8 @@
 and its figures when it is done: such a run is never made again.
 """
 
+import argparse
+import importlib
 import json
 import os
 import queue
@@ -17,11 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from util.cli.parser import ArgumentParser, parse_args
 from util.errors import TrainingError, UserError
 from util.files import read_json, replacing
 from util.processes.collectives import log
 from util.processes.signals import EXIT_REQUEUE
 from util.recipes.study_rows import Row
+from util.slurm.job import TrainingJob
 from util.weights.names import list_checkpoints
 
 REPO = Path(__file__).resolve().parents[2]
@@ -188,3 +192,28 @@ class Runner:
         status = process.wait()
         self.processes.discard(process)
         return status, time.monotonic() - began, processor
+
+
+class RunJob(TrainingJob):
+    """A run as a job on a SLURM cluster, which trains, survives pre-emption, and makes the card.
+
+    args: the parsed command line of its training.
+    """
+
+    def __init__(self, run: Run, args: argparse.Namespace, keep: bool):
+        super().__init__("main_pretrain", args)
+        self.run, self.keep = run, keep
+
+    def __call__(self) -> None:
+        state, began, trained = self.run.state(), time.monotonic(), False
+        if not state.get("trained") or not list_checkpoints(self.run.folder):
+            self.run.write(state, starts=state["starts"] + 1)
+            try:
+                super().__call__()  # leaves by SystemExit where the job is to be started again
+                trained = True
+            finally:
+                self.run.count(state, time.monotonic() - began, sum(os.times()[:4]), trained)
+        if self.run.card is not None:
+            script = importlib.import_module("main_evaluate")
+            script.main(parse_args(ArgumentParser(parents=[script.get_args_parser()]), self.run.carding))
+        self.run.finish(state, self.keep)

@@ -106,9 +106,8 @@ def read_teacher(model: MaskedAutoencoderViT, args: Namespace, number: int, use:
 def teach(lesson: Lesson, imgs: Tensor, ids_restore: Tensor, visible: int) -> Tensor:
     """Attention (N, heads, T, T) or tokens (N, T, E) of the first `visible` patches in a shuffle (N, L)."""
     teacher = lesson.teacher
-    x = gather_tokens(
-        teacher.patch_embed(imgs) + teacher.pos_embed[:, 1:], ids_restore.argsort(1)[:, :visible]
-    )
+    tokens = teacher.patch_embed(imgs) + teacher.pos_embed[:, 1:]
+    x = gather_tokens(tokens, ids_restore.argsort(1)[:, :visible])
     cls_token = (teacher.cls_token + teacher.pos_embed[:, :1]).expand(len(x), -1, -1)
     *before, last = teacher.blocks
     x = run_blocks(before, add_registers(teacher, torch.cat([cls_token, x], dim=1)))

@@ -34,10 +34,8 @@ def write_report(runs: Sequence[tuple], output: Path, images: int, device: torch
             run.name = f"{run.name} ({number})"
     pictures = []
     for run in found:
-        drawn = [
-            *written(run, 1 if len(found) > 1 else 3),
-            *(of_model(run, images, device) if images else ()),
-        ]
+        drawn = list(written(run, 1 if len(found) > 1 else 3))
+        drawn += of_model(run, images, device) if images else ()
         pictures += [(run.name, title, picture) for title, picture in drawn]
     budget, grids = MOST * 7 // 10 // max(1, len(pictures)), {}
     for name, title, picture in pictures:  # of several runs those of a kind beside each other

@@ -35,10 +35,9 @@ def written(run: RunFolder, most: int) -> Iterator[tuple[str, Image.Image]]:
     for `most` of them, first, middle and last.
     """
     drawn = sorted(run.path.glob("reconstruction-*.png"), key=lambda path: (len(path.name), path.name))
-    chosen = dict.fromkeys(
-        [*drawn[:1], *drawn[len(drawn) // 2 :][:1], *drawn[-1:]] if most > 1 else drawn[-1:]
-    )
-    paths = {path: f"Reconstructions after epoch {path.stem.split('-')[-1]}" for path in chosen}
+    if most > 1:
+        drawn = [*drawn[:1], *drawn[len(drawn) // 2 :][:1], *drawn[-1:]]
+    paths = {path: f"Reconstructions after epoch {path.stem.split('-')[-1]}" for path in drawn[-most:]}
     paths |= {run.path / name: title for name, title in _FOUND.items()}
     if not (run.path / "predictions.csv").is_file():  # of which the page makes a table
         paths[run.path / "confusion.png"] = "Confusion"

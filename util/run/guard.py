@@ -95,9 +95,8 @@ class RunGuard:
         images = None if self._can_read(indices) else images
         for earlier in self.micro_steps:
             earlier["images"] = None
-        self.micro_steps.append(
-            {"images": images, "indices": indices, "loss": loss, "epoch": epoch, "step": step}
-        )
+        entry = {"images": images, "indices": indices, "loss": loss, "epoch": epoch, "step": step}
+        self.micro_steps.append(entry)
 
     def after_update(self, epoch: int, done: int, grad_norm: torch.Tensor | None, metrics) -> bool:
         """All processes call this after an optimizer step, `done` micro-steps into the epoch. True: leave the

@@ -76,9 +76,8 @@ def release() -> None:
         record = read_record(_folder)
         with contextlib.suppress(OSError):  # the folder may be gone
             if record.get("pid") == os.getpid():
-                _write_record(
-                    {name: record[name] for name in ("id", "from", "environment") if name in record}
-                )
+                kept = ("id", "from", "environment")
+                _write_record({name: record[name] for name in kept if name in record})
         if _lock.is_locked:
             _lock.release(force=True)
     _lock = _folder = _id = None

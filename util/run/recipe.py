@@ -124,11 +124,8 @@ def _changes(group: str, args: Namespace, saved: dict) -> list[tuple]:
     """(name, value in the checkpoint, own value) of the settings of a group that differ."""
     saved, own = _joined(saved), _joined(vars(args))
     names = [*GROUPS[group].split(), *(["effective batch"] if group == "recipe" else [])]
-    return [
-        (name, saved[name], own[name])
-        for name in names
-        if name in saved and name in own and comparable(saved[name]) != comparable(own[name])
-    ]
+    pairs = [(name, saved[name], own[name]) for name in names if name in saved and name in own]
+    return [(name, theirs, ours) for name, theirs, ours in pairs if comparable(theirs) != comparable(ours)]
 
 
 def _joined(settings: dict) -> dict:

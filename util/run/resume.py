@@ -247,10 +247,8 @@ def _position(args, content: dict, source) -> int:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
     # How a step is computed belongs to this machine, not to the checkpoint; torch places the state by it
-    groups = [
-        {**saved, **({"fused": own["fused"]} if "fused" in own else {})}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
-    ]
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=False)
+    groups = [{**saved, **({"fused": own["fused"]} if "fused" in own else {})} for saved, own in pairs]
     from util.weights.state import check_optimizer
 
     try:

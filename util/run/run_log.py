@@ -33,18 +33,15 @@ class StepCurves:
 
     def add(self, epoch: float, **values: float | torch.Tensor) -> None:
         """Adds a point per name at a fractional epoch; scalar tensors are kept as they are, not read now."""
-        values = {
-            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-            if value is not None
-        }
-        self.rows.append((int(epoch * 1000), values))
+        kept = {name: value for name, value in values.items() if value is not None}
+        for name, value in kept.items():
+            kept[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+        self.rows.append((int(epoch * 1000), kept))
 
     def write(self) -> None:
         """Averages the tensors over the processes (all must call it) and writes what has gathered."""
-        tensors = [
-            value for _, values in self.rows for value in values.values() if isinstance(value, torch.Tensor)
-        ]
+        kept = [value for _, values in self.rows for value in values.values()]
+        tensors = [value for value in kept if isinstance(value, torch.Tensor)]
         if tensors and (self.writer is not None or get_world_size() > 1):
             means = iter(all_reduce_mean(torch.stack(tensors)).tolist())
             for x, values in self.rows:

@@ -22,7 +22,9 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
         OSError: the folder cannot be written or is full, or the model's weights are not finite; the temporary
             file is removed.
     """
-    if not _finite(content.get("model")):
+    model = content.get("model")
+    tensors = [t for t in model.values() if isinstance(t, torch.Tensor)] if isinstance(model, dict) else []
+    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
         raise OSError("the model's weights are not finite")
     folder = Path(path).parent
     if not folder.exists():
@@ -43,12 +45,6 @@ def _bytes(content) -> int:
         return content.nbytes
     parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
     return sum(map(_bytes, parts))
-
-
-def _finite(state) -> bool:
-    """Whether all floating-point tensors of a state dict are finite."""
-    tensors = [t for t in state.values() if isinstance(t, torch.Tensor)] if isinstance(state, dict) else []
-    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
 def snapshot(content, keep: bool = True):

@@ -23,6 +23,7 @@ from util.errors import TrainingError
 from util.processes import signals
 from util.processes.nodes import run_command
 from util.sizes import default_workers
+from util.weights.names import list_checkpoints
 
 LOCAL_RESTART = 144  # exit status with which a local job asks to be started again, as submitit's
 MAX_FRUITLESS_STARTS = 5  # in a row that end before anything new was saved; more would go on forever
@@ -73,15 +74,12 @@ def forget_launcher() -> None:
 
 def set_up_arguments(args: argparse.Namespace, env) -> None:
     """Sets `output_dir`, `log_dir`, `resume`, `num_workers` where the command line left them to the job."""
-    from util.weights.names import list_checkpoints
-
     if "output_dir" not in args.given:
         args.output_dir = str(env.paths.folder)
     if "log_dir" not in args.given:
         args.log_dir = args.output_dir
-    args.output_dir, args.log_dir = (
-        folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
-    )
+    for name in ("output_dir", "log_dir"):
+        setattr(args, name, getattr(args, name).replace("%j", env.job_id))
     if not getattr(args, "eval", False):
         # A --resume FILE is for the first start only: later ones go on from what this job has saved
         submitted = env.paths.submitted_pickle.stat().st_mtime
@@ -96,8 +94,6 @@ def set_up_arguments(args: argparse.Namespace, env) -> None:
 
 def last_save(output_dir: str) -> tuple | None:
     """Time and name of the checkpoint that was written last; an older run may have come further there."""
-    from util.weights.names import list_checkpoints
-
     return max(((path.stat().st_mtime_ns, path) for path in list_checkpoints(output_dir)), default=None)
 
 

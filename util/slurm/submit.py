@@ -51,7 +51,6 @@ def add_slurm_args(parser: argparse.ArgumentParser) -> None:
          help="how long before the time limit the job is told to save")
     flag("--cluster", default="slurm", choices=["slurm", "local"], help="local: run here, without SLURM")
     flag("--dry_run", action="store_true", help="print the script for sbatch; needs no SLURM")
-    # fmt: on
 
 
 def check_slurm_args(args: argparse.Namespace) -> None:

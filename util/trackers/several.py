@@ -58,24 +58,20 @@ class Tracked:
 
     def __init__(self, name: str, run_id: str | None, output_dir: str, log_dir: str, checkpoints: bool):
         self.name, self.run_id, self.handle, self.values, self.x = name, run_id, None, {}, None
-        self.output_dir, self.log_dir, self.checkpoints = (
-            output_dir,
-            log_dir or output_dir or ".",
-            checkpoints,
-        )
-        self.module, self.sent = importlib.import_module(f"util.trackers.{name}"), set()
+        self.output_dir, self.log_dir = output_dir, log_dir or output_dir or "."
+        self.module = importlib.import_module(f"util.trackers.{name}")
+        self.checkpoints, self.sent = checkpoints, set()
 
-    def _try(self, call: Callable, *args):
-        """What `call` returns; after the first failure nothing is called any more."""
+    def _try(self, function: str, *args):
+        """What the tracker's `function` returns; after the first failure nothing is called any more."""
         if self.module is None:
             return None
         try:
-            return call(*args)
+            return getattr(self.module, function)(*args)
         except Exception as error:  # other people's code, on a network: whatever it is, training goes on
             text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             warn(f"--tracker {self.name}: no more of it from here on ({text})")
             self.module = None
-            return None
 
     def add_run(self, text: str, settings: dict, metrics, step: int) -> None:
         """Starts the run there, or goes on with it if it is the run of the same id."""
@@ -83,7 +79,7 @@ class Tracked:
             self.sent = set(self._checkpoints())  # what was there before is an earlier start's
         name = Path(self.output_dir).resolve().name if self.output_dir else "run"
         folder = Path(self.log_dir).resolve()
-        self.handle = self._try(self.module.start, settings, folder, name, self.run_id)
+        self.handle = self._try("start", settings, folder, name, self.run_id)
 
     def add_scalar(self, name: str, value: float, x: float) -> None:
         """A point of a curve; those of one x go together. x: 1000 epochs; of "perf/" curves the epoch."""
@@ -92,29 +88,26 @@ class Tracked:
             self._send()
         self.x, self.values[name] = x, float(value)
 
-    def add_image(self, name: str, image, x: float) -> None:
-        """A picture, uint8 (3, H, W)."""
+    def add_image(self, name: str, image: np.ndarray, x: float, dataformats: str = "HWC") -> None:
+        """A picture, uint8 (H, W, 3)."""
         self._send()
-        if self.module:
-            picture = np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0))
-            self._try(self.module.picture, self.handle, name, picture, x / 1000)
+        self._try("picture", self.handle, name, image, x / 1000)
 
     def flush(self) -> None:
         self._send()
-        for path in self._checkpoints() if self.checkpoints and self.module else ():
+        for path in self._checkpoints() if self.checkpoints else ():
             if path not in self.sent:
                 self.sent.add(path)
-                self._try(self.module.checkpoint, self.handle, path)
+                self._try("checkpoint", self.handle, path)
 
     def close(self) -> None:
         self.flush()
-        if self.module:
-            self._try(self.module.finish, self.handle)
+        self._try("finish", self.handle)
 
     def _send(self) -> None:
         values, self.values = self.values, {}
-        if values and self.module:
-            self._try(self.module.scalars, self.handle, values, self.x)
+        if values:
+            self._try("scalars", self.handle, values, self.x)
 
     def _checkpoints(self) -> list[Path]:
         there = list_checkpoints(Path(self.output_dir)) if self.output_dir else []

@@ -46,9 +46,7 @@ class CurveWriter:
             name: value if isinstance(value, bool | int | float) else printable(str(value))
             for name, value in settings.items()
         }
-        experiment, start, _ = hparams(
-            plain, dict.fromkeys(metrics, 0.0)
-        )  # the third would say that it is over
+        experiment, start, _ = hparams(plain, dict.fromkeys(metrics, 0.0))  # the third: that it is over
 
         def write(writer) -> None:
             writer.add_text("run", text, step)
