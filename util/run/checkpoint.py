@@ -71,7 +71,14 @@ def save_in_background(
     loss_scaler,
     step: int = 0,
     best: bool = False,
-    **entries,
+    *,
+    run: dict | None = None,
+    stats: dict | None = None,
+    evaluated: bool | None = None,
+    meters: list | None = None,
+    model_info: dict | None = None,
+    best_acc1: float | None = None,
+    model_ema: dict | None = None,
 ) -> Path | None:
     """Writes a checkpoint to `args.output_dir` on the first process and removes those no longer wanted.
 
@@ -84,10 +91,12 @@ def save_in_background(
         model: bare, not its wrapper.
         step: micro-steps done of that epoch when it is not complete.
         best: also make it `checkpoint-best.pth`.
-        entries: run, stats, evaluated, meters, model_info, best_acc1, model_ema of `RunState`, but None.
+        run, stats, evaluated, meters, model_info, best_acc1, model_ema: entries, see `RunState`.
 
     Returns the path, or None on other processes.
     """
+    entries = {"run": run, "stats": stats, "evaluated": evaluated, "meters": meters, "model_info": model_info}
+    entries |= {"best_acc1": best_acc1, "model_ema": model_ema}
     if not getattr(args, "output_dir", "") or not (is_main_process() or is_sharded(model)):
         return None
     content = {
