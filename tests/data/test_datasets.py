@@ -488,6 +488,23 @@ def test_channels_and_rectangles(image_folder, channels, loader):
     assert build_val_dataset(args)[0][0].shape == (channels, 32, 128)
 
 
+@pytest.mark.parametrize("loader", ["default", "reference"])
+def test_a_crop_has_the_share_that_crop_scale_says(tmp_path, loader):
+    for i in range(4):
+        save(tmp_path / f"{i}.png", i, (40, 40))
+    options = {"data_path": tmp_path, "input_size": 40, "seed": 3, "loader": loader, "mean": 0.5, "std": 0.25}
+    dataset = build_pretrain_dataset(argparse.Namespace(crop_scale=[1.0, 1.0], **options))
+    image = torch.from_numpy(np.asarray(Image.open(tmp_path / "0.png")).copy()).permute(2, 0, 1)
+    if loader == "reference":
+        image = (image / 255 - 0.5) / 0.25
+    samples = [dataset[epoch, 0][0] for epoch in range(12)]
+    assert {torch.equal(sample, image) for sample in samples} == {True, False}  # flipped or not
+    assert all(torch.equal(s, image) or torch.equal(s.flip(-1), image) for s in samples)
+    usual = build_pretrain_dataset(argparse.Namespace(**options))
+    same = build_pretrain_dataset(argparse.Namespace(crop_scale=[0.2, 1.0], **options))
+    assert torch.equal(usual[3, 1][0], same[3, 1][0]) and not torch.equal(usual[3, 1][0], dataset[3, 1][0])
+
+
 def test_thirteen_channels_from_arrays(tmp_path):
     array = np.random.default_rng(0).integers(0, 65536, (40, 50, 13)).astype(np.uint16)
     np.save(tmp_path / "a.npy", array)

@@ -61,6 +61,13 @@ def prepared(images, folder, **changes):
     return model, dataset, val_set, args
 
 
+def test_a_mask_is_cropped_by_crop_scale_as_its_image(images, masks):
+    dataset = prepared(images, masks, crop_scale=(1.0, 1.0))[1]
+    for index in range(len(dataset)):
+        one, other = (dataset[epoch, index][0] for epoch in (0, 1))  # the same place, flipped or not
+        assert torch.equal(one, other) or torch.equal(one, other.flip(-1))
+
+
 @pytest.mark.parametrize("ratio", [0.75, 0.5, 0.3])
 def test_the_count_is_exact_and_the_order_is_that_of_the_coverage(images, masks, ratio):
     """1,000 draws, of masks that cover anything from nothing to all."""

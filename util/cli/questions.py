@@ -9,9 +9,11 @@ PIXELS, NO_PIXELS = ("pixels", "norm_pixels"), ("hog", "pca", "lowpass", "teache
 
 
 def add_question_args(parser: argparse.ArgumentParser) -> None:
-    """Masks, targets, and a teacher."""
+    """Crops, masks, targets, and a teacher."""
     flag = parser.add_argument_group("questions").add_argument
     # fmt: off
+    flag("--crop_scale", default=[0.2, 1.0], nargs=2, type=float, metavar=("LOW", "HIGH"),
+         help="share of an image's area in its random crop (default: 0.2 1)")
     flag("--mask", default="random", choices=["random", "block", "grid", "inverse_block", "file"],
          help="hides any patches, blocks, all but one of every 2x2, all but a block, or what a file says")
     flag("--mask_file", default="", metavar="FILE|DIR",
@@ -29,11 +31,16 @@ def add_question_args(parser: argparse.ArgumentParser) -> None:
 
 
 def settle_target(args: argparse.Namespace) -> None:
-    """Has `args.target` and `args.norm_pix_loss` say the same; raises UserError where they do not."""
+    """Has `args.target` and `args.norm_pix_loss` say the same; raises UserError where they do not, and for
+    crops that cannot be.
+    """
     target = args.target or PIXELS[args.norm_pix_loss]
     if args.norm_pix_loss and target != "norm_pixels":
         raise UserError(f"--norm_pix_loss, --target {target}: two targets; give one of them")
     args.target, args.norm_pix_loss = target, target == "norm_pixels"
+    low, high = args.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"--crop_scale {low:g} {high:g}: must rise, above 0 and up to 1")
 
 
 def asks(args: argparse.Namespace) -> bool:

@@ -9,7 +9,13 @@ import torch
 
 from util.data.find import ImageFiles, bad_limit, find_images
 from util.data.read import MODES, BadImage, read_image, read_picture
-from util.data.transforms import EvalTransform, PretrainTransform, channel_stats, reference_transform
+from util.data.transforms import (
+    PRETRAIN_SCALE,
+    EvalTransform,
+    PretrainTransform,
+    channel_stats,
+    reference_transform,
+)
 from util.errors import UserError
 from util.files import some
 from util.processes.collectives import log, warn
@@ -178,8 +184,8 @@ def build_pretrain_dataset(args) -> ImageDataset:
 
     Args:
         args: data_path, input_size, in_chans, mean, std, loader ("default": uint8 samples, to be normalised
-            on the device; "reference": float32), bad_images, seed, pixel_range, which is settled here (see
-            `util.data.examine`); what is missing has the script's default.
+            on the device; "reference": float32), bad_images, seed, crop_scale, pixel_range, which is settled
+            here (see `util.data.examine`); what is missing has the script's default.
 
     Raises:
         UserError: see `find_images`; also channels that the loader cannot read.
@@ -190,11 +196,12 @@ def build_pretrain_dataset(args) -> ImageDataset:
     files = find_split(args, "train")
     depth = settle_range(args, files)
     reference = getattr(args, "loader", "default") == "reference"
+    scale = tuple(getattr(args, "crop_scale", PRETRAIN_SCALE))
     if reference:
         stats = channel_stats(channels, getattr(args, "mean", None), getattr(args, "std", None))
-        transform = reference_transform(size, *stats)
+        transform = reference_transform(size, *stats, scale)
     else:
-        transform = PretrainTransform(size, depth=depth)
+        transform = PretrainTransform(size, scale, depth)
     seed, bad_images = getattr(args, "seed", 0), getattr(args, "bad_images", "error")
     return ImageDataset(files, transform, channels, seed, bad_images, reference, depth)
 

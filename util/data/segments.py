@@ -19,7 +19,7 @@ from util.data.examine import settle_range
 from util.data.find import ImageFiles, find_images
 from util.data.folders import ask_all, split_folder
 from util.data.read import BadImage, open_file
-from util.data.transforms import crop_ratio, random_resized_crop_box, resize_crop
+from util.data.transforms import PRETRAIN_SCALE, crop_ratio, random_resized_crop_box, resize_crop
 from util.errors import UserError
 from util.files import printable, some
 from util.processes.collectives import is_main_process, warn
@@ -28,7 +28,6 @@ from util.sizes import size_pair
 
 LAYOUT = "masks are needed as SPLIT/images/NAME.jpg with SPLIT/masks/NAME.png, for train and val"
 MAX_LOOKED_AT = 2000  # masks read before the start; of larger sets, as many, evenly spread
-CROP_SCALE = (0.2, 1.0)  # share of the picture's area in a training crop, as in pre-training
 
 
 class SegmentedImages(ImageDataset):
@@ -75,11 +74,11 @@ class SegmentedImages(ImageDataset):
 class CropBoth:
     """The same random resized crop and flip of an image and of its mask."""
 
-    def __init__(self, size: int | tuple[int, int], depth: Depth | None = None):
-        self.size, self.depth = size_pair(size), depth
+    def __init__(self, size: int | tuple[int, int], depth: Depth | None = None, scale=PRETRAIN_SCALE):
+        self.size, self.depth, self.scale = size_pair(size), depth, scale
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: random.Random) -> tuple:
-        box = random_resized_crop_box(*mask.shape, rng, CROP_SCALE, crop_ratio(self.size))
+        box = random_resized_crop_box(*mask.shape, rng, self.scale, crop_ratio(self.size))
         image, mask = resize_crop(image, box, self.size, self.depth), resize_mask(mask, box, self.size)
         return (image.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (image, mask)
 

@@ -176,12 +176,17 @@ class EvalTransform:
         return round((height - h) / 2), round((width - w) / 2), h, w
 
 
-def reference_transform(size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Callable:
+def reference_transform(
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: tuple[float, float] = PRETRAIN_SCALE,
+) -> Callable:
     """The reference's chain: PIL image -> float32 (C, *size), normalised; draws from torch's generator."""
     from torchvision import transforms  # takes a second to import, and only this loader needs it
 
     bicubic = transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(size_pair(size), PRETRAIN_SCALE, crop_ratio(size), bicubic)
+    crop = transforms.RandomResizedCrop(size_pair(size), scale, crop_ratio(size), bicubic)
     flip = transforms.RandomHorizontalFlip()
     return transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(mean, std)])
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import random
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -96,16 +96,18 @@ def use_folder(model: MaskedAutoencoderViT, args: Namespace, dataset, val_set=No
     own, held_out = (
         os.path.join(folder, os.path.basename(s.files.root)) for s in (dataset, val_set or dataset)
     )
-    args.mask_digest = add_masks(dataset, own if os.path.isdir(own) else folder, args, CropBoth)
+    old = dataset.transform
+    crop = CropBoth(old.size, old.depth, old.scale)
+    args.mask_digest = add_masks(dataset, own if os.path.isdir(own) else folder, args, crop)
     told = "held-out images are masked at random"
     if val_set and os.path.isdir(held_out):
-        add_masks(val_set, held_out, args, CentreBoth)
+        add_masks(val_set, held_out, args, CentreBoth(old.size, old.depth))
         told = f"of held-out images in {printable(held_out)}"
     model.__class__ = type("FolderMasked", (FolderMasked, type(model)), {})
     log(f"masks: of each image in {printable(dataset.masks)}; {told}")
 
 
-def add_masks(images: ImageDataset, folder: str, args: Namespace, crop: type) -> str:
+def add_masks(images: ImageDataset, folder: str, args: Namespace, crop: Callable) -> str:
     """Makes `MaskedImages` of a set, in place; digest of the names and sizes of its masks.
 
     Raises UserError for images without a mask.
@@ -123,8 +125,8 @@ def add_masks(images: ImageDataset, folder: str, args: Namespace, crop: type) ->
     if absent := [paths[i] for i, (_, size) in enumerate(found) if size < 0]:
         raise UserError(f"--mask_file {folder}: {len(absent):,} of {len(paths):,} images have no mask there, "
                         f"a .png or .npy of the same relative path: {some(absent)}")  # fmt: skip
-    images.transform = crop(images.transform.size, images.transform.depth)
-    images.__class__, images.masks, images.stats = MaskedImages, folder, (args.mean, args.std)
+    images.__class__, images.transform = MaskedImages, crop
+    images.masks, images.stats = folder, (args.mean, args.std)
     table = "".join(f"{os.path.relpath(place, folder)} {size}\n" for place, size in found)
     return hashlib.sha256(os.fsencode(table.replace(os.sep, "/"))).hexdigest()[:8]
 

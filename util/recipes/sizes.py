@@ -58,9 +58,10 @@ class SizeSchedule:
         model.phase, model.patch_embed.strict_img_size = {}, False  # `embed_visible` compares the size
         model.__class__ = type("Sized", (Sized, type(model)), {})
         old = dataset.transform
+        crop = old.transforms[0] if dataset.global_draws else old
         dataset.transforms = [
-            (first, reference_transform(size, args.mean, args.std) if dataset.global_draws
-             else PretrainTransform(size, old.scale, old.depth))
+            (first, reference_transform(size, args.mean, args.std, crop.scale) if dataset.global_draws
+             else PretrainTransform(size, crop.scale, crop.depth))
             for first, size in self.phases
         ]  # fmt: skip
         dataset.__class__ = SizedImages

@@ -16,7 +16,7 @@ GROUPS = {
     "decoder_depth decoder_num_heads decoder global_pool nb_classes trainable_blocks mode layers init_freeze "
     "opt opt_args",
     "data": "data_path labels label_columns task group_column folds fold pages loader shuffle repeated_aug "
-    "no_aug cache_features cache_views color_jitter aa reprob remode recount",
+    "crop_scale no_aug cache_features cache_views color_jitter aa reprob remode recount",
     "recipe": "mask_ratio predict_ratio norm_pix_loss batch_size accum_iter epochs warmup_epochs blr lr "
     "min_lr weight_decay layer_decay clip_grad drop_path smoothing mixup cutmix cutmix_minmax mixup_prob "
     "mixup_switch_prob mixup_mode ignore_index class_weight thresholds best amp_dtype seed finetune init "
