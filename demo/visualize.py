@@ -18,6 +18,7 @@ original patch to draw them, and the headings say so.
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--pca", action="store_true",
          help="also write FILE-pca.png: three principal components of the patches' features as colours, of "
               "each image, of all, and of the foreground of all")
-    flag("--foreground", type=float, default=0.0, metavar="T",
+    flag("--foreground", type=Bounded(float, math.isfinite, "be finite"), default=0.0, metavar="T",
          help="of --pca: patches whose first component is more than T standard deviations above 0")
     flag("--neighbours", type=at_least(0), nargs="?", const=5, default=0, metavar="N",
          help="also write FILE-neighbours.png: of all images named, the N (default: 5) whose features are "
@@ -181,9 +182,9 @@ def check_size(rows: int, columns: int, input_size: tuple[int, int]) -> None:
     pixels = (rows * (height + margin // 2)) * (columns * (column_w + margin // 2))
     if pixels > MAX_PIXELS:
         most = rows * MAX_PIXELS // pixels
+        advice = f"pass --rows N, at most {most}" if most else "take fewer panels or a smaller image"
         raise UserError(
-            f"{rows} rows: a picture of {pixels / 1e6:.0f} million pixels, which few viewers open; "
-            + (f"pass --rows N, at most {most}" if most else "shrink the image or leave out --full_size")
+            f"{rows} rows: a picture of {pixels / 1e6:.0f} million pixels, which few viewers open; {advice}"
         )
 
 
@@ -214,7 +215,8 @@ def main(args: argparse.Namespace) -> None:
             "--neighbours: needs several images; name a folder of them, and --rows how many to draw"
         )
     masks = choose_masks(args, len(indices), model.patch_embed.grid_size)
-    widest = max(1 + 3 * len(masks), 2 + weights.sizes["num_heads"] * args.attention, 1 + args.neighbours)
+    heads, near = weights.sizes["num_heads"] * args.attention, min(args.neighbours, len(paths) - 1)
+    widest = max(1 + 3 * len(masks), 2 + heads, 1 + near)
     if not args.full_size:
         check_size(len(indices), widest, weights.input_size)
     read = functools.partial(views, paths, weights=weights, skip=args.bad_images == "skip")

@@ -197,6 +197,11 @@ def test_features_and_each_panel_as_a_file(tmp_path, drawn, capsys):
             "--resume", checkpoint, *HEADS, folder / "000.jpg", "--neighbours", "--output", tmp_path / "z.png"
         )
     assert not (tmp_path / "z.png").exists()
+    words = ["--resume", checkpoint, *HEADS, folder / "000.jpg", folder / "001.jpg"]
+    run(*words, "--neighbours", 10**6, "--output", tmp_path / "all.png")  # of two there is one
+    run(*words, "--neighbours", 1, "--output", tmp_path / "one.png")
+    one, other = ((tmp_path / f"{name}-neighbours.png").read_bytes() for name in ("all", "one"))
+    assert one == other
 
 
 @pytest.mark.parametrize("way", ["tiles", "positions"])
@@ -250,6 +255,7 @@ def test_unreadable_images(tmp_path, drawn, capsys):
     ("flags", "message"),
     [
         (["--mask_ratio", "1"], "--mask_ratio 1.0: must lie between"),
+        (["--pca", "--foreground", "nan"], "--foreground nan: must be finite"),
         (["--mask_ratio", "0.5", "0.99"], "--mask_ratio 0.99: keeps none of 16 patches"),
         (["--mask_ratio", "0.5", "--mask_file", "m.png"], "give one of them"),
         (["--mask_file", "m.png"], "--mask_file m.png: No such file"),

@@ -282,6 +282,38 @@ def test_mask_file_that_hides_nothing_or_all(tmp_path, value, share):
         read_mask(path, (2, 2))
 
 
+WRONG_MASKS = {
+    "nan": np.array([[0, np.nan]]),
+    "inf": np.array([[0, np.inf]]),
+    "negative": np.array([[0, -1]], np.int8),
+    "deep": np.array([[0, 1000]], np.uint16),
+    "complex": np.array([[0, 1j]]),
+    "text": np.array([["a"]]),
+    "rows": np.zeros(3),
+}
+HEADER = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999), }"
+DAMAGED_MASKS = {
+    "empty": b"",
+    "zip": b"PK\x03\x04" + bytes(60),
+    "token": b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': (((".ljust(118),
+    "huge": b"\x93NUMPY\x01\x00\x76\x00" + HEADER.ljust(117) + b"\n",
+}
+
+
+@pytest.mark.parametrize("how", [*WRONG_MASKS, *DAMAGED_MASKS])
+def test_an_array_that_is_no_mask(tmp_path, how):
+    path = tmp_path / "mask.npy"
+    if how in WRONG_MASKS:
+        np.save(path, WRONG_MASKS[how])
+    else:
+        path.write_bytes(DAMAGED_MASKS[how])
+    with pytest.raises(
+        UserError, match=r"^--mask_file \S+mask\.npy: is no mask of rows and columns: "
+    ) as error:
+        read_mask(path, (2, 2))
+    assert "\n" not in str(error.value)
+
+
 def test_the_ratio_of_a_mask_is_its_share_where_rounding_allows_it():
     exact = 0
     for length in range(2, 200):

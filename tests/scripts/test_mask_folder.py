@@ -221,6 +221,15 @@ def test_held_out_images_have_masks_where_there_are_some(images, masks, tmp_path
     assert_same(*(weights(tmp_path / name / "checkpoint-0.pth") for name in ("train", "flat_run")))
 
 
+@pytest.mark.parametrize("name", ["{}", "{}/", "{}/.", "."])
+def test_the_folder_of_the_images_may_be_named_in_any_way(images, masks, monkeypatch, name):
+    monkeypatch.chdir(images / "train")
+    dataset = build_pretrain_dataset(Namespace(data_path=name.format(images / "train"), input_size=32))
+    args = Namespace(mask="file", mask_file=str(masks), model="m", mean=(0.5,) * 3, std=(0.5,) * 3)
+    use_folder(models_mae.mae_vit(TINY_MAE), args, dataset)
+    assert dataset.masks == str(masks / "train") and dataset[0][0].shape == (4, 32, 32)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -248,6 +257,8 @@ def break_masks(folder, how):
         (folder / "train" / "c0" / "002.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     if how == "colours":
         np.save(folder / "train" / "c0" / "002.npy", np.zeros((40, 48, 3)))
+    if how == "empty":
+        (folder / "train" / "c0" / "002.npy").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +272,12 @@ def break_masks(folder, how):
         ("size", [], r"002\.png: a mask of 6x4 pixels for an image of 48x40 \(\S+c0/002\.jpg\)"),
         ("damaged", [], r"002\.png: "),
         ("colours", [], r"002\.npy: is no mask of rows and columns: its shape is \(40, 48, 3\)"),
+        ("empty", [], r"002\.npy: is no mask of rows and columns: No data left in file"),
+        (
+            "",
+            ["--pages", "all", "--data_path", "PAGES"],
+            r"one folder or list, not for archives or --pages all",
+        ),
         ("", ["--mask", "block"], r"--mask_file \S+: a folder needs --mask file"),
         ("", ["--size_schedule", "16:0", "32:0.5"], r"goes without --size_schedule and --loader reference"),
         ("", ["--loader", "reference"], r"goes without --size_schedule and --loader reference"),
@@ -278,7 +295,11 @@ def test_wrong_inputs(images, masks, tmp_path, monkeypatch, how, flags, text):
     folder = tmp_path / "masks"
     shutil.copytree(masks, folder)
     break_masks(folder, how)
-    named = {"TRAIN": str(images / "train"), "VAL": str(images / "val")}
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    page = Image.new("L", (48, 40))
+    page.save(pages / "a.tif", save_all=True, append_images=[page])
+    named = {"TRAIN": str(images / "train"), "VAL": str(images / "val"), "PAGES": str(pages)}
     flags = [named.get(flag, flag) for flag in flags]
     with pytest.raises(UserError, match=text) as error:
         run(images, tmp_path / "out", *NANO, "--mask", "file", "--mask_file", str(folder), *flags)

@@ -66,8 +66,12 @@ def mask_pixels(path: str) -> np.ndarray:
         pixels = np.load(path) if path.lower().endswith(".npy") else np.asarray(open_pil(path, "L"))
         if pixels.ndim != 2:
             raise ValueError(f"its shape is {pixels.shape}")
+        if pixels.dtype.kind not in "biuf" or not ((pixels >= 0) & (pixels <= 255)).all():
+            raise ValueError("its values are no numbers from 0 to 255")
         return pixels.astype(np.float64) / (255 if pixels.max(initial=0) > 1 else 1)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except BadImage:
+        raise
+    except Exception as error:  # on a damaged .npy numpy raises whatever its parsers run into
         raise BadImage(path, f"is no mask of rows and columns: {error}") from None
 
 

@@ -94,7 +94,8 @@ def use_folder(model: MaskedAutoencoderViT, args: Namespace, dataset, val_set=No
     if not takes_noise(model):
         raise UserError(f"--mask file: {args.model} draws its own masks; leave the flag out")
     own, held_out = (
-        os.path.join(folder, os.path.basename(s.files.root)) for s in (dataset, val_set or dataset)
+        os.path.join(folder, os.path.basename(os.path.abspath(s.files.root)))
+        for s in (dataset, val_set or dataset)
     )
     old = dataset.transform
     crop = CropBoth(old.size, old.depth, old.scale)
@@ -114,7 +115,8 @@ def add_masks(images: ImageDataset, folder: str, args: Namespace, crop: Callable
     """
     paths, root = images.files.paths, images.files.root
     if not isinstance(paths, PathList):
-        raise UserError(f"--mask_file {folder}: a folder of masks is for the images of one folder or list")
+        raise UserError(f"--mask_file {folder}: a folder of masks is for the images of one folder or list, "
+                        "not for archives or --pages all")  # fmt: skip
 
     def look(part: np.ndarray) -> list[tuple[str, int]]:
         places = (mask_of(paths[int(i)], root, folder) for i in part)
