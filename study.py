@@ -172,7 +172,8 @@ def main(args: argparse.Namespace) -> str:
         gpus = [str(i) for i in range(torch.cuda.device_count())]
         failed = Runner(args.parallel, gpus, args.keep).make(left)
     text = write_table(args, runs)
-    log(f"\n{text}\nin {printable(args.output_dir)}: study.md, study.json, study.png")
+    drawn = ", study.png" if (Path(args.output_dir) / "study.png").exists() else "; nothing to draw yet"
+    log(f"\n{text}\nin {printable(args.output_dir)}: study.md, study.json{drawn}")
     if failed:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise TrainingError(

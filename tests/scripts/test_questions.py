@@ -547,9 +547,9 @@ def save_mask(path, values):
 @pytest.mark.parametrize(
     ("own", "text"),
     [
-        (["--mask", "file"], "--mask file: needs a --mask_file FILE"),
-        (["--mask_file", "ONES"], "--mask file: needs a --mask_file FILE, which needs it"),
-        (["--mask", "block", "--mask_file", "GOOD"], "--mask file: needs a --mask_file FILE, which needs it"),
+        (["--mask", "file"], "--mask file and --mask_file need each other"),
+        (["--mask_file", "ONES"], "--mask file and --mask_file need each other"),
+        (["--mask", "block", "--mask_file", "GOOD"], "--mask file and --mask_file need each other"),
         (["--mask", "file", "--mask_file", "GOOD", "--mask_ratio", "0.5"], "goes without --mask_ratio"),
         (["--mask", "file", "--mask_file", "ONES"], "removes all of the 4x4 patches"),
         (["--mask", "file", "--mask_file", "ZEROS"], "removes none of the 4x4 patches"),

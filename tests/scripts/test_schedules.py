@@ -110,6 +110,16 @@ def test_a_probes_head_has_an_average_too(tmp_path):
         assert "test_acc1_ema" in read_log(tmp_path / f"out{more}")[1]
 
 
+def test_without_held_out_images_nothing_is_said_of_the_average(images, tmp_path, capsys):
+    """The line stood above nothing."""
+    flags = ("--ema", "0.6", "--vis_freq", "1", "--max_steps", "1")
+    run(images, tmp_path / "with", *flags, "--batch_size", "8", "--epochs", "1")
+    assert "with the average of the weights" in capsys.readouterr().out
+    run(images / "train", tmp_path / "without", *flags, "--batch_size", "8", "--epochs", "1")
+    assert "with the average of the weights" not in capsys.readouterr().out
+    assert "model_ema" in content_of(tmp_path / "without/checkpoint-0.pth")
+
+
 def test_the_average_is_evaluated_and_every_reader_takes_it(images, tmp_path):
     """`val_loss_ema` is that of a model with these weights; fine-tuning starts from them as from any."""
     out = tmp_path / "out"

@@ -135,6 +135,16 @@ def test_a_failed_run_is_told_and_the_rest_is_made(data, tmp_path, calls, monkey
     assert "| bad | 0 of 1 |" in table and "| good | 1 of 1 |" in table
 
 
+def test_runs_that_end_in_their_first_epoch_have_no_figures(data, tmp_path, calls, capsys):
+    """They write no log.txt, which was a traceback; a picture that is not there was named."""
+    rows = rows_file(tmp_path, f"all: {TINY} --data_path {data} --max_steps 1\nlow: --mask_ratio 0.5\n")
+    words = (rows, "--seeds", 1, "--card", "none", "--output_dir", tmp_path / "out")
+    assert "| low | 1 of 1 |  |" in study.main(parsed(*words))
+    assert not (tmp_path / "out/low/seed-0/log.txt").exists()
+    assert "study.json; nothing to draw yet" in capsys.readouterr().out
+    assert not (tmp_path / "out/study.png").exists() and len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -51,7 +51,7 @@ class EpochEnd:
         record = {**{f"train_{name}": value for name, value in stats.items()}, "epoch": epoch}
         if look or due:
             record |= self.measure(epoch, look, due)
-        if self.state.ema and (look or due):
+        if self.state.ema and (due or (look and self.val_loader is not None)):
             log(f"Epoch: [{epoch}] with the average of the weights (--ema):")
             with self.state.ema.in_place():
                 figures = self.measure(epoch, look, due, draws=False)

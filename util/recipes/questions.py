@@ -91,10 +91,10 @@ def set_masks(model: MaskedAutoencoderViT, args: Namespace, run: Run) -> None:
     if args.mask in KINDS and not args.mask_file:
         model.mask_kind = KINDS[args.mask]
         return
-    sized = getattr(args, "size_schedule", None)
-    if args.mask != "file" or not args.mask_file or "mask_ratio" in run.given or sized:
-        raise UserError("--mask file: needs a --mask_file FILE, which needs it, or a folder; a FILE goes "
-                        "without --mask_ratio and --size_schedule")  # fmt: skip
+    if args.mask != "file" or not args.mask_file:
+        raise UserError("--mask file and --mask_file need each other: --mask_file names a mask, or a folder")
+    if "mask_ratio" in run.given or getattr(args, "size_schedule", None):
+        raise UserError("--mask_file FILE: goes without --mask_ratio (the mask says it) and --size_schedule")
     from util.figures.reconstruction import mask_noise, read_mask
     from util.weights.files import digest
 

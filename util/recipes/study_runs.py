@@ -86,8 +86,8 @@ class Run:
 
     def finish(self, state: dict, keep: bool) -> None:
         """Writes the figures of a run that is done, and removes its checkpoints unless they are kept."""
-        found = {}
-        for line in (self.folder / "log.txt").read_text(encoding="utf-8").splitlines():
+        found, table = {}, self.folder / "log.txt"  # none where --max_steps ended the run in its first epoch
+        for line in table.read_text(encoding="utf-8").splitlines() if table.exists() else ():
             record = json.loads(line)
             found |= {name: record[name] for name in ("train_loss", "val_loss") if name in record}
         if self.card is not None:
