@@ -23,7 +23,7 @@ from util.compute import compile as compiling
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import UserError
 from util.export.source import read_source
-from util.figures.reconstruction import reconstruct
+from util.figures.reconstruction import read_mask, reconstruct
 from util.recipes import targets
 from util.recipes.masks import BLOCKS, DRAWS, KINDS
 from util.recipes.questions import ask
@@ -617,3 +617,13 @@ def test_a_file_of_the_images_size_is_the_same_mask(tmp_path):
         model, args = asked(mask="file", mask_file=path)
         mask = model(some_images(2), args.mask_ratio)[2]
         assert torch.equal(mask.view(2, 4, 4), torch.from_numpy(values).float().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_a_mask_picture_of_16_bits_hides_what_is_white(tmp_path, white):
+    values = np.zeros((4, 4), np.uint16)
+    values[0, :3] = white
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == "I;16"
+    hidden = read_mask(tmp_path / "mask.png", (4, 4))
+    assert torch.equal(hidden, torch.from_numpy(values > 0).flatten())

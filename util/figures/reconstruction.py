@@ -63,7 +63,7 @@ def read_mask(path: str | os.PathLike, grid: tuple[int, int], sizes: Sequence[tu
 def mask_pixels(path: str) -> np.ndarray:
     """Brightness, float64 (H, W) in [0, 1], of a mask picture or `.npy`; raises BadImage."""
     try:
-        pixels = np.load(path) if path.lower().endswith(".npy") else np.asarray(open_pil(path, "L"))
+        pixels = np.load(path) if path.lower().endswith(".npy") else _brightness(path)
         if pixels.ndim != 2:
             raise ValueError(f"its shape is {pixels.shape}")
         if pixels.dtype.kind not in "biuf" or not ((pixels >= 0) & (pixels <= 255)).all():
@@ -73,6 +73,14 @@ def mask_pixels(path: str) -> np.ndarray:
         raise
     except Exception as error:  # on a damaged .npy numpy raises whatever its parsers run into
         raise BadImage(path, f"is no mask of rows and columns: {error}") from None
+
+
+def _brightness(path: str) -> np.ndarray:
+    pixels = np.asarray(open_pil(path, "L"))  # refuses what is no picture
+    with Image.open(path) as image:
+        if image.mode.startswith("I") and (deep := np.asarray(image)).max(initial=0) <= 255:
+            return deep  # 16 bits that hold 8 or fewer; `open_pil` takes the upper half of each
+    return pixels
 
 
 def mask_noise(removed: Tensor, rows: int) -> tuple[Tensor, float]:
