@@ -52,7 +52,7 @@ def save_mae(folder, mae=None, epoch=7, **changes):
     lines = [
         json.dumps({"train_loss": 0.9 - 0.01 * i, "epoch": i, "val_loss": 0.5}) for i in range(epoch + 3)
     ]
-    (folder / "log.txt").write_text("\n".join([*lines, '{"train_loss": 0.1, "epo']))
+    (folder / "log.txt").write_text("\n".join([*lines, '{"train_loss": 0.1, "epo']), encoding="utf-8")
     return path, mae
 
 
