@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from util.data import archives, members, parquet, stores
 from util.data.dataset import build_pretrain_dataset
 from util.data.find import find_images
+from util.data.folders import ask_all
 from util.data.inputs import find_inputs
 from util.data.labelled import build_dataset
 from util.data.loader import build_loader
@@ -578,3 +580,25 @@ def one_line_of(server, dataset, fault):
     with pytest.raises(BadImage) as error:
         dataset[3]
     return str(error.value)
+
+
+def test_without_pread_threads_read_at_their_own_places(tmp_path, monkeypatch):
+    """Of Windows; a switch of threads between seeking and reading is provoked."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(range(200)))
+    shard = stores.look(str(path))
+
+    class Slow:
+        def __init__(self, file):
+            self.file, self.read = file, file.read
+
+        def seek(self, start):
+            self.file.seek(start)
+            time.sleep(0.002)
+
+    with open(path, "rb", buffering=0) as file:
+        monkeypatch.delattr(os, "pread", raising=False)
+        slow = Slow(file)
+        monkeypatch.setattr(stores, "_open_local", lambda shard: slow)
+        found = list(ask_all(lambda start: stores.read(shard, start, 2), range(0, 198, 3)))
+    assert found == [bytes([start, start + 1]) for start in range(0, 198, 3)]

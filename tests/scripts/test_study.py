@@ -202,6 +202,7 @@ def test_the_paper_stands_beside_its_rows():
     assert all(re.fullmatch(r"\d\d\.\d / \d\d\.\d|", paper) for paper in rows.values())
 
 
+@pytest.mark.needs("posix")
 def test_signals_reach_the_runs(tmp_path, monkeypatch):
     """A run's process gets SIGTERM, no other starts, and the study says that it can go on: status 75."""
     code = (

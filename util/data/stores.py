@@ -10,6 +10,7 @@ import http.client
 import io
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ from util.files import printable, some
 
 MOST = 1_000_000  # archives that a pattern's range may stand for
 TRIES, PAUSE, TIMEOUT = 8, 0.5, 30  # tries; seconds before the second, then twice as long each; of one try
+_position = threading.Lock()  # of files read where there is no pread
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one soon
 
@@ -67,8 +69,9 @@ def read(shard: Shard, start: int, length: int) -> bytes:
         if hasattr(os, "pread"):  # one call, and no position that forked processes would share
             data = os.pread(file.fileno(), length, start)
         else:
-            file.seek(start)
-            data = file.read(length)
+            with _position:  # threads share the file
+                file.seek(start)
+                data = file.read(length)
         if len(data) != length:
             raise OSError(f"the archive ends at byte {start + len(data)}")
         return data
