@@ -79,11 +79,11 @@ def test_pictures_follow_the_mask(player, hidden):
         assert (np.abs(pasted[area].astype(int) - original[area]).max() <= 1) == (not removed[patch])
 
 
-def test_mistakes_are_one_clear_line(checkpoint, tmp_path):
+def test_mistakes_are_one_clear_line(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gradio.py").write_text("raise ImportError\n")  # as if it were not installed
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     command = [sys.executable, SCRIPT, "--resume", str(checkpoint)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "pip install 'gradio>=6'" in result.stderr
     assert result.stderr.count("\n") == 1
     app = load_script()
