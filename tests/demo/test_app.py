@@ -123,9 +123,9 @@ def test_the_page_in_a_browser(checkpoint, tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
     words = ["--resume", checkpoint, "--port", PORT, "--device", "cpu", "--samples"]
     words += [tmp_path / "a.png", tmp_path / "b.png"]
-    server = subprocess.Popen(
-        [sys.executable, "-u", SCRIPT, *map(str, words)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-u", SCRIPT, *map(str, words)]
+    with open(tmp_path / "told.txt", "w", encoding="utf-8") as told:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{PORT}" in line
@@ -195,6 +195,7 @@ def test_the_page_in_a_browser(checkpoint, tmp_path):
             find(upload).send_keys(str(tmp_path / "broken.png"))
             wait(lambda: "this file cannot be shown" in driver.page_source)
             assert state() == before
+        assert "Traceback" not in (tmp_path / "told.txt").read_text(encoding="utf-8")
         print(f"screenshot: {tmp_path / 'page.png'}")
     finally:
         server.terminate()

@@ -125,7 +125,7 @@ def test_the_page_has_it_all_and_touches_nothing(trained, capsys):
     assert state_of(trained.parent) == before and "report.html" in capsys.readouterr().out
     text = (trained / "report.html").read_text(encoding="utf-8")
     page, log = Page(text), [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
-    assert len(text) < 5_000_000 and "Complete: 3 of 3 epochs." in page.text
+    assert len(text) < 5_000_000 and "Complete: 3 of 3 epochs. checkpoint-2.pth\n" in page.text
     # Every number of log.txt, and the curves at their places
     (head, *rows) = page.of("numbers epochs")[0]
     assert rows == [[str(record.get(name, "")) for name in head] for record in log]
