@@ -71,7 +71,7 @@ def run(*words):
 
 def records(epochs):
     return [
-        {"train_lr": 1e-3 / (e + 1), "train_loss": 1 / (e + 3), "epoch": e, "run": "a"}
+        {"train_lr": 2.46e-3 + 4e-5 * e, "train_loss": 1 / (e + 3), "epoch": e, "run": "a"}
         | ({"val_loss": 1 / (e + 2.5)} if e % 2 == 0 else {})
         for e in range(epochs)
     ]
@@ -388,6 +388,9 @@ def test_the_page_in_a_browser(trained, tmp_path):
             wider = "const e = document.documentElement; return e.scrollWidth > e.clientWidth"
             assert not driver.execute_script(wider) and driver.execute_script("return innerWidth") == width
             assert driver.execute_script("return [...document.images].every(i => i.naturalWidth > 0)")
+            cut = "return [...document.querySelectorAll('svg text')].filter(t => t.getBBox().x < 0).length"
+            assert driver.execute_script("return document.querySelectorAll('svg text').length") > 10
+            assert driver.execute_script(cut) == 0
             get = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
             found = [re.findall(r"\d+", colour)[:3] for colour in driver.execute_script(get)]
             paper, ink = (sum(map(int, numbers)) for numbers in found)
