@@ -21,7 +21,8 @@ _NAMES = {
     "vit_large_patch16": ("vit_large_patch16_224.mae", (16, 1024, 24, 16, 0)),
     "vit_huge_patch14": ("vit_huge_patch14_224.mae", (14, 1280, 32, 16, 0)),
 }
-_READS_FOLDERS = hasattr(timm.models._hub, "load_model_config_from_path")  # newer versions know `local-dir:`
+# Newer versions know `local-dir:`; the first that did could not read the .safetensors in it
+_READS_FOLDERS = hasattr(timm.models._hub, "load_state_dict")
 
 
 def _model(source: Source) -> tuple[str, dict]:
