@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -108,7 +107,7 @@ def test_killed_half_way_is_made_again(tmp_path):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not root.exists() and list(tmp_path.glob("set.*.tmp"))
     ensure_demo_data(root, train=1, val=1, workers=1)

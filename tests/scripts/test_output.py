@@ -204,9 +204,9 @@ for name in ("resource", "fcntl", "pwd", "grp", "termios", "tty", "syslog"):
     sys.modules[name] = None
 import torch, torchvision, timm.optim, numpy, PIL.Image  # which ask for the platform, not for the names
 for name in ("fork", "register_at_fork", "statvfs", "sched_getaffinity", "getuid"):
-    delattr(os, name)
+    vars(os).pop(name, None)
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "pthread_sigmask"):
-    delattr(signal, name)
+    vars(signal).pop(name, None)
 import main_pretrain, main_finetune, main_linprobe, main_knn, predict
 from util.run.meters import peak_memory_mb
 from util.sizes import default_workers
