@@ -160,7 +160,7 @@ def test_timm_has_it_and_an_import_takes_it_again(tuned, tmp_path):
         export.main(export.get_args_parser().parse_args(words))
 
     run("--to", "timm", "--resume", tuned, output="timm")
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}")
     stored = read_file(tuned)["args"]["pixel_range"]
     assert "pixel range {:g} {:g} (low".format(*stored) in model.pretrained_cfg["notes"][0]
     run("--from", "timm", "--resume", tmp_path / "timm", output="back")
