@@ -173,7 +173,7 @@ class RunState:
         check_agreement(self.args, listing=listing)
         prepare_output_dir(self.args.output_dir, self.model)
         restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler, listing)
-        source, content = checkpoint or (None, {})
+        source, content, flag = checkpoint or (None, {}, None)
         self.started_from = owner.id_of(content)
         saved = content.get("run") if isinstance(content.get("run"), dict) else {}
         others = listing and saved.get("files", listing["files"]) != listing["files"]  # a run has one set
@@ -182,7 +182,7 @@ class RunState:
         if getattr(self.args, "ema", None):
             from util.run.ema import Ema
 
-            self.ema = Ema(self.model, self.optimizer, self.args.ema, source, content)
+            self.ema = Ema(self.model, self.optimizer, self.args.ema, f"{flag} {source}", content)
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
