@@ -64,11 +64,14 @@ def look_at(args: argparse.Namespace) -> dict[str, Survey]:
     """The surveys of train and, where there is one, val."""
     found = {}
     for split in ("train", "val"):
-        files = find_images(args.data_path, split, "skip any")
+        try:
+            files = find_images(args.data_path, split, "skip any")
+        except UserError as error:
+            raise UserError(str(error).replace("--data_path", "DIR", 1)) from None
         if files is not None:
             found[split] = survey(files, args.most)
             if not found[split].good():
-                raise UserError(f"--data_path {printable(args.data_path)}: no image of {split} can be read")
+                raise UserError(f"DIR {printable(args.data_path)}: no image of {split} can be read")
     return found
 
 

@@ -125,7 +125,10 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.images < 1:
         raise UserError(f"--images {args.images}: must be at least 1")
-    files = find_images(args.src, "", "skip any")
+    try:
+        files = find_images(args.src, "", "skip any")
+    except UserError as error:
+        raise UserError(str(error).replace("--data_path", "SRC", 1)) from None
     args.own = os.path.join(args.target, ".make_shards")
     names = "\0".join(files.paths.name(i) for i in range(len(files.paths)))
     settings = {name: getattr(args, name) for name in ("source", "images", "short", "quality")}

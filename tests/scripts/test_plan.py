@@ -204,7 +204,7 @@ def test_the_page_without_a_trial(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["nowhere"], "nowhere: does not exist"),
+        (["nowhere"], "DIR nowhere: does not exist"),
         (["nowhere", "--hours", "0"], "--hours 0.0: must be above 0"),
     ],
 )
