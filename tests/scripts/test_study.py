@@ -174,7 +174,7 @@ def test_bad_rows_are_one_line_before_the_first_run(text, words, tmp_path, calls
     [
         ("--mask file --mask_file none.png", "--mask_file none.png: "),
         ("--mask file --mask_file none", "--mask_file none: "),
-        ("--mask file --mask_file {data}", r"--mask_file .*: 12 of 12 images have no mask there"),
+        ("--mask file --mask_file {data}", r"--mask_file .*: holds no mask of 12 of 12 images"),
         ("--teacher none.pth", "--teacher none.pth: "),
         ("--target teacher --teacher {data}/train/c0/000.jpg", r"--teacher .*000\.jpg: "),
         ("--target pca --target_size 1000", "--target_size 1000: a patch has 192 numbers"),

@@ -18,6 +18,7 @@ from util.compute.precision import prepare_device, resolve_amp_dtype, resolve_de
 from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
+from util.files import counted
 from util.processes import signals
 from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log, warn
 from util.processes.group import init_distributed_mode, shut_down
@@ -239,8 +240,8 @@ def announce(
         f"data: {data}",
         f"model: {args.model}, {model}",
         f"device: {run.device}, precision: {run.precision}{step}",
-        f"effective batch: {args.batch_size} x {world_size} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        f"effective batch: {args.batch_size} x {counted(world_size, 'process')} x {args.accum_iter} "
+        f"accumulated = {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
         metrics=metrics,
     )  # fmt: skip
     if (crops := getattr(args, "repeated_aug", 1)) > 1:

@@ -88,8 +88,11 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     other = target if (target := said_settings(content).get("target")) in NO_PIXELS else ""
     held = {"full": state.keys() >= _DECODER and not other, "classifier": _head(state), "encoder": True}
     if not (found := [part for part in parts if held[part]]):
-        what = f"but one of {other}, no pixels" if other else kind
-        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=what)}")
+        if other and parts[0] == "full":
+            raise UserError(f"{where}: its decoder predicts {other} (--target), so no pixels to show; pass a "
+                            "model of --target pixels, or look at its features: demo/visualize.py --pca, "
+                            "--attention, --neighbours; predict.py --features")  # fmt: skip
+        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
     used = ("model", "recipe", "input_size", *_UNSEEN, "pixel_range", "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
     stored = stored_settings(content, where, *used)
