@@ -140,8 +140,7 @@ def describe_data(train, held_out=None) -> dict:
     """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
     the `held_out` (validation) set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
     """
-    described = getattr(train, "listing", dict)()
-    of_held_out = getattr(held_out, "listing", dict)()
+    described, of_held_out = (getattr(images, "listing", dict)() for images in (train, held_out))
     return {**described, "held_out": of_held_out} if of_held_out else described
 
 
