@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     log = output / "pretraining.txt"
     run(log, "main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
         "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "1", *OPTIMIZER,
-        "--vis_freq", "4", "--print_freq", "50",
+        "--vis_freq", "4", "--print_freq", "50", "--no_compile",  # takes longer than this training
         "--output_dir", str(output))  # fmt: skip
     records = read_log(output)
     checkpoint = output / f"checkpoint-{records[-1]['epoch']}.pth"

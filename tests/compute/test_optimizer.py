@@ -10,6 +10,7 @@ from timm import optim
 from timm.optim import muon, param_groups_weight_decay
 
 import models_mae
+from util.compute.batched_muon import BatchedMuon
 from util.compute.optimizer import build_optimizer, check_optimizer_args
 from util.compute.precision import NativeScalerWithGradNormCount
 from util.errors import UserError
@@ -101,12 +102,14 @@ def plain_adamw(weights, grads, state, number, lr):
 EPS = 1e-7  # of timm's Muon, also in its AdamW part
 
 
-def test_muons_steps_are_those_of_a_plain_implementation(monkeypatch):
+@pytest.mark.parametrize("kind", [muon.Muon, BatchedMuon])
+def test_muons_steps_are_those_of_a_plain_implementation(kind, monkeypatch):
     """In float64; timm computes Newton-Schulz in bfloat16, which a machine without it would do otherwise."""
     exact = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float64)
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", exact)
     model = make_model().double()
     optimizer = make("muon", model, lr=1e-2)
+    optimizer.__class__ = kind  # the second is that of GPUs
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = {name: p.detach().clone() for name, p in trained.items()}
     buffers, moments = {}, {}
@@ -120,6 +123,40 @@ def test_muons_steps_are_those_of_a_plain_implementation(monkeypatch):
         plain_adamw(weights, own[1], moments, number, 1e-2)
     for name, p in trained.items():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "words", ["", "nesterov=True ns_steps=3", "ns_coefficients=original adjust_lr_fn=original"]
+)
+def test_matrices_of_one_shape_move_together_as_they_do_alone(words, monkeypatch):
+    """In float64; what has no gradient stays, and gradients are there afterwards."""
+    exact = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float64)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", exact)
+    models = [fill(models_mae.mae_vit(TINY_MAE), 1, 0.1, skip="pos_embed") for _ in range(2)]
+    optimizers = [make("muon", model, *words.split(), lr=1e-2) for model in models]
+    optimizers[1].__class__ = BatchedMuon
+    products = []
+    monkeypatch.setattr(
+        torch, "stack", lambda many, stack=torch.stack: products.append(len(many)) or stack(many)
+    )
+    for number in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(number)
+            for name, p in model.named_parameters():
+                idle = not p.requires_grad or (name == "blocks.1.mlp.fc1.weight" and number == 1)
+                p.grad = None if idle else torch.randn(p.shape, dtype=p.dtype)
+            given = [p.grad for p in model.parameters()]
+            optimizer.step()
+            for p, grad in zip(model.parameters(), given, strict=True):
+                assert (p.grad is None) == (grad is None)  # older timm changes them
+    assert max(products) > 1 and len(products) == 2 * len(
+        {p.shape for p in models[0].parameters() if p.ndim == 2}
+    )
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    states = [list(optimizer.state_dict()["state"].values()) for optimizer in optimizers]
+    for one, other in zip(*states, strict=True):
+        assert one.keys() == other.keys()
 
 
 @pytest.mark.parametrize(

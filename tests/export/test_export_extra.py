@@ -315,7 +315,7 @@ def test_commands_and_code_of_the_page(tmp_path, monkeypatch):
     """EXPORT.md from top to bottom, on base-size checkpoints and a small classifier."""
     text = (REPO / "EXPORT.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(bash|python)\n(.*?)```", text, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") == 4
+    assert [kind for kind, _ in blocks].count("python") == 5
     torch.manual_seed(0)
     (tmp_path / "out").mkdir()
     (tmp_path / "tuned").mkdir()

@@ -30,11 +30,20 @@ def by_name(groups: list[dict], args: Namespace, adamw: dict) -> torch.optim.Opt
             return torch.optim.AdamW(groups, lr=args.lr, **{**adamw, **settings})
         check_name(name)
         try:
-            return optim.create_optimizer_v2(groups, name, lr=args.lr, **settings)
+            return for_gpu(optim.create_optimizer_v2(groups, name, lr=args.lr, **settings))
         except (ImportError, AssertionError) as error:  # apex, bitsandbytes
             raise UserError(f"--opt {name}: needs a package that is not installed ({error})") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"--opt {name} --opt_args {' '.join(args.opt_args)}: {error}") from None
+
+
+def for_gpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Gives timm's Muon on a GPU the steps of `BatchedMuon`; its settings and state stay as they are."""
+    if type(optimizer).__name__ == "Muon" and optimizer.param_groups[0]["params"][0].is_cuda:
+        from util.compute.batched_muon import BatchedMuon
+
+        optimizer.__class__ = BatchedMuon
+    return optimizer
 
 
 def try_step(optimizer: torch.optim.Optimizer, args: Namespace) -> None:

@@ -67,7 +67,8 @@ def write(source: Source, folder: Path) -> None:
             "mean": list(info["mean"]),
             "std": list(info["std"]),
             "num_classes": classes,
-            "first_conv": "patch_embed.proj",
+            # timm before 1.0.31 takes what it names for weights of 3 channels, whatever they are
+            "first_conv": "patch_embed.proj" if info["in_chans"] == 3 else None,
             "classifier": "head",
         },
         "model_args": {"global_pool": pooling, "num_heads": info["num_heads"], **args},

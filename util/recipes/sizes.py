@@ -18,14 +18,17 @@ from util.weights.adapt import fit_table
 
 def _of_phase(name: str) -> property:
     def now(self):
-        own = self._parameters[name] if name in self._parameters else self.__dict__[name]
+        own = self._parameters.get(name, self.last_size)
         return self.phase.get(name, own) if self.training else own
 
     return property(now)
 
 
 class Sized(MaskedAutoencoderViT):
-    """A masked autoencoder with a `phase`: {attribute: what it is in training mode}."""
+    """A masked autoencoder with a `phase`: {attribute: what it is in training mode}, and its `last_size`.
+
+    torch 2.11 cannot compile a property that looks its own name up in `__dict__`.
+    """
 
     img_size = _of_phase("img_size")
     pos_embed = _of_phase("pos_embed")
@@ -55,7 +58,8 @@ class SizeSchedule:
     def __init__(self, args: Namespace, model: MaskedAutoencoderViT, dataset: ImageDataset):
         self.args, self.model, self.told = args, model, None
         self.phases = read_phases(args, model.patch_size)
-        model.phase, model.patch_embed.strict_img_size = {}, False  # `embed_visible` compares the size
+        model.phase, model.last_size = {}, model.img_size
+        model.patch_embed.strict_img_size = False  # `embed_visible` compares the size
         model.__class__ = type("Sized", (Sized, type(model)), {})
         old = dataset.transform
         crop = old.transforms[0] if dataset.global_draws else old
@@ -72,7 +76,7 @@ class SizeSchedule:
         if size == self.told:
             return
         args, model, patch = self.args, self.model, self.model.patch_size
-        own, grid = (tuple(side // patch for side in s) for s in (model.__dict__["img_size"], size))
+        own, grid = (tuple(side // patch for side in s) for s in (model.last_size, size))
         tables = {name: model._parameters[name] for name in ("pos_embed", "decoder_pos_embed")}
         model.phase, self.told = {"img_size": size}, size
         if grid != own:
