@@ -459,7 +459,7 @@ def test_names_that_are_in_two_archives_count_twice_with_a_warning(tmp_path, fol
         make_tar(tmp_path / "twice" / f"{i}.tar", folder / "val")
     files = find_images(tmp_path / "twice")
     assert len(files.paths) == 2 * VAL and len(set(files.paths)) == 2 * VAL
-    assert f"{VAL} images have the name of another one" in capsys.readouterr().err
+    assert f"{VAL} images with the name of another one" in capsys.readouterr().err
 
 
 def test_paths_that_name_no_archives(tmp_path, folder):

@@ -234,8 +234,8 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     shards = stores.find_shards(data_path, place)
     about, columns = kept_table(shards)
     if about["twice"] and is_main_process():
-        text = "images have the name of another one, in another archive; all of them count"
-        warn(f"{place}: {about['twice']:,} {text}")
+        text = "with the name of another one, in another archive; all of them count"
+        warn(f"{place}: {counted(about['twice'], 'image')} {text}")
     folders, first = [], 0
     for name, real, count, others in about["folders"]:
         folders.append(ArchiveFolder(name, count=count, others=Counter(others), first=first, real=real))
