@@ -591,14 +591,14 @@ def test_too_many_bad_images_end_the_run_with_their_names(with_bad):
     with pytest.raises(UserError) as error:
         dataset[3]
     text = one_line(error)
-    assert "3 images are unreadable" in text and "(here 2)" in text
+    assert "3 images unreadable" in text and "(here 2)" in text
     assert all(path in text for path in with_bad.paths[3:6])
 
 
 def test_images_skipped_before_the_start_count_too(with_bad):
     with_bad.skipped = [("elsewhere.png", "empty file")]
     dataset = ImageDataset(with_bad, EvalTransform(16), bad_images="skip")
-    with pytest.raises(UserError, match="3 images are unreadable"):
+    with pytest.raises(UserError, match="3 images unreadable"):
         dataset[3]
 
 
