@@ -279,7 +279,7 @@ def test_a_folder_that_is_damaged_or_different(tmp_path, capsys):
     state = load_file(tmp_path / "hf" / "model.safetensors")
     state.pop("vit.layernorm.weight")
     save_file(state, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    assert "1 tensors are missing" in refused(capsys, *words)
+    assert "1 tensor missing" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
 
 
