@@ -240,6 +240,8 @@ def main(args: argparse.Namespace) -> None:
         flags["bad_images"] = "skip"
 
     common = ["--data_path", args.data_path, *(["--device", args.device] if args.device != "auto" else [])]
+    if not args.no_trial:
+        say(f"now the command for a few steps, to time it{', once it is compiled' * (device.type == 'cuda')}")
     cost = None if args.no_trial else try_out(flags, common, images)
     if cost and args.hours and (shorter := fit_hours(flags, images, cost, args.hours)):
         reasons = [shorter if reason.startswith("--epochs") else reason for reason in reasons]
