@@ -129,7 +129,7 @@ def refuse_addresses(gradio, field) -> None:
 
     async def only_uploads(url_or_file_path):
         if "://" in str(url_or_file_path):
-            raise gradio.Error("only uploaded files are read")
+            raise gradio.Error("only uploaded files are read", print_exception=False)
         return await original(url_or_file_path)
 
     field.async_move_resource_to_block_cache = only_uploads
@@ -153,7 +153,8 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
         try:
             return take(player.read(path), ratio, seed)
         except BadImage as error:
-            raise gradio.Error(f"this file cannot be shown: {error.reason}") from None
+            text = f"this file cannot be shown: {error.reason}"
+            raise gradio.Error(text, print_exception=False) from None  # the page says it
 
     def chosen(ratio, seed, event: gradio.SelectData):
         return take(samples[event.index], ratio, seed)
@@ -176,31 +177,31 @@ def build_page(gradio, player: Player, samples: list[torch.Tensor]):
     name = printable(os.path.basename(player.weights.path))
     first = take(samples[0], 0.75, 0)
     with gradio.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
-        gradio.Markdown(
-            f"## Masked autoencoder\n`{name}`. Click a patch of the first picture to hide or to show it."
-        )
+        gradio.Markdown(f"## Masked autoencoder\n`{name}`. Click a patch of `masked` to hide or to show it.")
         state, seed = gradio.State(first[0]), gradio.State(0)
-        options = {"interactive": False, "format": "png", "buttons": []}
+        options = {"interactive": False, "show_label": False, "format": "png", "buttons": []}
         panels = []
         with gradio.Row():
             for i, (value, title) in enumerate(zip(first[1:4], titles, strict=True)):
                 with gradio.Column():  # the title above: a label would hide patches
                     gradio.Markdown(title)
-                    panels.append(gradio.Image(value, show_label=False, elem_id=f"panel-{i}", **options))
+                    panels.append(gradio.Image(value, elem_id=f"panel-{i}", **options))
         with gradio.Row():
             ratio = gradio.Slider(0, 1, 0.75, step=0.01, label="share hidden at random", elem_id="ratio")
             hidden = gradio.Textbox(first[4], label="mask", interactive=False, elem_id="hidden")
             shuffle = gradio.Button("other random mask", elem_id="shuffle")
             invert = gradio.Button("swap hidden and shown", elem_id="invert")
         with gradio.Row():
-            upload = gradio.Image(sources=["upload"], type="filepath", image_mode=None, label="your picture",
-                                  elem_id="upload", height=320)  # fmt: skip
-            refuse_addresses(gradio, upload)
-            gallery = gradio.Gallery(
-                [player.enlarge(panel_pixels(unit(s, depth_of(player.weights)))) for s in samples],
-                label="samples", elem_id="samples", columns=4, height=320, allow_preview=False,
-                interactive=False, format="png", object_fit="contain", buttons=[],
-            )  # fmt: skip
+            with gradio.Column():
+                gradio.Markdown("your picture")
+                field = {"sources": ["upload"], "type": "filepath", "image_mode": None, "height": 320}
+                upload = gradio.Image(elem_id="upload", show_label=False, **field)
+                refuse_addresses(gradio, upload)
+            with gradio.Column():
+                gradio.Markdown("samples")
+                small = [player.enlarge(panel_pixels(unit(s, depth_of(player.weights)))) for s in samples]
+                options |= {"columns": 4, "height": 320, "allow_preview": False, "object_fit": "contain"}
+                gallery = gradio.Gallery(small, elem_id="samples", **options)
         shown = [state, *panels, hidden]
         common = {"show_progress": "hidden", "api_visibility": "private"}
         upload.upload(uploaded, [upload, ratio, seed], shown, **common)

@@ -17,8 +17,8 @@ STEPS, BOUND = 12, 1e-9
 @pytest.fixture(scope="module")
 def figures():
     code = f"import json, losses; print(json.dumps(losses.run(losses.REPO, 'float64', {STEPS})))"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True)
+    command, env = [sys.executable, "-c", code], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO / "tests", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

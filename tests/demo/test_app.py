@@ -79,11 +79,11 @@ def test_pictures_follow_the_mask(player, hidden):
         assert (np.abs(pasted[area].astype(int) - original[area]).max() <= 1) == (not removed[patch])
 
 
-def test_mistakes_are_one_clear_line(checkpoint, tmp_path):
+def test_mistakes_are_one_clear_line(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gradio.py").write_text("raise ImportError\n")  # as if it were not installed
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     command = [sys.executable, SCRIPT, "--resume", str(checkpoint)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "pip install 'gradio>=6'" in result.stderr
     assert result.stderr.count("\n") == 1
     app = load_script()
@@ -123,9 +123,9 @@ def test_the_page_in_a_browser(checkpoint, tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
     words = ["--resume", checkpoint, "--port", PORT, "--device", "cpu", "--samples"]
     words += [tmp_path / "a.png", tmp_path / "b.png"]
-    server = subprocess.Popen(
-        [sys.executable, "-u", SCRIPT, *map(str, words)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-u", SCRIPT, *map(str, words)]
+    with open(tmp_path / "told.txt", "w", encoding="utf-8") as told:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{PORT}" in line
@@ -195,6 +195,7 @@ def test_the_page_in_a_browser(checkpoint, tmp_path):
             find(upload).send_keys(str(tmp_path / "broken.png"))
             wait(lambda: "this file cannot be shown" in driver.page_source)
             assert state() == before
+        assert "Traceback" not in (tmp_path / "told.txt").read_text(encoding="utf-8")
         print(f"screenshot: {tmp_path / 'page.png'}")
     finally:
         server.terminate()

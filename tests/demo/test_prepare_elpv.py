@@ -1,6 +1,7 @@
 """demo/prepare_elpv.py on a package made here, and on the real one where it is installed."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -38,7 +39,7 @@ def package(tmp_path, monkeypatch):
             rows[name] = (probability, kind)
     lines = [f"images/{name}  {p:<19} {kind}" for name, (p, kind) in rows.items()]
     (data / "labels.csv").write_text("\n".join(lines) + "\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     return data, rows
 
 

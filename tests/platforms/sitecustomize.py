@@ -151,5 +151,5 @@ if SYSTEM:
     warnings.filterwarnings("ignore", category=EncodingWarning)  # run.py asks for them
     if SYSTEM == "windows":
         _guard_files()
-        ours = r"(util|tools|demo|main_|models_|engine_|export|plan|predict)"
+        ours = r"(util|tools|demo|main_|models_|engine_|export|plan|predict|report|study|submitit_|__main__)"
         warnings.filterwarnings("error", category=EncodingWarning, module=ours)

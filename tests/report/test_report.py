@@ -71,7 +71,7 @@ def run(*words):
 
 def records(epochs):
     return [
-        {"train_lr": 1e-3 / (e + 1), "train_loss": 1 / (e + 3), "epoch": e, "run": "a"}
+        {"train_lr": 2.46e-3 + 4e-5 * e, "train_loss": 1 / (e + 3), "epoch": e, "run": "a"}
         | ({"val_loss": 1 / (e + 2.5)} if e % 2 == 0 else {})
         for e in range(epochs)
     ]
@@ -125,7 +125,7 @@ def test_the_page_has_it_all_and_touches_nothing(trained, capsys):
     assert state_of(trained.parent) == before and "report.html" in capsys.readouterr().out
     text = (trained / "report.html").read_text(encoding="utf-8")
     page, log = Page(text), [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
-    assert len(text) < 5_000_000 and "Complete: 3 of 3 epochs." in page.text
+    assert len(text) < 5_000_000 and "Complete: 3 of 3 epochs. checkpoint-2.pth\n" in page.text
     # Every number of log.txt, and the curves at their places
     (head, *rows) = page.of("numbers epochs")[0]
     assert rows == [[str(record.get(name, "")) for name in head] for record in log]
@@ -388,6 +388,9 @@ def test_the_page_in_a_browser(trained, tmp_path):
             wider = "const e = document.documentElement; return e.scrollWidth > e.clientWidth"
             assert not driver.execute_script(wider) and driver.execute_script("return innerWidth") == width
             assert driver.execute_script("return [...document.images].every(i => i.naturalWidth > 0)")
+            cut = "return [...document.querySelectorAll('svg text')].filter(t => t.getBBox().x < 0).length"
+            assert driver.execute_script("return document.querySelectorAll('svg text').length") > 10
+            assert driver.execute_script(cut) == 0
             get = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
             found = [re.findall(r"\d+", colour)[:3] for colour in driver.execute_script(get)]
             paper, ink = (sum(map(int, numbers)) for numbers in found)

@@ -417,20 +417,20 @@ def main(args):
 
 
 @pytest.fixture
-def local_job(tmp_path):
+def local_job(tmp_path, monkeypatch):
     """Starts a local job of a made-up script; returns its process, whose `send` waits for a start."""
     (tmp_path / "fake_main.py").write_text(FAKE_MAIN)
     (tmp_path / "launcher.py").write_text(
         "import fake_main\nfrom util.slurm.submit import launch\nlaunch(fake_main, '')\n"
     )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPO}", prepend=os.pathsep)
     started = []
 
     def start(*flags):
         command = [sys.executable, "launcher.py", "--cluster", "local", "--job_dir", "jobs/%j"]
         command += ["--gpus_per_node", "0", "--setup", "export FROM_SETUP='a  b'", *flags]
-        env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
         # Of a shell that torchrun started
-        env |= {"RANK": "7", "WORLD_SIZE": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        env = {**os.environ, "RANK": "7", "WORLD_SIZE": "9", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         options = dict(cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, **options)
         started.append(process)
@@ -489,7 +489,7 @@ def test_the_status_of_a_local_job_is_that_of_its_processes(what, status, text, 
     assert text in "".join(path.read_text() for path in folder.glob("*_log.err"))
 
 
-def test_a_signal_during_the_imports_waits(tmp_path):
+def test_a_signal_during_the_imports_waits(tmp_path, monkeypatch):
     """Where submitit and torch are being imported there are no handlers yet."""
     (tmp_path / "slow_start.py").write_text(
         "import os, signal, sys, time\n"
@@ -502,8 +502,8 @@ def test_a_signal_during_the_imports_waits(tmp_path):
         "print(sys.argv[1:], signal.Signals(signals.requested()).name)\n"
     )
     command = [*local.python_command(), "-u", "-m", "slow_start", "folder"]
-    env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{tmp_path}"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{tmp_path}", prepend=os.pathsep)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGUSR2)
     out, _ = process.communicate(timeout=60)

@@ -14,7 +14,7 @@ from util.report.folder import RunFolder, read_confusion, read_run
 from util.report.pictures import embed, of_model, written
 
 MOST = 5_000_000  # bytes of a page
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 250, 54, 12, 12, 28  # of a panel of curves, and its margins
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 420, 250, 12, 12, 28  # of a panel of curves, and its margins
 POINTS, ROWS = 400, 200  # of a line and of the table of epochs, at most; evenly spread
 
 
@@ -47,7 +47,7 @@ def write_report(runs: Sequence[tuple], output: Path, images: int, device: torch
         run.columns = dict.fromkeys(name for record in run.rows for name in record if name != "run")
     content = _TEMPLATES.get_template("report.html.jinja").render(
         runs=found, grids=grids.values(), panels=curves(found), facts=compare([run.facts for run in found]),
-        width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT,
+        width=WIDTH, height=HEIGHT, right=WIDTH - RIGHT,
     ).encode("utf-8", "backslashreplace")  # fmt: skip
     if len(content) > MOST:
         raise UserError(f"{output}: would have {len(content) / 1e6:.1f} MB; name fewer runs")
@@ -93,10 +93,12 @@ def _panel(title: str, lines: list[tuple[int, str, list]], runs: Sequence[RunFol
     epochs, values = zip(*(point for _, _, points in lines for point in points), strict=True)
     first, across = min(epochs), max(max(epochs) - min(epochs), 1)
     low, high, step = nice_range(values)
+    ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
+    left = 14 + 8 * max(len(f"{tick:g}") for tick in ticks)  # a digit is no wider than 8
     labels, several = list(dict.fromkeys(label for _, label, _ in lines)), len(runs) > 1
 
     def place(epoch: float, value: float) -> tuple[float, float]:
-        x = LEFT + (epoch - first) / across * (WIDTH - LEFT - RIGHT)
+        x = left + (epoch - first) / across * (WIDTH - left - RIGHT)
         return round(x, 1), round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     drawn = [
@@ -110,8 +112,8 @@ def _panel(title: str, lines: list[tuple[int, str, list]], runs: Sequence[RunFol
         for number, label, points in lines
     ]  # fmt: skip
     x = [(place(epoch, low)[0], epoch) for epoch in range(first, first + across + 1, -(-across // 6))]
-    ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
-    return {"title": title, "lines": drawn, "x": x, "y": [(place(first, y)[1], f"{y:g}") for y in ticks]}
+    y = [(place(first, tick)[1], f"{tick:g}") for tick in ticks]
+    return {"title": title, "left": left, "lines": drawn, "x": x, "y": y}
 
 
 def _spread(rows: Sequence, most: int) -> list[int]:
