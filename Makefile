@@ -66,7 +66,7 @@ test-gpu: setup
 	$(PY) -m pytest -m gpu
 
 # The losses of the three recipes against those of a commit, bit for bit: make same-losses BASE=REV [HEAD=REV]
-same-losses: setup
+same-losses: needs-BASE setup
 	$(PY) tests/losses.py --base $(BASE) $(if $(HEAD),--head $(HEAD))
 
 lint: setup
@@ -92,15 +92,20 @@ bench: setup
 	$(PY) benchmarks/bench_end_to_end.py --device cpu
 
 # Repeats the present record (records/README.md): make record CELLS=DIR
-record: setup
+record: needs-CELLS setup
 	OMP_NUM_THREADS=1 $(PY) records/measure.py --cells "$(CELLS)" --json record.json
 
-# Within five minutes on an H100; what matters most comes first, and each table is printed when it is measured
+# Within six minutes on an H100; what matters most comes first, and each table is printed when it is measured
 bench-gpu: setup
 	$(PY) benchmarks/bench_step.py --model base --variants eager compiled plain hf --rounds 5 --steps 10
+	$(PY) benchmarks/bench_step.py --model base --task pretrain --variants compiled --opt adamw muon --rounds 3 --steps 8
 	$(PY) benchmarks/bench_step.py --model large --task pretrain --variants eager compiled plain hf --rounds 3 --steps 5
 	$(PY) benchmarks/bench_end_to_end.py --rounds 3 --steps 30
 	$(PY) benchmarks/bench_features.py --size large --batch_size 256 --images 8192 --amp_dtype auto --rounds 3
+
+# Before .venv is set up: a variable that the target cannot do without
+needs-%:
+	@test -n "$($*)" || { echo "make $(MAKECMDGOALS): pass $*=..., as the Makefile says above $(MAKECMDGOALS)" >&2; exit 2; }
 
 setup: $(READY)
 

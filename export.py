@@ -29,7 +29,7 @@ from util.cli.parser import ArgumentParser, run_script
 from util.console import say
 from util.errors import TrainingError, UserError
 from util.export import checkpoint, hf, onnx, safetensors, timm, torch_export
-from util.export.card import make_card
+from util.export.card import PARTS, make_card
 from util.export.files import check_output, output_folder, require
 from util.export.source import Source, read_source
 from util.files import nameable, printable
@@ -154,7 +154,7 @@ def convert(args: argparse.Namespace) -> None:
     else:
         source = target.module.read(args.resume, args)
     verb = "exporting" if args.to else "importing"
-    say(f"{printable(args.resume)}: {printable(source.kind)}; {verb} the {_PARTS[source.part]}")
+    say(f"{printable(args.resume)}: {printable(source.kind)}; {verb} the {PARTS[source.part]}")
     for note in source.notes:
         say(f"note: {printable(note)}")
     size = sum(p.nbytes for p in (source.mae or source.vit).parameters())
@@ -176,14 +176,6 @@ def convert(args: argparse.Namespace) -> None:
         say(f"written: {printable(args.output)}; load it with\n\n{target.module.usage(source, args.output)}")
     else:
         say(f"written: {printable(args.output)}/model.pth; {checkpoint.advice(source)}")
-
-
-_PARTS = {
-    "full": "full MAE",
-    "encoder": "encoder",
-    "classifier": "classifier",
-    "segmenter": "classifier of pixels",
-}
 
 
 if __name__ == "__main__":

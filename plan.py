@@ -64,11 +64,14 @@ def look_at(args: argparse.Namespace) -> dict[str, Survey]:
     """The surveys of train and, where there is one, val."""
     found = {}
     for split in ("train", "val"):
-        files = find_images(args.data_path, split, "skip any")
+        try:
+            files = find_images(args.data_path, split, "skip any")
+        except UserError as error:
+            raise UserError(str(error).replace("--data_path", "DIR", 1)) from None
         if files is not None:
             found[split] = survey(files, args.most)
             if not found[split].good():
-                raise UserError(f"--data_path {printable(args.data_path)}: no image of {split} can be read")
+                raise UserError(f"DIR {printable(args.data_path)}: no image of {split} can be read")
     return found
 
 
@@ -115,10 +118,18 @@ def describe(found: dict[str, Survey]) -> list[str]:
     return lines
 
 
-def trial(command: list[str], steps: int) -> dict[str, float]:
-    """Runs `command` for some updates. Seconds to the first micro-step and of leaving (start), of a
-    micro-step (step), from an epoch to the next (turn), of validation, figures and a checkpoint (look); MB
-    of memory; bytes of a checkpoint.
+def step_time(times: list[float], window: int) -> float:
+    """Seconds of a micro-step: its median at each place of a window, of the later half of `times`. The last
+    one of a window makes the update as well, which takes long with Muon.
+    """
+    half = times[len(times) // 2 :]
+    return statistics.fmean(statistics.median(half[i::window]) for i in range(min(window, len(half))))
+
+
+def trial(command: list[str], steps: int, window: int) -> dict[str, float]:
+    """Runs `command` for `steps` updates, each of `window` micro-steps. Seconds to the first micro-step and
+    of leaving (start), of a micro-step (step), from an epoch to the next (turn), of validation, figures and a
+    checkpoint (look); MB of memory; bytes of a checkpoint.
 
     Empty where the memory did not suffice. Raises TrainingError where it fails otherwise.
     """
@@ -142,7 +153,7 @@ def trial(command: list[str], steps: int) -> dict[str, float]:
         written = next(Path(folder).glob("checkpoint-*.pth")).stat().st_size
     gaps = [(there - here, epoch == other) for (here, epoch), (there, other) in itertools.pairwise(done)]
     times = [seconds for seconds, same in gaps if same] or [seconds for seconds, _ in gaps]
-    step = statistics.median(times[len(times) // 2 :])
+    step = step_time(times, window)
     turn = min((seconds for seconds, same in gaps if not same), default=step) - step
     memory = re.findall(r"max mem: ([\d.]+)", "".join(lines))
     return {"start": done[0][0] - begin + end - now, "step": step, "turn": max(turn, 0),
@@ -154,7 +165,7 @@ def try_out(flags: dict, common: list[str], images: int) -> dict[str, float]:
     while True:
         epoch = images // flags["batch_size"]  # three of them, if short: the first ends with a look
         steps = math.ceil((3 * epoch if epoch <= TRIAL_STEPS else TRIAL_STEPS) / flags["accum_iter"])
-        found = trial([*common, *words(flags)], max(2, steps))
+        found = trial([*common, *words(flags)], max(2, steps), flags["accum_iter"])
         if found:
             return found
         if flags["batch_size"] == 1:
@@ -229,6 +240,8 @@ def main(args: argparse.Namespace) -> None:
         flags["bad_images"] = "skip"
 
     common = ["--data_path", args.data_path, *(["--device", args.device] if args.device != "auto" else [])]
+    if not args.no_trial:
+        say(f"now the command for a few steps, to time it{', once it is compiled' * (device.type == 'cuda')}")
     cost = None if args.no_trial else try_out(flags, common, images)
     if cost and args.hours and (shorter := fit_hours(flags, images, cost, args.hours)):
         reasons = [shorter if reason.startswith("--epochs") else reason for reason in reasons]

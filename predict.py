@@ -38,7 +38,7 @@ from util.errors import TrainingError, UserError
 from util.evaluate import output
 from util.evaluate.anomaly import complementary_masks, image_losses, loss_loader, mask_count
 from util.evaluate.predict import KINDS, predict, prediction_loader
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import note, warn
 from util.rng import takes_noise
 from util.sizes import default_workers
@@ -138,7 +138,7 @@ def read_names(path: str, count: int) -> list[str]:
 def say_input(weights: WeightsFile, images: int, device) -> None:
     size = "x".join(map(str, weights.input_size))
     name = printable(weights.path)
-    note(f"{name}: {printable(weights.kind)}, {size} pixels; {images} images; {device}")
+    note(f"{name}: {printable(weights.kind)}, {size} pixels; {counted(images, 'image')}; {device}")
 
 
 def say_left_out(dataset) -> None:
@@ -171,9 +171,9 @@ def write_all_losses(args: argparse.Namespace, device) -> None:
     if args.map:
         maps = output.write_maps(args.map, paths, losses, model.patch_embed.grid_size)
         grid = "x".join(map(str, model.patch_embed.grid_size))
-        note(f"wrote {printable(args.map)}: {len(maps)} maps of {grid} patches")
+        note(f"wrote {printable(args.map)}: {counted(len(maps), 'map')} of {grid} patches")
     output.write_losses(args.loss, paths, losses, maps)
-    note(f"wrote {printable(args.loss)}: {len(paths)} images")
+    note(f"wrote {printable(args.loss)}: {counted(len(paths), 'image')}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -195,14 +195,14 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--top_k {args.top_k}: {args.resume} predicts {targets.task}, and all are given")
         args.top_k = min(5, len(names)) if args.top_k is None else args.top_k
         if args.top_k > len(names):
-            raise UserError(f"--top_k {args.top_k}: {args.resume} has {len(names)} classes")
+            raise UserError(f"--top_k {args.top_k}: {args.resume} has {counted(len(names), 'class')}")
     kind = (args.feature_kind or "mean") if args.features else None
     if kind in ("cls", "patches") and model.global_pool:
         note(f"note: {name} has a norm for the mean of its patches only: {kind} come without a norm")
 
     if args.layer:
         if args.layer > len(model.blocks):
-            raise UserError(f"--layer {args.layer}: {args.resume} has {len(model.blocks)} blocks")
+            raise UserError(f"--layer {args.layer}: {args.resume} has {counted(len(model.blocks), 'block')}")
         model.blocks = model.blocks[: args.layer]
 
     files, _ = find_inputs(args.images, args.bad_images, args.pages)
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         note(f"wrote {printable(args.features)}: {kind} features {'x'.join(map(str, result.features.shape))}")
     if args.csv:
         output.write_csv(args.csv, paths, names, result, targets)
-        note(f"wrote {printable(args.csv)}: {len(paths)} images")
+        note(f"wrote {printable(args.csv)}: {counted(len(paths), 'image')}")
     elif wants_classes and not say(output.table(paths, names, result, targets)):
         raise TrainingError("the table could not be written to stdout")
 

@@ -70,7 +70,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
     rows = read_rows(args.rows or str(REPO / "recipes" / f"study_{args.study}.txt"), args.flags)
     cards, looked_at = {}, set()
     for row in rows:
-        own = check_row(row, main_pretrain)
+        own = check_row(row, main_pretrain, files=not args.table)
         cards[row] = None if args.card == "none" else card_flags(own, args.card == "full")
         if args.card != "none" and str(own.data_path) not in looked_at:
             looked_at.add(str(own.data_path))

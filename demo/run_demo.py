@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.cli.flags import at_least
 from util.cli.parser import ArgumentParser, run_script
 from util.cli.progress import progress_bar
 from util.console import say
@@ -25,7 +26,8 @@ from util.errors import UserError
 REPO = Path(__file__).resolve().parents[1]
 SIZES = ["--input_size", "64", "--patch_size", "8"]
 DECODER = ["--decoder_embed_dim", "128", "--decoder_depth", "2", "--decoder_num_heads", "4"]
-OPTIMIZER = ["--opt", "muon", "--opt_args", "ns_steps=3", "nesterov=True", "--lr", "5e-3"]
+RECIPE = ["--decoder", "cross", "--opt", "muon", "--opt_args", "ns_steps=3", "nesterov=True", "--lr", "7e-3",
+          "--schedule", "wsd"]  # fmt: skip
 PROBE = ["--global_pool", "--batch_size", "64", "--lr", "12.8", "--epochs", "100", "--cache_features"]
 
 
@@ -68,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
 
     log = output / "pretraining.txt"
     run(log, "main_pretrain.py", "--model", "mae_vit_tiny_patch16", *SIZES, *DECODER, "--norm_pix_loss",
-        "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "1", *OPTIMIZER,
+        "--batch_size", "32", "--epochs", str(args.epochs), "--warmup_epochs", "1", *RECIPE,
+        "--cooldown", str(args.epochs - 1),
         "--vis_freq", "4", "--print_freq", "50", "--no_compile",  # takes longer than this training
         "--output_dir", str(output))  # fmt: skip
     records = read_log(output)
@@ -110,5 +113,5 @@ def read_log(folder: Path) -> list[dict]:
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", default="demo_output", help="remade each time")
-    parser.add_argument("--epochs", default=12, type=int)
+    parser.add_argument("--epochs", default=12, type=at_least(2))
     run_script(main, parser)

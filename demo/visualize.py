@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--mask_file: the model of {weights.path} draws its own masks; leave the flag out")
     if weights.part == "encoder":
         kind = printable(weights.kind)
-        log(f"{printable(weights.path)} holds no decoder ({kind}): no reconstructions, features only")
+        log(f"{printable(weights.path)}: no decoder of pixels ({kind}), so features only, no reconstructions")
     elif args.full_size:
         how = f"{masks[0][0]}, " if len(masks) == 1 else ""
         caption = f"{name}, full size by {args.full_size}, {how}seed {args.seed}"

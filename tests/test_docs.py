@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -248,6 +249,17 @@ def test_what_uv_installs_is_what_requirements_txt_says():
     assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert f"sys.version_info < ({project['requires-python'].strip('>=').replace('.', ', ')})" in makefile
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize(("target", "name"), [("record", "CELLS"), ("same-losses", "BASE")])
+def test_what_a_target_needs_is_said_before_anything_is_set_up(target, name, tmp_path):
+    words = ["make", target, f"VENV={tmp_path / 'none'}", "PYTHON=false"]
+    result = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 2 and f"make {target}: pass {name}=" in result.stderr and not result.stdout
+    assert not (tmp_path / "none").exists()
+    result = subprocess.run([*words, "-n", f"{name}=x"], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0 and "-m venv" in result.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -12,7 +12,7 @@ from golden_utils import REPO
 
 from util import files
 from util.errors import UserError
-from util.files import check_writable, printable, replacing, replacing_folder, shown, some
+from util.files import check_writable, counted, printable, replacing, replacing_folder, shown, some
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -148,3 +148,16 @@ def test_c7_any_value_on_one_short_printable_line():
     error = UserError("a\n" + "b" * 10**6 + "\x07end")
     assert len(str(error)) <= 900 and str(error).isprintable() and str(error).endswith("\\x07end")
     assert str(UserError("caf\udce9: gone")) == "caf\\xe9: gone"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "image", "0 images"),
+        (1, "process", "1 process"),
+        (2, "class", "2 classes"),
+        (1234, "file", "1,234 files"),
+    ],
+)
+def test_what_is_counted_has_its_number(number, noun, text):
+    assert counted(number, noun) == text

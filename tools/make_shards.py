@@ -34,7 +34,7 @@ from util.data.find import ImageFiles, find_images
 from util.data.members import SPLIT
 from util.data.read import BadImage, Place, open_file, sniff_header
 from util.errors import UserError
-from util.files import printable, replacing
+from util.files import counted, printable, replacing
 from util.sizes import default_workers
 
 
@@ -125,7 +125,10 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.images < 1:
         raise UserError(f"--images {args.images}: must be at least 1")
-    files = find_images(args.src, "", "skip any")
+    try:
+        files = find_images(args.src, "", "skip any")
+    except UserError as error:
+        raise UserError(str(error).replace("--data_path", "SRC", 1)) from None
     args.own = os.path.join(args.target, ".make_shards")
     names = "\0".join(files.paths.name(i) for i in range(len(files.paths)))
     settings = {name: getattr(args, name) for name in ("source", "images", "short", "quality")}
@@ -138,12 +141,12 @@ def main(args: argparse.Namespace) -> None:
     if "" not in splits:  # the folders directly in SRC are no classes
         files.classes = None
         files.notes.append(", ".join(f"{count:,} in {split}" for split, count in splits.items()))
-    say(f"{files.describe()}: {len(parts):,} archives of at most {args.images:,} images")
+    say(f"{files.describe()}: {counted(len(parts), 'archive')} of at most {counted(args.images, 'image')}")
     counts, unreadable = copy_all(args, parts, pack)
     unreadable += [(os.fspath(path), reason) for path, reason in files.skipped]
     say(
-        f"{counts['packed']:,} images in {counts['archives']:,} archives, {counts['bytes'] / 1e6:,.0f} MB; "
-        f"{counts['done']:,} there already; {len(unreadable):,} not readable"
+        f"{counted(counts['packed'], 'image')} in {counted(counts['archives'], 'archive')}, "
+        f"{counts['bytes'] / 1e6:,.0f} MB; {counts['done']:,} there already; {len(unreadable):,} not readable"
     )
     report_unreadable(Path(args.own), unreadable)
 

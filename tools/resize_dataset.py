@@ -41,7 +41,7 @@ from util.console import say
 from util.data.folders import list_folders
 from util.data.read import BadImage, open_pil
 from util.errors import UserError
-from util.files import printable
+from util.files import counted, printable
 from util.processes import signals
 from util.sizes import default_workers
 
@@ -225,7 +225,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     names = prepare(args)
-    say(f"{len(names):,} images in {printable(args.src)}\n{WHAT_IT_CHANGES}")
+    say(f"{counted(len(names), 'image')} in {printable(args.src)}\n{WHAT_IT_CHANGES}")
     parts = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     counts, unreadable = copy_all(args, parts)
     say(
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
         say(f"{counts['kept']:,} kept in full size: several pages, or a depth or format not written here")
     if args.measure:
         decibels, images = measure(args, names)
-        say(f"measured: crops of {images} images and of their copies agree to {decibels:.1f} dB")
+        say(f"measured: crops of {counted(images, 'image')} and of the copies agree to {decibels:.1f} dB")
     report_unreadable(Path(args.target, ".resize_dataset"), unreadable)
 
 
@@ -252,7 +252,7 @@ def report_unreadable(own: Path, unreadable: list[tuple[str, str]]) -> None:
     if unreadable:
         for name, reason in unreadable[:10]:
             say(f"not readable: {printable(name)}: {reason}", sys.stderr)
-        say(f"{len(unreadable):,} files are not in DST; all of them: {printable(report)}", sys.stderr)
+        say(f"{counted(len(unreadable), 'file')} not in DST; all of them: {printable(report)}", sys.stderr)
         sys.exit(1)
 
 

@@ -149,6 +149,11 @@ def check_writable(flag: str, folder: str | os.PathLike, shown: str | None = Non
         raise UserError(f"{flag} {shown or f'{folder}:'} cannot be written ({reason})") from None
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what is counted: 1 image, 2,000 images."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def some(names: Iterable[str], count: int = 5, separator: str = ", ") -> str:
     """The first `count` of some names: "a, b, c, d, e, ...", each printable, of a long one both ends."""
     first = [one_line(str(name), 160) for name in itertools.islice(names, count + 1)]

@@ -325,9 +325,7 @@ def test_several_archives_are_one_set_as_a_pattern_of_them_is(tmp_path, folder):
     found, pattern = (find_images(path) for path in (several, f"{tmp_path}/shards/*.tar"))
     assert pickle.loads(pickle.dumps(found)).describe() == found.describe()
     assert found.paths.digest() == pattern.paths.digest() and len(found.paths.places[0]) == TRAIN
-    assert (
-        find_images(several).describe().endswith(f"{several[0]} and 3 more (1 other files ignored: 1 .txt)")
-    )
+    assert find_images(several).describe().endswith(f"{several[0]} and 3 more (1 other file ignored: 1 .txt)")
     with pytest.raises(UserError, match=r"000\.tar: is given twice"):
         find_images([*several, several[0]])
 
@@ -348,9 +346,7 @@ def test_images_in_no_split_or_in_one_of_two_are_told(tmp_path, folder, capsys):
     for split, count in (("train", TRAIN), ("val", VAL)):
         assert len(find_images(tmp_path / "t", split).paths) == count
     warned = capsys.readouterr().err
-    assert (
-        warned.count("no split") == 1 and f"{VAL} images beside train/ are in no split and left out" in warned
-    )
+    assert warned.count("no split") == 1 and f"{VAL} images beside train/ left out, in no split" in warned
     for name in ("Training", "TRAIN"):
         shutil.copytree(folder / "train", tmp_path / "two" / name)
     with pytest.raises(UserError, match="TRAIN and Training could both be train/"):
@@ -463,7 +459,7 @@ def test_names_that_are_in_two_archives_count_twice_with_a_warning(tmp_path, fol
         make_tar(tmp_path / "twice" / f"{i}.tar", folder / "val")
     files = find_images(tmp_path / "twice")
     assert len(files.paths) == 2 * VAL and len(set(files.paths)) == 2 * VAL
-    assert f"{VAL} images have the name of another one" in capsys.readouterr().err
+    assert f"{VAL} images with the name of another one" in capsys.readouterr().err
 
 
 def test_paths_that_name_no_archives(tmp_path, folder):

@@ -294,9 +294,7 @@ def test_a_dropped_alpha_is_told_and_a_missing_one_refused(tmp_path, capsys):
     Image.fromarray(pixels[..., :3]).save(tmp_path / "b.png")
     build_pretrain_dataset(namespace(tmp_path, in_chans=3))[0, 0]
     err = capsys.readouterr().err
-    assert (
-        err.count("warning") == 1 and "1 images have an alpha" in err and "a.png (--in_chans 4 keeps" in err
-    )
+    assert err.count("warning") == 1 and "1 image with an alpha" in err and "a.png (--in_chans 4 keeps" in err
     dataset = build_pretrain_dataset(namespace(tmp_path, in_chans=4, bad_images="error"))
     assert dataset[0, 0][0].shape[0] == 4 and not capsys.readouterr().err
     with pytest.raises(

@@ -214,7 +214,7 @@ def test_empty_class_folder(tmp_path, content):
     (tmp_path / "train" / "bird").mkdir()
     if content:
         (tmp_path / "train" / "bird" / content).write_text("nothing")
-    with pytest.raises(UserError, match=r"train: no images in 1 class folders \(bird\)"):
+    with pytest.raises(UserError, match=r"train: no images in 1 class folder \(bird\)"):
         labelled_images("train", make_args(tmp_path))
 
 

@@ -160,12 +160,12 @@ BAD = {
     "a class with one image": (
         [{**KINDS[0], "kind": "yak"}, *KINDS[1:]],
         BOTH,
-        r"1 classes have one image \(yak\), which cannot be in train and in val",
+        r"1 class of one image \(yak\), which cannot be in train and in val",
     ),
     "a class that val lacks": (
         [{**r, "kind": "yak"} for r in KINDS[:2]] + KINDS[2:],
         BOTH,
-        r"val has no image of 1 classes \(yak\); add some",
+        r"val has no image of 1 class \(yak\); add some",
     ),
     "one class": (
         [{**r, "kind": "cow"} for r in ROWS],
@@ -187,7 +187,7 @@ BAD = {
     "another class than the folder's": (
         changed(0, kind="dog"),
         BOTH,
-        r"1 rows say another class than the file's folder: train/cat/0\.png is dog",
+        r"1 row of another class than the file's folder: train/cat/0\.png is dog",
     ),
     "empty group": (changed(1, group=""), ("path", "group", "kind"), "line 3: group is empty; fill it in"),
     "empty path": (changed(1, path=""), BOTH, "line 3: path is empty; fill it in, or remove the row"),
@@ -277,7 +277,7 @@ def test_a_fold_that_leaves_a_class_out(pictures, tmp_path):
     rows = [{**r, "group": r["kind"] if r["kind"] == "cat" else r["path"]} for r in ROWS]
     table = write(tmp_path / "a.csv", rows, ("path", "group", "kind"))
     with pytest.raises(
-        UserError, match=r"fold 0 of 2: (val|train) has no image of 1 classes \(cat\); .* fewer folds"
+        UserError, match=r"fold 0 of 2: (val|train) has no image of 1 class \(cat\); .* fewer folds"
     ):
         read_labels(args_of(pictures, table, folds=2, fold=1), "train")
 

@@ -156,13 +156,13 @@ def test_pages(tmp_path, name, options):
     picture(tmp_path / "train" / "c1" / "b.png")
     first = build_pretrain_dataset(namespace(tmp_path))
     assert len(first) == 2
-    assert "1 files have several pages, 4 in all: --pages all reads them all" in first.describe()
+    assert "1 file with several pages, 4 in all: --pages all reads them all" in first.describe()
     args = namespace(tmp_path, pages="all")
     dataset = build_pretrain_dataset(args)
     root = f"{tmp_path}/train"
     assert list(dataset.files.paths) == [*(f"{root}/c0/{name}#{i}" for i in (1, 2, 3)), f"{root}/c1/b.png"]
     assert dataset.files.labels.tolist() == [0, 0, 0, 1] and "4 images in 2 classes" in dataset.describe()
-    assert "3 of them pages of 1 files" in dataset.describe() and "--pages all" not in dataset.describe()
+    assert "3 of them pages of 1 file" in dataset.describe() and "--pages all" not in dataset.describe()
     means = [float(read_image(dataset.files.paths[i]).mean()) for i in range(3)]
     assert means == pytest.approx([40, 100, 160], abs=3)
     assert dataset.files.paths.name(2) == f"c0/{name}#3"

@@ -217,6 +217,11 @@ def test_full_size(tmp_path, drawn, capsys, way):
     run(*words, folder / "000.jpg", "--mask_ratio", 0.5, 0.75)
     assert {"50% masked", "75% masked", f"c.pth, full size by {way}, seed 2"} <= set(drawn)
     assert (tmp_path / "o.png").is_file()
+    make_folder(
+        tmp_path / "images", 3, height=400, width=560
+    )  # the larger letters of a larger panel have room
+    run(*words, folder / "002.jpg")
+    assert "002.jpg" in drawn
     with pytest.raises(UserError, match="--full_size and --mask_file: give one"):
         run(*words, folder, "--mask_file", "x.png")
 

@@ -132,7 +132,7 @@ def test_the_evaluated_images_choose_nothing(kind):
     if kind == "numbers":
         errors = column.rows["knn"].figures
         assert errors["rmse"] >= errors["mae"] > 0 and column.rows["knn_main"].score > least
-    few = {"class": ("3 images", "15 images")}.get(kind, ("1 images", "12 images"))
+    few = {"class": ("3 images", "15 images")}.get(kind, ("1 image", "12 images"))
     assert column.rows["few_1_percent"].setting == few[0]
     assert column.rows["few_5" if kind == "class" else "few_10_percent"].setting == few[1]
 

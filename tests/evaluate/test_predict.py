@@ -324,7 +324,7 @@ def test_pages(tmp_path, capsys):
     words = ["--resume", tmp_path / "c.pth", *HEADS, "--features", out, tmp_path / "images"]
     run(*words)
     assert len(load(out)["files"]) == 4
-    assert "1 files have several pages, 6 in all: --pages all reads them all" in capsys.readouterr().err
+    assert "1 file with several pages, 6 in all: --pages all reads them all" in capsys.readouterr().err
     run(*words, "--pages", "all")
     assert "several pages" not in capsys.readouterr().err
     names = [os.path.basename(path) for path in load(out)["files"]]

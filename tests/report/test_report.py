@@ -235,7 +235,7 @@ def test_a_run_that_is_going_on(trained):
     assert owner.is_at_work(trained)
     run(trained, "--images", 0)
     text = (trained / "report.html").read_text(encoding="utf-8")
-    assert "This run is going on: 3 of 3 epochs are logged" in text and "<td>Python 9</td>" in text
+    assert "This run is going on: 3 of 3 epochs logged" in text and "<td>Python 9</td>" in text
     (trained / "log.txt").unlink()
     with pytest.raises(UserError, match=r"holds no log\.txt; its first epoch is not over"):
         run(trained)

@@ -166,7 +166,7 @@ BAD_TABLES = {
         "path",
         "path",
         "--label_columns place --task class",
-        "48 classes have one image",
+        "48 classes of one image",
     ),
     "labels alike in val": (r"(?m)^(val.*?),\d,\d,", r"\1,1,0,", LABELS, "are not defined for 2 of 2: .*all"),
     "labels alike in train": (
@@ -182,13 +182,13 @@ BAD_TABLES = {
         r"(?m)^(\w+/red/.*),g\d+$",
         r"\1,a",
         CLASS + " --folds 2",
-        "fold 0 of 2: .* has no image of 1 classes .red",
+        "fold 0 of 2: .* has no image of 1 class .red",
     ),
     "folders": (
         "in/red/0.png,red",
         "in/red/0.png,dark",
         CLASS,
-        "1 rows say another class than the file's fold",
+        "1 row of another class than the file's fold",
     ),
     "thresholds": ("path", "path", LABELS + " --thresholds auto", "chosen while a model is trained"),
 }
@@ -264,7 +264,7 @@ def test_images_that_cannot_be_read_are_not_counted(pictures, encoder, tmp_path)
         (data / name).write_bytes((data / name).read_bytes()[:200])
     run("--bad_images skip --token_blocks 0", data_path=data, finetune=encoder, output_dir=tmp_path / "out")
     text = (tmp_path / "out/card.md").read_text()
-    assert "on 23 images: 24 images in 3" in text and "learned from 23 images: 24 images in 3" in text
+    assert "on 23 of 24 images in 3" in text and "learned from 23 of 24 images in 3" in text
 
 
 def test_small_cards_while_training(pictures, tmp_path, monkeypatch, capsys):

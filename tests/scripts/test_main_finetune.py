@@ -428,7 +428,7 @@ def test_bad_data(pictures, trained, tmp_path):
     fails("classes of train and val differ", data_path=other)
     empty = make_pictures(tmp_path / "c")
     (empty / "train" / "zebra").mkdir()
-    fails(r"no images in 1 class folders \(zebra\)", data_path=empty)
+    fails(r"no images in 1 class folder \(zebra\)", data_path=empty)
     torch.save({"model": {"conv.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     fails(
         "has no usable encoder keys; this file is not a vision",

@@ -273,7 +273,7 @@ def test_an_undecodable_validation_image_is_left_out_with_and_without_cache(
     flags = [RECIPE, "--no_aug --bad_images skip"]
     for name, more in (("plain", ""), ("cached", "--cache_features")):
         run(main_linprobe, *flags, more, finetune=encoder, data_path=data, output_dir=tmp_path / name)
-        assert "1 images could not be decoded and are left out of the figures" in capsys.readouterr().err
+        assert "1 image left out of the figures, not decodable" in capsys.readouterr().err
     lines = (tmp_path / "plain" / "per_class.txt").read_text().splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["8", "7", "8"]
     plain, cached = (read_log(tmp_path / name)[-1]["test_loss"] for name in ("plain", "cached"))

@@ -63,7 +63,7 @@ def test_a_run_prints_and_writes_what_it_should(images, tmp_path, capsys):
         images, tmp_path / "out", "--vis_freq", "1", "--log_dir", str(tmp_path / "tb"), "--norm_pix_loss"
     )
     out = capsys.readouterr().out
-    texts = ["13 images", "2 classes", "effective batch: 4 x 1 processes x 1 accumulated = 4", "M parameters"]
+    texts = ["13 images", "2 classes", "effective batch: 4 x 1 process x 1 accumulated = 4", "M parameters"]
     texts += ["device: cpu, precision: torch.float32", "actual lr: 1.56e-05", "held-out loss"]
     for text in texts:
         assert text in out, f"{text!r} not in {out}"

@@ -236,7 +236,7 @@ def spoil(folder, how):
 @pytest.mark.parametrize(
     "how, flags, message",
     [
-        ("no mask", "", r"1 images have no mask there: .*masks/sub/0.png"),
+        ("no mask", "", r"1 image without a mask there: .*masks/sub/0.png"),
         ("size", "", r"0.png: a mask of 5x5 pixels for an image of "),
         ("colour", "", "a RGB picture; a mask has one channel of class numbers"),
         ("value", "--nb_classes 3", "--nb_classes 3: mask values beyond the 3 classes: 77"),
@@ -301,7 +301,7 @@ def test_a_mask_that_cannot_be_read_counts_nowhere(masked, encoder, tmp_path, ca
         run(main_segment, flags, finetune=encoder, data_path=data, output_dir=tmp_path / "out")
     first, second = read_log(tmp_path / "out")
     assert first == second
-    assert "1 images could not be decoded and are left out of the figures: " in capsys.readouterr().err
+    assert "1 image left out of the figures, not decodable: " in capsys.readouterr().err
 
 
 def test_an_evaluation_is_that_of_the_run(masked, encoder, tmp_path, capsys):

@@ -267,7 +267,7 @@ def break_masks(folder, how):
         (
             "absent",
             [],
-            r"--mask_file \S+: 4 of 13 images have no mask there, a \.png or .*/c0/002\.jpg",
+            r"--mask_file \S+: holds no mask of 4 of 13 images, a \.png or .*/c0/002\.jpg",
         ),
         ("size", [], r"002\.png: a mask of 6x4 pixels for an image of 48x40 \(\S+c0/002\.jpg\)"),
         ("damaged", [], r"002\.png: "),

@@ -202,9 +202,21 @@ def test_the_page_without_a_trial(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("times", "window", "step"),
+    [
+        ([9.0, 9.0, 9.0, 1.0, 5.0, 1.0], 1, 1.0),  # later half, without what once took long
+        ([9.0, 9.0, 9.0, 9.0, 1.0, 3.0, 1.0, 3.0, 1.0], 2, 2.0),  # every second micro-step has an update
+        ([9.0, 1.0, 2.0], 4, 1.5),  # less than a window
+    ],
+)
+def test_updates_are_part_of_the_time_of_a_micro_step(times, window, step):
+    assert plan.step_time(times, window) == step
+
+
+@pytest.mark.parametrize(
     "words, message",
     [
-        (["nowhere"], "nowhere: does not exist"),
+        (["nowhere"], "DIR nowhere: does not exist"),
         (["nowhere", "--hours", "0"], "--hours 0.0: must be above 0"),
     ],
 )

@@ -492,7 +492,9 @@ def test_of_such_checkpoints_the_encoder_is_taken(images, teacher, mask_file, tm
         assert set(report.missing) == {"head.weight", "head.bias"}
         assert torch.equal(classifier.blocks[1].mlp.fc1.weight, weights(path)["blocks.1.mlp.fc1.weight"])
         content = read_file(path)
-        with pytest.raises(UserError, match=f"holds no decoder .but one of {name}, no pixels., which recons"):
+        with pytest.raises(
+            UserError, match=rf"{path}: its decoder predicts {name}, not pixels; pass a model of"
+        ):
             describe(content, path, make_args(), "full")
         encoder = build(describe(content, path, make_args(), "full", "encoder"))
         assert torch.equal(encoder.norm.weight, weights(path)["norm.weight"])

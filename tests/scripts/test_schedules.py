@@ -289,6 +289,20 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(images, stab
         with pytest.raises(UserError, match=message) as error:
             run(images, tmp_path / "out", *flags, "--extend_from", str(file))
         assert "\n" not in str(error.value) and not list(tmp_path.glob("out/[!.]*"))
+    # What a resumed run may not have either names the flag that was given
+    for change, flags, message in [
+        ({"args": {**content["args"], "pixel_range": 5}}, (), "pixel_range"),
+        ({"optimizer": 5}, (), "optimizer"),
+        ({"optimizer": {**content["optimizer"], "param_groups": []}}, (), "its optimizer state does not fit"),
+        ({"model": {"norm.bias": torch.ones(2)}}, (), "norm.bias"),
+        ({"model_ema": {}}, ("--ema", "0.9"), "model_ema"),
+        ({"epoch": 0, "step": 1}, ("--clip_grad", "1"), "was saved inside an epoch, and"),
+        ({"epoch": 0, "step": 1, "samples": 8, "effective_batch": 7}, (), "epoch with an effective"),
+    ]:
+        torch.save({**content, **change}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=f"--extend_from .*other.pth.*{message}") as error:
+            run(images, tmp_path / "out", *longer, *flags, "--extend_from", str(tmp_path / "other.pth"))
+        assert "--resume" not in str(error.value)
     before = state_of_folder(stable)
     for more in ((), ("--resume", "auto")):
         with pytest.raises(UserError, match=r"holds --extend_from .*; pass a folder of its own"):

@@ -169,6 +169,32 @@ def test_bad_rows_are_one_line_before_the_first_run(text, words, tmp_path, calls
     assert "\n" not in str(error.value) and not calls and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--mask file --mask_file none.png", "--mask_file none.png: "),
+        ("--mask file --mask_file none", "--mask_file none: "),
+        ("--mask file --mask_file {data}", r"--mask_file .*: holds no mask of 12 of 12 images"),
+        ("--teacher none.pth", "--teacher none.pth: "),
+        ("--target teacher --teacher {data}/train/c0/000.jpg", r"--teacher .*000\.jpg: "),
+        ("--target pca --target_size 1000", "--target_size 1000: a patch has 192 numbers"),
+        ("--init none.pth", "--init none.pth: "),
+        ("--extend_from none.pth --schedule constant", "--extend_from none.pth: "),
+        ("--size_schedule 16:0 24:0.5", "--size_schedule 16:0 24:0.5: must end with --input_size"),
+        ("--mean 0.5 0.5", "--mean"),
+    ],
+)
+def test_the_files_of_every_row_are_read_before_the_first_run(flags, words, data, tmp_path, calls, capsys):
+    """They were found when their run began, hours later. --table makes no run and needs no files."""
+    text = f"all: {TINY} --data_path {data}\ngood: --target lowpass\nbad: {flags.format(data=data)}\n"
+    place = (rows_file(tmp_path, text), "--card", "none", "--output_dir", tmp_path / "out")
+    with pytest.raises(UserError, match=f"row 'bad': {words}") as error:
+        study.main(parsed(*place))
+    assert "\n" not in str(error.value) and not calls and not (tmp_path / "out").exists()
+    assert not capsys.readouterr().out
+    assert "| bad | 0 of 3 |" in study.main(parsed(*place, "--table"))
+
+
 def test_what_is_to_be_studied_is_said_once(tmp_path, calls):
     for words in ([], ["rows.txt", "--study", "ratio"]):
         with pytest.raises(UserError, match="one of both"):

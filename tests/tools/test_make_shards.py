@@ -125,5 +125,8 @@ def test_another_source_or_other_settings_are_refused(tmp_path, source):
     for argv in ((source, tmp_path / "dst", "--images", 16), (source, source / "inside")):
         with pytest.raises(UserError, match=r"other settings|one is in the other"):
             run(*argv)
-    with pytest.raises(UserError, match="does not exist"):
-        run(tmp_path / "nowhere", tmp_path / "new")
+    (tmp_path / "two" / "val").mkdir(parents=True)
+    (tmp_path / "two" / "Val").mkdir(exist_ok=True)
+    for name, message in (("nowhere", "does not exist"), ("two", "no images in it|could both be val/")):
+        with pytest.raises(UserError, match=f"^SRC .*{name}.*({message})"):
+            run(tmp_path / name, tmp_path / "new")

@@ -146,7 +146,7 @@ def test_unreadable_files_are_reported_and_left_out(source, tmp_path, capsys):
     assert run(source, tmp_path / "dst", "--short", 60) == 1
     streams = capsys.readouterr()
     assert "6 scaled to 60 px, 1 copied as they are, 0 there already, 6 not readable" in streams.out
-    assert "empty.png: empty file" in streams.err and "6 files are not in DST" in streams.err
+    assert "empty.png: empty file" in streams.err and "6 files not in DST" in streams.err
     lines = (tmp_path / "dst" / ".resize_dataset" / "unreadable.txt").read_text().splitlines()
     assert len(lines) == 6 and len(tree(tmp_path / "dst")) == 7
 

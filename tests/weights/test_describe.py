@@ -119,9 +119,9 @@ def test_tensors_of_another_model_are_refused(tmp_path):
     path, mae = save_mae(tmp_path)
     content = read_file(path)
     for change, text in [
-        ({"dist_token": torch.zeros(1)}, "1 are not known"),
-        ({"norm.weight": None}, "1 tensors are missing"),
-        ({"norm.weight": torch.zeros(5)}, "1 have other shapes"),
+        ({"dist_token": torch.zeros(1)}, "1 not known"),
+        ({"norm.weight": None}, "1 tensor missing"),
+        ({"norm.weight": torch.zeros(5)}, "1 of other shapes"),
     ]:
         state = {k: v for k, v in {**mae.state_dict(), **change}.items() if v is not None}
         torch.save({**content, "model": state}, path)

@@ -21,7 +21,7 @@ from util.data.folders import SPLITS, Folder
 from util.data.members import DEFLATED, PARQUET, RAW, kept_table
 from util.data.read import Place
 from util.errors import UserError
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import is_main_process, warn
 
 _GAP, _LONGEST = 1 << 16, 1 << 24  # bytes between neighbours, and in all, that one read far away takes in
@@ -234,8 +234,8 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     shards = stores.find_shards(data_path, place)
     about, columns = kept_table(shards)
     if about["twice"] and is_main_process():
-        text = "images have the name of another one, in another archive; all of them count"
-        warn(f"{place}: {about['twice']:,} {text}")
+        text = "with the name of another one, in another archive; all of them count"
+        warn(f"{place}: {counted(about['twice'], 'image')} {text}")
     folders, first = [], 0
     for name, real, count, others in about["folders"]:
         folders.append(ArchiveFolder(name, count=count, others=Counter(others), first=first, real=real))
@@ -254,7 +254,8 @@ def open_archives(data_path: str, split: str, place: str) -> tuple[Members, list
     outside = [f for f in folders if f.count and f.name.split("/")[0].lower() not in known]
     if split == "train" and outside and is_main_process():
         count, names = sum(f.count for f in outside), some((printable(f.real or ".") for f in outside), 2)
-        warn(f"{place}: {count:,} images beside {printable(inside)} are in no split and left out, in {names}")
+        text = f"{counted(count, 'image')} beside {printable(inside)} left out, in no split"
+        warn(f"{place}: {text}: in {names}")
     folders = [folder for folder in folders if (folder.name + "/").startswith(inside)]
     for folder in folders:
         folder.name = folder.name[len(inside) :]

@@ -17,7 +17,7 @@ from util.data.transforms import (
     reference_transform,
 )
 from util.errors import UserError
-from util.files import some
+from util.files import counted, some
 from util.processes.collectives import log, warn
 from util.rng import derive_seed, sample_seed
 
@@ -125,8 +125,8 @@ class ImageDataset(torch.utils.data.Dataset):
         limit = bad_limit(len(self) + known)
         if count + known > limit or count == len(self):
             names = some(self.bad_paths())
-            found = f"{count + known} images are unreadable and --bad_images skip allows 1 % (here {limit})"
-            raise BadImage(error.path, f"{error.reason}; {found}: {names}") from None
+            found = f"{counted(count + known, 'image')} unreadable, and --bad_images skip allows 1 %"
+            raise BadImage(error.path, f"{error.reason}; {found} (here {limit}): {names}") from None
 
     def position(self, index: int) -> int:
         """Index of the file that is read for sample `index`: its own, or the next not flagged in `bad`."""

@@ -13,7 +13,7 @@ from util.data.peek import Header, read_header
 from util.data.read import BadImage, _open
 from util.data.several import Selection
 from util.errors import UserError
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import gather, is_main_process, warn
 from util.rng import derive_seed
 
@@ -65,8 +65,9 @@ def add_pages(files: ImageFiles) -> None:
     rows = np.repeat(np.arange(len(pages)), counts)
     files.paths = Selection([files.paths], rows, np.concatenate(pages))
     files.labels = None if files.labels is None else files.labels[rows]
-    if (counts > 1).any():
-        files.notes.append(f"{counts[counts > 1].sum():,} of them pages of {(counts > 1).sum():,} files")
+    if (several := counts > 1).any():
+        text = f"{counts[several].sum():,} of them pages of {counted(several.sum(), 'file')}"
+        files.notes.append(text)
 
 
 def count_pages(files: ImageFiles) -> str:
@@ -80,7 +81,7 @@ def count_pages(files: ImageFiles) -> str:
 
 def _about_pages(headers: list[Header], of: str) -> list[str]:
     paged, pages = sum(len(header.pages) > 1 for header in headers), sum(len(h.pages) for h in headers)
-    text = f"{paged} files{of} have several pages, {pages} in all: --pages all reads them all"
+    text = f"{counted(paged, 'file')}{of} with several pages, {pages} in all: --pages all reads them all"
     return [text] if paged else []
 
 
@@ -108,7 +109,7 @@ def examine(files: ImageFiles, channels: int, seed: int, given: tuple | None, ba
         notes = []
     if alpha and channels in (1, 3):
         warnings.append(
-            f"{len(alpha)} images{of} have an alpha channel or a fourth band, which is dropped: "
+            f"{counted(len(alpha), 'image')}{of} with an alpha channel or a fourth band, which is dropped: "
             f"{_names(alpha)} (--in_chans {channels + 1} keeps it)"
         )
     if given is None and deep and flat and bad_images == "error":
@@ -192,4 +193,4 @@ def _measure(paths: list[str], channels: int) -> tuple[tuple[float, ...], str, b
         if low == high:  # nearly all values are the same
             low, high = column.min(), column.max()
         found += [float(low), float(high if low < high else low + 1)]
-    return tuple(found), f"measured on {len(pixels)} images", constant
+    return tuple(found), f"measured on {counted(len(pixels), 'image')}", constant

@@ -14,7 +14,7 @@ import numpy as np
 from util.data.folders import Folder, ask_all, count_kinds, list_folders, names_archives, split_folder
 from util.data.read import IMG_EXTENSIONS, sniff_header
 from util.errors import UserError
-from util.files import printable, some
+from util.files import counted, printable, some
 
 MAX_PROBES = 100_000  # files looked at before the start; of larger sets, as many, evenly spread
 
@@ -108,15 +108,15 @@ class ImageFiles:
 
     def describe(self) -> str:
         """What was found, in one line."""
-        classes = f" in {len(self.classes)} classes" if self.classes else ""
+        classes = f" in {counted(len(self.classes), 'class')}" if self.classes else ""
         kinds = f": {count_kinds(self.kinds)}" if self.kinds else ""
-        notes = [f"{self.ignored:,} other files ignored{kinds}"] if self.ignored else []
+        notes = [f"{counted(self.ignored, 'other file')} ignored{kinds}"] if self.ignored else []
         if self.skipped:
             names = some(os.path.basename(path) for path, _ in self.skipped)
-            notes.append(f"{len(self.skipped):,} unreadable images skipped: {names}")
+            notes.append(f"{counted(len(self.skipped), 'unreadable image')} skipped: {names}")
         notes += self.notes
         notes = f" ({'; '.join(notes)})" if notes else ""
-        return f"{len(self.paths):,} images{classes} in {printable(self.source)}{notes}"
+        return f"{counted(len(self.paths), 'image')}{classes} in {printable(self.source)}{notes}"
 
 
 def bad_limit(count: int) -> int:
@@ -199,7 +199,7 @@ def _arrange(found: list[Folder], root: str, place: str, list_images: Callable) 
     holds_images = {tops[folder.name] for folder in folders}
     if not folders:
         wanted = " ".join(IMG_EXTENSIONS)
-        kinds = f"{others.total():,} other files ({count_kinds(others)})" if others else "no files at all"
+        kinds = f"{counted(others.total(), 'other file')} ({count_kinds(others)})" if others else "no files"
         raise UserError(f"{place}: no images in it; looked for {wanted}; found {kinds}")
     paths = list_images(folders)
     files = ImageFiles(root, root, paths, ignored=others.total(), kinds=others)

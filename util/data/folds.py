@@ -3,7 +3,7 @@
 import numpy as np
 
 from util.errors import UserError
-from util.files import some
+from util.files import counted, some
 
 
 def deal(groups: np.ndarray, strata: np.ndarray, folds: int) -> np.ndarray:
@@ -39,13 +39,14 @@ def check_sets(place: str, task: str, names: list[str], labels: dict[str, np.nda
     if task == "class":
         counts = {one: np.bincount(values, minlength=len(names)) for one, values in labels.items()}
         if (alone := np.flatnonzero(sum(counts.values()) == 1)).size:
-            text = f"{len(alone)} classes have one image ({some(names[k] for k in alone)})"
+            text = f"{counted(len(alone), 'class')} of one image ({some(names[k] for k in alone)})"
             advice = "remove them, or pass --task numbers if they are numbers"
             raise UserError(f"{place}: {text}, which cannot be in train and in val; {advice}")
         for one, count in counts.items():
             if (absent := np.flatnonzero(count == 0)).size:
-                text = f"{one} has no image of {len(absent)} classes ({some(names[k] for k in absent)})"
-                raise UserError(f"{place}: {text}; add some, remove the classes, or take fewer folds")
+                text = f"{counted(len(absent), 'class')} ({some(names[k] for k in absent)})"
+                advice = "add some, remove the classes, or take fewer folds"
+                raise UserError(f"{place}: {one} has no image of {text}; {advice}")
         alike = names if len(names) == 1 else []
     else:
         columns = zip(names, labels["train"].T, strict=True)

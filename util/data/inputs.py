@@ -13,7 +13,7 @@ from util.data.read import BadImage, Place, sniff_header
 from util.data.several import Selection
 from util.data.transforms import normalize_batch
 from util.errors import UserError
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import note, warn
 
 
@@ -57,7 +57,7 @@ def find_inputs(
             raise UserError(f"{path}: {reason}; leave it out, or pass --bad_images skip")
     if skipped:
         left_out = some((f"{path} ({reason})" for path, reason in skipped), 3)
-        warn(f"{len(skipped)} files are no readable images and are left out: {left_out}")
+        warn(f"{counted(len(skipped), 'file')} left out, not readable as images: {left_out}")
     if not found:
         raise UserError("no images: none of the files named is readable")
     source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

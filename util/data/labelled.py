@@ -13,7 +13,7 @@ from util.data.presets import eval_transform, train_transform
 from util.data.read import read_picture
 from util.data.targets import Targets
 from util.errors import UserError
-from util.files import some
+from util.files import counted, some
 from util.processes.collectives import is_main_process, warn
 
 
@@ -143,7 +143,7 @@ def labelled_files(split: str, args: Namespace) -> ImageFiles:
     if files is None:
         raise UserError(f"--data_path {args.data_path}: has no {split}/ folder; {layout}")
     if files.empty:
-        found = f"no images in {len(files.empty)} class folders ({some(files.empty)})"
+        found = f"no images in {counted(len(files.empty), 'class folder')} ({some(files.empty)})"
         raise UserError(f"{files.root}: {found}; remove them or add images")
     if files.labels is None:
         place = f"--data_path {args.data_path}: {files.source}"

@@ -16,7 +16,7 @@ from util.data.folds import check_sets, deal, strata_of
 from util.data.table import PATH, Table, parse_labels, read_table
 from util.data.targets import Targets, targets_of
 from util.errors import UserError
-from util.files import shown, some
+from util.files import counted, shown, some
 from util.processes.collectives import is_main_process, warn
 
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words} | {"dev": "val"}
@@ -37,7 +37,9 @@ class LabelledFiles(ImageFiles):
     def describe(self) -> str:
         text, count = super().describe(), len(self.classes)
         kind = f" with {count} {self.targets.task} ({some(self.classes)})"
-        return text if self.targets.task == "class" else text.replace(f" in {count} classes", kind, 1)
+        if self.targets.task == "class":
+            return text
+        return text.replace(f" in {counted(count, 'class')}", kind, 1)
 
     def digest(self) -> str:
         """SHA-256 of the names, and of the labels in the order of the images."""
@@ -180,5 +182,5 @@ def _check_folders(table: Table, files: ImageFiles, rows: np.ndarray, class_of: 
         if folders and folders[0] in classes and folders[0] != own:
             differ.append(f"{files.paths.name(i)} is {own}")
     if differ:
-        text = f"{len(differ)} rows say another class than the file's folder: {some(differ, 3)}"
+        text = f"{counted(len(differ), 'row')} of another class than the file's folder: {some(differ, 3)}"
         raise UserError(f"{table.place}: {text}; correct one of the two")

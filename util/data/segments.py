@@ -21,7 +21,7 @@ from util.data.folders import ask_all, split_folder
 from util.data.read import BadImage, open_file
 from util.data.transforms import PRETRAIN_SCALE, crop_ratio, random_resized_crop_box, resize_crop
 from util.errors import UserError
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import is_main_process, warn
 from util.rng import derive_seed
 from util.sizes import size_pair
@@ -153,10 +153,12 @@ def find_masked(split: str, args: Namespace) -> tuple[ImageFiles, str]:
     settle_range(args, files)
     wanted = {mask_of(path, files.root, masks) for path in files.paths}
     if absent := sorted(path for path in wanted if not os.path.isfile(path)):
-        raise UserError(f"{printable(masks)}: {len(absent):,} images have no mask there: {some(absent)}")
+        text = f"{counted(len(absent), 'image')} without a mask there"
+        raise UserError(f"{printable(masks)}: {text}: {some(absent)}")
     there = {os.path.join(top, name) for top, _, names in os.walk(masks) for name in names if name[0] != "."}
     if (alone := sorted(there - wanted)) and is_main_process():
-        warn(f"{printable(masks)}: {len(alone):,} files are no image's mask and are not used: {some(alone)}")
+        text = f"{counted(len(alone), 'file')} not used, as no image's mask"
+        warn(f"{printable(masks)}: {text}: {some(alone)}")
     return files, masks
 
 

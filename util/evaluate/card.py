@@ -18,6 +18,7 @@ from util.evaluate.knn import knn_votes
 from util.evaluate.layers import Layers, effective_rank
 from util.evaluate.probes import AttentiveProbes, Data, Found, LinearProbes, pick, search
 from util.evaluate.tasks import Task
+from util.files import counted
 from util.rng import derive_seed
 
 HELD = 0.2  # share of the training images on which is chosen
@@ -258,5 +259,7 @@ def few_labels(train: Layers, val: Layers, index: int, learns, held, plan: Plan)
             )[0]
             scores.append(task.metric(found.decisions, val.labels.numpy()))
         mean, spread = float(np.mean(scores)), STUDENT * float(np.std(scores, ddof=1)) / math.sqrt(DRAWS)
-        rows.append(Row(name, *train.sets[index], f"{len(few)} images", mean, mean - spread, mean + spread))
+        rows.append(
+            Row(name, *train.sets[index], counted(len(few), "image"), mean, mean - spread, mean + spread)
+        )
     return rows

@@ -78,6 +78,11 @@ def _difference(text: str, one: Row, two: Row) -> dict:
     return {"what": text, "difference": one.score - two.score, "low": low, "high": high}
 
 
+def _images(read: int, data: str) -> str:
+    """What the data is, which says its number of images; of which so many were read, if not all."""
+    return printable(data if data.startswith(f"{read:,} image") else f"{read:,} of {data}")
+
+
 def markdown(record: dict) -> str:
     """The card as text: what was measured, how, and the tables."""
     columns, (train, val) = record["columns"], record["images"]
@@ -92,8 +97,8 @@ def markdown(record: dict) -> str:
     lines = [
         f"# Report card of {printable(record['finetune'])}",
         "",
-        f"- {record['metric']} on {val} images: {printable(record['data']['val'])}",
-        f"- learned from {train} images: {printable(record['data']['train'])}",
+        f"- {record['metric']} on {_images(val, record['data']['val'])}",
+        f"- learned from {_images(train, record['data']['train'])}",
         f"- k, T, learning rate, block and tokens were chosen on {HELD:.0%} of those; then all taught",
         f"- in brackets: 95 % intervals, of {RESAMPLES} bootstrap samples of the evaluated images",
         f"- with few labels: mean of {DRAWS} draws and its interval over them; block and tokens are those of",

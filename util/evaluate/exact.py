@@ -23,7 +23,7 @@ from util.data.loader import Batch, build_loader, open_batch
 from util.data.sampler import GROUP, EvalSampler
 from util.data.targets import sample_loss
 from util.data.transforms import normalize_batch
-from util.files import some
+from util.files import counted, some
 from util.processes.collectives import gather, get_rank, get_world_size, warn
 
 
@@ -144,7 +144,7 @@ def drop_unreadable(data_loader, columns: list[torch.Tensor], indices: torch.Ten
     if bad is None or not (dropped := bad[indices] > 0).any():
         return columns
     names = some(dataset.files.paths[i] for i in indices[dropped].tolist())
-    warn(f"{int(dropped.sum())} images could not be decoded and are left out of the figures: {names}")
+    warn(f"{counted(int(dropped.sum()), 'image')} left out of the figures, not decodable: {names}")
     return [column[~dropped] for column in columns]
 
 

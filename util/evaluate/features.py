@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.compute.blocks import add_registers, drop_registers
+from util.compute.blocks import drop_registers
 from util.compute.precision import autocast, casting_once, resolve_amp_dtype
 from util.compute.prefetch import on_host
 from util.data.loader import Batch
 from util.evaluate.exact import drop_unreadable, in_groups, on_device
+from util.figures.attention import encode
 from util.processes.collectives import gather, get_world_size, is_main_process
 
 ROWS = 4096  # features that each process sends in one go, at most
@@ -37,12 +38,7 @@ def encoder_features(model: torch.nn.Module, images: torch.Tensor, global_pool: 
     if own not in (None, MaskedAutoencoderViT.forward_encoder):  # a client's
         x = model.forward_encoder(images, 0.0)[0]  # shuffled, which pooling does not see
         return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
-    x = model.patch_embed(images) + model.pos_embed[:, 1:]
-    cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
-    x = add_registers(model, torch.cat([cls_token, x], dim=1))
-    for block in model.blocks:
-        x = block(x)
-    x = model.norm(drop_registers(model, x))
+    x = model.norm(drop_registers(model, encode(model, images, len(model.blocks))))
     return x[:, 1:].mean(dim=1) if global_pool else x[:, 0]
 
 

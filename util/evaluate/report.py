@@ -13,7 +13,7 @@ from util.evaluate.exact import Predictions, closing_line, predict_samples, summ
 from util.evaluate.metrics import METRICS, best_thresholds, measure, measures_all
 from util.evaluate.output import aligned, csv_writer
 from util.figures.canvas import save_png
-from util.files import printable, replacing, some
+from util.files import counted, printable, replacing, some
 from util.processes.collectives import gather, is_main_process, log, warn
 
 MAX_CLASSES = 100  # of the per-class table and of the confusion picture
@@ -42,7 +42,7 @@ def evaluate_and_report(
         folder = Path(args.output_dir) if args.output_dir else None
         _write_reports(predictions, folder, args, dataset)
     if task:
-        log(f"figures of {len(predictions.indices)} images\n{figures_line(stats)}")
+        log(f"figures of {counted(len(predictions.indices), 'image')}\n{figures_line(stats)}")
     if "acc1" not in stats:
         return stats
     log(f"Accuracy of the network on the {len(predictions.labels)} test images: {stats['acc1']:.1f}%")
@@ -112,7 +112,7 @@ def choose_thresholds(loader, model, device, args, targets: Targets) -> None:
     values = targets.values(torch.from_numpy(predictions.outputs)).numpy()
     targets.thresholds = best_thresholds(predictions.labels, values)
     pairs = zip(targets.names, targets.thresholds, strict=True)
-    text = f"thresholds, by F1 of {len(values)} images held out of train"
+    text = f"thresholds, by F1 of {counted(len(values), 'image')} held out of train"
     log(f"{text}: {some((f'{name} {value:.4f}' for name, value in pairs), 10)}")
 
 

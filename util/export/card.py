@@ -15,7 +15,7 @@ from util.sizes import size_pair
 # Settings of the machine, but those on which it depends what was trained on how many images
 _MACHINE = {*GROUPS["machine"].split()} - {"world_size", "max_steps", "skip_nonfinite", "bad_images"}
 _MACHINE |= {"dist_backend", "distributed", "given", "gpu", "job_dir", "rank", "start_step"}
-_PARTS = {
+PARTS = {
     "full": "masked autoencoder (encoder and decoder)",
     "encoder": "encoder",
     "classifier": "classifier",
@@ -57,7 +57,7 @@ def make_card(source: Source, title: str, library: str, usage: str, differences:
         title=title,
         library=library,
         usage=usage,
-        part=_PARTS[source.part],
+        part=PARTS[source.part],
         parameters=sum(p.numel() for p in (source.mae or source.vit).parameters()),
         data=_places(data) if "data_path" in args else None,
         arguments=_arguments(args),

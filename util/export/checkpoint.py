@@ -13,16 +13,6 @@ _SETTINGS = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "pi
 _SETTINGS += ("registers",)
 _CLASSIFIER = ("global_pool", "nb_classes", "class_names", "recipe")
 _CLASSIFIER += ("task", "thresholds", "target_mean", "target_std")
-_FLAGS = (
-    "input_size",
-    "num_heads",
-    "decoder_num_heads",
-    "mean",
-    "std",
-    "pixel_range",
-    "mask_ratio",
-    "norm_pix_loss",
-)
 
 
 def settings(source: Source) -> dict[str, dict]:
@@ -46,7 +36,7 @@ def write(source: Source, folder: Path) -> None:
 
 def read_again(file: Path) -> Source:
     """A file of this code, with nothing but itself to go by."""
-    return read_source(str(file), Namespace(encoder_only=False, **dict.fromkeys(_FLAGS)))
+    return read_source(str(file), Namespace(encoder_only=False, mask_ratio=None, mean=None, std=None))
 
 
 def advice(source: Source) -> str:

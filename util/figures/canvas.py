@@ -107,7 +107,7 @@ def draw_grid(
     margin, gap, line = size, size // 2, round(size * 1.4)
     groups = groups or [("", len(columns))]
 
-    labels = [shorten(label, font, MIN_PANEL_WIDTH) for label in row_labels or []]
+    labels = [shorten(label, font, max(MIN_PANEL_WIDTH, 12 * size)) for label in row_labels or []]
     label_w = round(max(map(font.getlength, labels))) + gap if labels else 0
     lefts, spans, x = [], [], margin + label_w
     for _, count in groups:

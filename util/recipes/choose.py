@@ -2,6 +2,8 @@
 
 import math
 
+from util.files import counted
+
 # Shorter side from which: (input size, patch size). At least 7 x 7 patches, and 12 x 12 where pixels allow it
 SIZES = ((160, 224, 16), (112, 128, 8), (80, 96, 8), (48, 64, 8), (32, 32, 4), (24, 28, 4))
 # On a GPU: images from which, memory in GB from which, model, images a micro-step, learning rate
@@ -60,7 +62,7 @@ def choose(
     else:
         *_, name, batch, rate = next(row for row in MODELS if images >= row[0] and gpu_memory >= row[1])
         flags["model"], kind = f"mae_vit_{name}_patch16", "gpu"
-        reasons.append(f"{name} encoder: {images:,} images, a GPU of {gpu_memory:.0f} GB")
+        reasons.append(f"{name} encoder: {counted(images, 'image')}, a GPU of {gpu_memory:.0f} GB")
     # A power of two, so that an epoch has some updates and a GPU works on full batches
     most = min(images, max(8, min(images / UPDATES_PER_EPOCH, 4096 if kind == "gpu" else 64)))
     effective = 2 ** int(math.log2(most))
@@ -73,8 +75,8 @@ def choose(
     flags.update(epochs=epochs, warmup_epochs=min(40, math.ceil(epochs / 20)))
     flags.update(blr=float(f"{rate * 256 / effective:.2g}"), norm_pix_loss=True)
     reasons += [
-        f"--batch_size, --blr: effective batch {effective}, which gives {updates:,} updates an epoch; "
-        f"learning rate {rate:.1e}",
+        f"--batch_size, --blr: effective batch {effective}, which gives "
+        f"{counted(updates, 'update')} an epoch; learning rate {rate:.1e}",
         f"--epochs {epochs}: {epochs * updates:,} updates; a tenth would do to see that it learns",
         "--norm_pix_loss: better features; losses are then near 1 and fall slowly",
     ]

@@ -80,7 +80,7 @@ def resume_classifier(args: argparse.Namespace, recipe: str, given: set[str]) ->
     checkpoint = read_resume(args)
     if checkpoint is None:
         return None
-    source, content = checkpoint
+    source, content, _ = checkpoint
     args.resume = source  # what "auto" has found stands in the log and in later checkpoints
     args.registers = registers(model_state(content, f"--resume {source}"))
     info = read_model_info(content, f"--resume {source}")
@@ -172,7 +172,7 @@ def start_from(
 
 def load_for_eval(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Loads a checkpoint's weights into `model`; raises UserError, naming what differs, unless they fit."""
-    source, content = checkpoint
+    source, content, _ = checkpoint
     state = model_state(content, f"--resume {source}")
     check_state(model, state, f"--resume {source}")
     model.load_state_dict(state)

@@ -125,7 +125,7 @@ def add_masks(images: ImageDataset, folder: str, args: Namespace, crop: Callable
     parts = np.array_split(np.arange(len(paths)), max(1, len(paths) // 256))
     found = [one for part in ask_all(look, parts) for one in part]
     if absent := [paths[i] for i, (_, size) in enumerate(found) if size < 0]:
-        raise UserError(f"--mask_file {folder}: {len(absent):,} of {len(paths):,} images have no mask there, "
+        raise UserError(f"--mask_file {folder}: holds no mask of {len(absent):,} of {len(paths):,} images, "
                         f"a .png or .npy of the same relative path: {some(absent)}")  # fmt: skip
     images.__class__, images.transform = MaskedImages, crop
     images.masks, images.stats = folder, (args.mean, args.std)

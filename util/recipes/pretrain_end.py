@@ -1,7 +1,4 @@
-"""What ends an epoch of pre-training: validation loss, k-NN, card, figures, log.
-
-The loop itself stands in the script.
-"""
+"""What ends an epoch of pre-training; the loop itself stands in the script."""
 
 import argparse
 from collections.abc import Callable

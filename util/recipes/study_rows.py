@@ -1,13 +1,23 @@
 """The rows of a study: named sets of flags of main_pretrain.py, read from a text file."""
 
 import argparse
+import contextlib
+import io
 import re
 import shlex
 from dataclasses import dataclass
 
+import torch
+
 from util.cli.parser import ArgumentParser, parse_args
+from util.cli.questions import asks
+from util.data.transforms import channel_stats
 from util.errors import UserError
 from util.files import shown
+from util.recipes.init import Init
+from util.recipes.questions import ask
+from util.recipes.sizes import read_phases
+from util.run.resume import read_resume
 
 OWN = {"output_dir", "log_dir", "resume", "seed"}  # which the study itself gives to every run
 COMMON = "all"  # the name of the line whose flags stand before those of every row
@@ -80,9 +90,9 @@ def _split(text: str, place: str) -> list[str]:
         raise UserError(f"{place}: {shown(text)}: {error}") from None
 
 
-def check_row(row: Row, script) -> argparse.Namespace:
-    """The row's parsed flags, as `parse_args` gives them; UserError, with the row's name, where `script`, a
-    module that trains, would refuse them.
+def check_row(row: Row, script, files: bool = True) -> argparse.Namespace:
+    """The row's parsed flags, as `parse_args` gives them; UserError, with the row's name, where `script`,
+    which is main_pretrain, would refuse them or, with `files`, what they name.
     """
     try:
         args = parse_args(_RowParser(add_help=False, parents=[script.get_args_parser()]), list(row.flags))
@@ -90,7 +100,25 @@ def check_row(row: Row, script) -> argparse.Namespace:
             raise UserError(f"--{min(own)}: the study sets it for every run; leave it out")
         checked = argparse.Namespace(**vars(args))
         script.check_args(checked)
-        script.build_model(checked)
+        model = script.build_model(checked)
+        if files:
+            with contextlib.redirect_stdout(io.StringIO()):  # the run itself says it
+                check_files(checked, model, script)
     except UserError as error:
         raise UserError(f"row {row.name!r}: {error}") from None
     return args
+
+
+def check_files(args: argparse.Namespace, model: torch.nn.Module, script) -> None:
+    """Reads what `args` name beside the images, as the script does; UserError where it does not fit."""
+    args.output_dir = ""  # each run has its own
+    checkpoint = read_resume(args)  # of --extend_from
+    if checkpoint or args.init or args.init_freeze:
+        Init(args, checkpoint, args.given).load(model)
+    args.mean, args.std = channel_stats(args.in_chans, args.mean, args.std)
+    if asks(args):
+        run = argparse.Namespace(device=torch.device("cpu"), given=args.given)
+        val_set = script.build_val_dataset(args) if args.vis_freq else None
+        ask(model, args, run, script.build_pretrain_dataset(args), val_set)
+    if args.size_schedule:
+        read_phases(args, model.patch_size)

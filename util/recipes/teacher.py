@@ -19,7 +19,7 @@ from models_mae import MaskedAutoencoderViT, gather_tokens
 from models_vit import VisionTransformer
 from util.compute.blocks import add_registers, drop_registers, run_blocks
 from util.errors import UserError
-from util.files import printable
+from util.files import counted, printable
 from util.processes.collectives import log
 from util.weights.build import build
 from util.weights.describe import describe
@@ -59,7 +59,7 @@ def make_student(model: MaskedAutoencoderViT, args: Namespace, device: torch.dev
     args.teacher_loss, args.teacher_weight = args.teacher_loss or "attention", args.teacher_weight or 1.0
     args.teacher_block = args.teacher_block or depth
     if args.teacher_block > depth:
-        raise UserError(f"--teacher_block {args.teacher_block}: the model has {depth} blocks")
+        raise UserError(f"--teacher_block {args.teacher_block}: the model has {counted(depth, 'block')}")
     use = f"{args.teacher_loss} of its block {{}}, in block {args.teacher_block} of the model, weight "
     teacher = read_teacher(model, args, args.teacher_block, f"{use}{args.teacher_weight:g}")
     if args.teacher_loss == "features" and teacher.embed_dim != width:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from util.errors import UserError
+from util.files import counted
 from util.weights.files import read_file
 from util.weights.names import list_checkpoints
 from util.weights.schema import in_words
@@ -39,9 +40,9 @@ class RunFolder:
     @property
     def state(self) -> str:
         done, epochs = self.records[-1]["epoch"] + 1 if self.records else 0, self.settings.get("epochs")
-        text = f"{done} of {epochs} epochs" if isinstance(epochs, int) else f"{done} epochs"
+        text = f"{done} of {counted(epochs, 'epoch')}" if isinstance(epochs, int) else counted(done, "epoch")
         if self.going_on:
-            return f"This run is going on: {text} are logged, and what is below will change."
+            return f"This run is going on: {text} logged, and what is below will change."
         return f"Complete: {text}." if done == epochs else f"Not complete, and not going on: {text}."
 
     @property

@@ -16,26 +16,27 @@ class Ema:
     Args:
         model: bare, on its device, with the weights to begin with; of a sharded one each process averages its
             share.
-        source, content: of the checkpoint that the run goes on from, if any, whose average is taken over.
+        place, content: what errors call the checkpoint that the run goes on from, if any, whose average is
+            taken over, and what it holds.
 
     Raises:
         UserError: that is of another model.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer, decay: float, source: str = "", content: dict | None = None
+        self, model: torch.nn.Module, optimizer, decay: float, place: str = "", content: dict | None = None
     ):
         self.model, self.decay = model, decay
         self.weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.clone() for name, p in self.weights.items()}
         optimizer.register_step_post_hook(lambda optimizer, *_: self.update(optimizer))
         if "model_ema" in (content or {}):
-            state = model_state({"model": content["model_ema"]}, f"--resume {source}")
-            check_state(model, state, f"--resume {source}: its model_ema")
+            state = model_state({"model": content["model_ema"]}, place)
+            check_state(model, state, f"{place}: its model_ema")
             for name, average in self.average.items():
                 average.copy_(own_share(state[name], average))
         elif content and is_main_process():
-            note(f"--ema {decay}: {source} holds no average, so that it begins with the weights there")
+            note(f"--ema {decay}: {place} holds no average, so that it begins with the weights there")
 
     def _pair(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(weights, average), of a sharded model this process's shares."""

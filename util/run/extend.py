@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 
 from util.errors import UserError
+from util.files import counted
 from util.lr_sched import stable_epochs
 from util.run.owner import position_of
 from util.weights.schema import whole
@@ -48,7 +49,7 @@ def as_start(args, content: dict) -> dict:
     if (done, step) > (min(stable, own), 0) or done >= args.epochs:
         whose, advice = ("its", "take an earlier one") if (done, step) > (stable, 0) else (
             "this", "pass more --epochs")  # fmt: skip
-        raise UserError(f"{flag}: holds {done} epochs, and {whose} run's stable phase ends after "
+        raise UserError(f"{flag}: holds {counted(done, 'epoch')}, and {whose} run's stable phase ends after "
                         f"{min(stable, own)}; {advice}")  # fmt: skip
     kept = {name: value for name, value in saved.items() if name not in ("epochs", "schedule", "cooldown")}
     run = content.get("run", {})

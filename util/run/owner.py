@@ -180,8 +180,9 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
     if _folder is None:
         return None
     _id = id_of(content) if source else None if anew else read_record(_folder).get("id")
-    if _id and source and _went_further(position_of(content)):
-        _id = None
+    if _id and source:  # another run begins where this one has gone further
+        behind = (path for path in list_checkpoints(_folder) if position_in_name(path) > position_of(content))
+        _id = None if any(id_at(path) == _id for path in behind) else _id
     _id = _id or uuid.uuid4().hex
     record = {"id": _id, "environment": environment(), **_ourselves()}
     if source and "://" not in source:
@@ -195,11 +196,6 @@ def begin(source: str | None, content: dict, anew: bool) -> str | None:
         where = f"--output_dir {_folder}: .run.json"
         raise UserError(f"{where} cannot be written ({error.strerror})") from None
     return _id
-
-
-def _went_further(position: tuple[int, int]) -> bool:
-    """Whether the run has checkpoints behind `position` in its folder."""
-    return any(position_in_name(path) > position and id_at(path) == _id for path in list_checkpoints(_folder))
 
 
 def id_of(content: dict) -> str | None:

@@ -44,12 +44,13 @@ def check_changes(
     listing: dict | None = None,
     finished: bool = False,
     start_epoch: int = 0,
+    flag: str = "--resume",
 ) -> None:
     """Compares a run's settings and data with those of the checkpoint that it goes on from.
 
     Args:
-        args: of the run. content: of the checkpoint, `source` its name; older ones say less, and what they do
-            not say is not compared.
+        args: of the run. content: of the checkpoint that `flag` names as `source`; older ones say less, and
+            what they do not say is not compared.
         listing: `util.run.start.describe_data` of the run's data; None: of another loop than our scripts',
             whose settings need not be those of its model.
         finished: nothing is left to do, so that data and recipe must be the same.
@@ -81,7 +82,7 @@ def check_changes(
         there = list_checkpoints(Path(source).parent) if "://" not in source else []
         whole = next((f" ({path})" for path in there if not is_inside_epoch(path)), "")
         raise UserError(
-            f"--resume {source}: was saved inside an epoch, and this command differs: {', '.join(changed)}; "
+            f"{flag} {source}: was saved inside an epoch, and this command differs: {', '.join(changed)}; "
             f"keep to it until the epoch's end, or resume from a checkpoint of a whole epoch{whole}"
         )
     stored = run.get("held_out") if isinstance(run.get("held_out"), dict) else {}
@@ -90,7 +91,7 @@ def check_changes(
         changed.append(f"start_epoch {content.get('epoch', -1) + 1} -> {start_epoch}")
     if changed and finished:
         raise UserError(
-            f"--resume {source}: is complete, so nothing is left to do, and this command differs: "
+            f"{flag} {source}: is complete, so nothing is left to do, and this command differs: "
             f"{', '.join(changed)}; to train on, pass more --epochs; for a new run from its weights, --init "
             f"{source} (classifiers: --finetune) and another --output_dir"
         )

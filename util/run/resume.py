@@ -18,11 +18,12 @@ from util.weights.names import list_checkpoints, position_in_name
 class Checkpoint(NamedTuple):
     """A checkpoint that was read.
 
-    source: file or URL. content: see `util.run.checkpoint`; entries other than 'model' may be missing.
+    source: file or URL that `flag` names. content: see `util.run.checkpoint`; but 'model' all may be missing.
     """
 
     source: str
     content: dict
+    flag: str = "--resume"
 
 
 def _read(source: str | Path, flag: str = "", verify: bool = True, weights_key: str | None = None) -> dict:
@@ -62,13 +63,14 @@ def read_resume(args) -> Checkpoint | None:
         return None
     from util.weights.state import check_entries
 
-    check_entries(checkpoint.content, f"--resume {checkpoint.source}")
+    place = f"{'--extend_from' if extended else '--resume'} {checkpoint.source}"
+    check_entries(checkpoint.content, place)
     if extended:
-        checkpoint = Checkpoint(args.extend_from, as_start(args, checkpoint.content))
+        checkpoint = Checkpoint(args.extend_from, as_start(args, checkpoint.content), "--extend_from")
         _say_what_is_there(Namespace(**{**vars(args), "resume": ""}))
     from util.data.depth import adopt_pixel_range
 
-    adopt_pixel_range(args, checkpoint.content, f"--resume {checkpoint.source}")
+    adopt_pixel_range(args, checkpoint.content, place)
     return checkpoint
 
 
@@ -162,30 +164,31 @@ def restore_run(
     if checkpoint is None:
         _say_what_is_there(args)
         return
-    source, content = checkpoint
+    source, content, flag = checkpoint
+    place = f"{flag} {source}"
     from util.weights.state import check_state, model_state
 
-    state = model_state(content, f"--resume {source}")
-    check_state(model, state, f"--resume {source}")
+    state = model_state(content, place)
+    check_state(model, state, place)
     trains, epochs = "optimizer" in content and "epoch" in content, getattr(args, "epochs", None)
     start_epoch = content["epoch"] + 1 if trains else 0
     complete = trains and epochs is not None and start_epoch >= epochs
     if not getattr(args, "eval", False):
         from util.run.recipe import check_changes
 
-        check_changes(args, content, source, listing, complete and listing is not None, given)
+        check_changes(args, content, source, listing, complete and listing is not None, given, flag)
     load_state(model, state)
     if not trains:
         log(f"resume: {source} holds weights only; optimizer and epoch start anew")
         return
     if not getattr(args, "eval", False):
         if optimizer is not None:
-            _load_optimizer(optimizer, content["optimizer"], source)
+            _load_optimizer(optimizer, content["optimizer"], place)
         if loss_scaler is not None:
             loss_scaler.load_state_dict(content.get("scaler") or {})
     args.start_epoch, args.start_step = start_epoch, content.get("step", 0)
     if args.start_step:
-        args.start_step = _position(args, content, source)
+        args.start_step = _position(args, content, place)
     check_agreement(args)  # all processes go on from the same place
     where = f"epoch {args.start_epoch}" + (f", step {args.start_step}" if args.start_step else "")
     log(f"resume: {source}, {'complete: nothing left to do' if complete else 'going on'} at {where}")
@@ -230,7 +233,7 @@ def _check_owner(args) -> None:
                         "overwrite them; pass another folder")  # fmt: skip
 
 
-def _position(args, content: dict, source) -> int:
+def _position(args, content: dict, place: str) -> int:
     """Micro-steps done of the epoch under way, counted with this run's batch size and processes."""
     if "samples" not in content or not {"batch_size", "accum_iter"} <= vars(args).keys():
         return content["step"]
@@ -238,14 +241,14 @@ def _position(args, content: dict, source) -> int:
     effective_batch = args.batch_size * args.accum_iter * world_size
     if effective_batch != content["effective_batch"]:
         raise UserError(
-            f"--resume {source}: was saved inside an epoch with an effective batch of "
+            f"{place}: was saved inside an epoch with an effective batch of "
             f"{content['effective_batch']}, now it is {effective_batch}; keep batch size x processes x "
             "--accum_iter, or resume from a whole epoch"
         )
     return content["samples"] // (args.batch_size * world_size)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, place: str) -> None:
     # How a step is computed belongs to this machine, not to the checkpoint; torch places the state by it
     pairs = zip(state["param_groups"], optimizer.param_groups, strict=False)
     groups = [{**saved, **({"fused": own["fused"]} if "fused" in own else {})} for saved, own in pairs]
@@ -256,4 +259,4 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source) -> No
         entries = split_optimizer_state(optimizer, state["state"])
         optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
     except (ValueError, KeyError) as error:
-        raise UserError(f"--resume {source}: its optimizer state does not fit: {error}") from None
+        raise UserError(f"{place}: its optimizer state does not fit: {error}") from None

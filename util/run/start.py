@@ -18,6 +18,7 @@ from util.compute.precision import prepare_device, resolve_amp_dtype, resolve_de
 from util.data.loader import build_loader
 from util.data.sampler import EpochSampler
 from util.errors import UserError
+from util.files import counted
 from util.processes import signals
 from util.processes.collectives import check_agreement, get_rank, get_world_size, is_main_process, log, warn
 from util.processes.group import init_distributed_mode, shut_down
@@ -139,8 +140,7 @@ def describe_data(train, held_out=None) -> dict:
     """What a checkpoint says of the data: {'images': number, 'files': digest of their names}, and the same of
     the `held_out` (validation) set, if any; {} of a data set that is not `util.data.dataset.ImageDataset`.
     """
-    described = getattr(train, "listing", dict)()
-    of_held_out = getattr(held_out, "listing", dict)()
+    described, of_held_out = (getattr(images, "listing", dict)() for images in (train, held_out))
     return {**described, "held_out": of_held_out} if of_held_out else described
 
 
@@ -173,7 +173,7 @@ class RunState:
         check_agreement(self.args, listing=listing)
         prepare_output_dir(self.args.output_dir, self.model)
         restore_run(self.args, checkpoint, self.model, self.optimizer, self.loss_scaler, listing)
-        source, content = checkpoint or (None, {})
+        source, content, flag = checkpoint or (None, {}, None)
         self.started_from = owner.id_of(content)
         saved = content.get("run") if isinstance(content.get("run"), dict) else {}
         others = listing and saved.get("files", listing["files"]) != listing["files"]  # a run has one set
@@ -182,7 +182,7 @@ class RunState:
         if getattr(self.args, "ema", None):
             from util.run.ema import Ema
 
-            self.ema = Ema(self.model, self.optimizer, self.args.ema, source, content)
+            self.ema = Ema(self.model, self.optimizer, self.args.ema, f"{flag} {source}", content)
         if checkpoint is None:
             return
         self.resumed, self.evaluated = "epoch" in content, bool(content.get("evaluated"))
@@ -239,8 +239,8 @@ def announce(
         f"data: {data}",
         f"model: {args.model}, {model}",
         f"device: {run.device}, precision: {run.precision}{step}",
-        f"effective batch: {args.batch_size} x {world_size} processes x {args.accum_iter} accumulated "
-        f"= {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
+        f"effective batch: {args.batch_size} x {counted(world_size, 'process')} x {args.accum_iter} "
+        f"accumulated = {effective_batch}, {steps_per_epoch} micro-steps an epoch; actual lr: {args.lr:.2e}",
         metrics=metrics,
     )  # fmt: skip
     if (crops := getattr(args, "repeated_aug", 1)) > 1:

@@ -8,7 +8,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.cli.flags import construct
 from util.errors import UserError
-from util.files import some
+from util.files import counted, some
 from util.weights.describe import WeightsFile, named_constructor
 from util.weights.encoder import part_state
 from util.weights.state import compare_state, is_cross
@@ -51,8 +51,8 @@ def build(
     if missing or unexpected or mismatched:
         differences = some(mismatched + unexpected + missing, 3, "; ")
         raise UserError(f"--resume {weights.path} ({weights.kind}): is not a plain ViT of this code: "
-                        f"{len(missing)} tensors are missing, {len(unexpected)} are not known, "
-                        f"{len(mismatched)} have other shapes ({differences})")  # fmt: skip
+                        f"{counted(len(missing), 'tensor')} missing, {len(unexpected)} not known, "
+                        f"{len(mismatched)} of other shapes ({differences})")  # fmt: skip
     if probe and fold_probe:
         state, model.head = _fold_probe(state), model.head[1]
     model.load_state_dict(state, assign=True)

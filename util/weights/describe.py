@@ -88,8 +88,10 @@ def describe(content: dict, path, flags: Namespace, *parts: str, override: bool 
     other = target if (target := said_settings(content).get("target")) in NO_PIXELS else ""
     held = {"full": state.keys() >= _DECODER and not other, "classifier": _head(state), "encoder": True}
     if not (found := [part for part in parts if held[part]]):
-        what = f"but one of {other}, no pixels" if other else kind
-        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=what)}")
+        if other and parts[0] == "full":
+            raise UserError(f"{where}: its decoder predicts {other}, not pixels; pass a model of --target "
+                            "pixels, or look at features: visualize.py --pca, --attention")  # fmt: skip
+        raise UserError(f"{where}: holds {_ABSENT[parts[0]].format(kind=kind)}")
     used = ("model", "recipe", "input_size", *_UNSEEN, "pixel_range", "mask_ratio", "class_names")
     used = [name for name in used if found[0] == "full" or not name.startswith("decoder_")]
     stored = stored_settings(content, where, *used)
@@ -230,8 +232,7 @@ def _check_info(content: dict, stored: dict, seen: dict, where: str) -> None:
     if isinstance(info, dict):
         check_settings(info, f"{where}: its model_info")
         for name in ("nb_classes", "in_chans", "patch_size", "global_pool", "recipe"):
-            said = info.get(name)
-            if said is not None and said != seen.get(name, said):
+            if (said := info.get(name)) is not None and said != seen.get(name, said):
                 raise UserError(f"{where}: its model_info is damaged: {name} is {shown(said)}, but "
                                 f"{seen[name]} by its tensors")  # fmt: skip
         names, count = len(info.get("class_names") or ()), info.get("nb_classes")
@@ -255,9 +256,8 @@ def _info_of_tensors(state: dict, stored: dict) -> dict:
         info["nb_classes"] = state[head].shape[0]
         info["recipe"] = "finetune" if head == "head.weight" else "linprobe"
     size = _width_and_depth(state)
-    names = [name for name, make in models_vit.MODELS.items() if _stacks(make)[0][:2] == size]
-    if names:  # no two of ours have the same width and depth; a client's may
-        info["model"] = stored["model"] if stored.get("model") in names else names[0]
+    if names := [name for name, make in models_vit.MODELS.items() if _stacks(make)[0][:2] == size]:
+        info["model"] = stored["model"] if stored.get("model") in names else names[0]  # two: a client's
     return info
 
 
