@@ -254,7 +254,7 @@ def test_what_uv_installs_is_what_requirements_txt_says():
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize(("target", "name"), [("record", "CELLS"), ("same-losses", "BASE")])
 def test_what_a_target_needs_is_said_before_anything_is_set_up(target, name, tmp_path):
-    words = ["make", target, f"VENV={tmp_path / 'none'}", "PYTHON=false"]
+    words = ["make", "--no-print-directory", target, f"VENV={tmp_path / 'none'}", "PYTHON=false"]
     result = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 2 and f"make {target}: pass {name}=" in result.stderr and not result.stdout
     assert not (tmp_path / "none").exists()
