@@ -151,7 +151,8 @@ def test_a2_a_full_disk_is_no_exit_status():
 
 def test_a2_no_file_takes_the_number_of_a_closed_stream(tmp_path):
     code = (
-        "from util import console; f = open(sys.argv[1], 'w'); f.write(f'{f.fileno()} {sys.stdout.isatty()}')"
+        "from util import console; f = open(sys.argv[1], 'w', encoding='utf-8'); "
+        "f.write(f'{f.fileno()} {sys.stdout.isatty()}')"
     )
     command = ["bash", "-c", 'exec "$0" -c "import sys; $1" "$2" <&- >&- 2>&-', sys.executable, code]
     assert subprocess.run([*command, tmp_path / "x"], cwd=REPO).returncode == 0
