@@ -69,7 +69,7 @@ def check_runs(root: Path, tolerance: float, exact: bool):
 def trained(tmp_path_factory):
     """What two processes have written."""
     if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this version of torch shares models on GPUs only")
+        pytest.skip("this torch shards on GPUs only")
     root = tmp_path_factory.mktemp("trained")
     code, out = run(2, "tests/fsdp_worker.py", "train", root, "cpu")
     assert code == 0 and "view tensor" not in out, out

@@ -16,20 +16,16 @@ class BatchedMuon(muon.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if closure is not None:  # no script here has one
+            return super().step(closure)
         done = []
         for group in self.param_groups:
+            if group.get("algo", "muon") != "muon":
+                continue
             alike = defaultdict(list)
             for p in group["params"]:
                 plain = type(p) is torch.nn.Parameter and p.ndim == 2 and p.grad is not None
-                if (
-                    plain
-                    and group.get("algo", "muon") == "muon"
-                    and "momentum_buffer" in self.state.get(p, ())
-                ):
+                if plain and "momentum_buffer" in self.state.get(p, ()):
                     alike[p.shape].append(p)
             for params in alike.values():
                 update(params, [self.state[p]["momentum_buffer"] for p in params], group)
@@ -41,7 +37,6 @@ class BatchedMuon(muon.Muon):
         finally:
             for p, grad in done:
                 p.grad = grad
-        return loss
 
 
 def update(params: list[torch.Tensor], buffers: list[torch.Tensor], group: dict) -> None:
