@@ -72,6 +72,7 @@ def test_state_saved_loaded_and_stepped_on_is_undisturbed_or_the_name_is_refused
 def test_the_names_that_work_are_most():
     """So that a timm which renames its optimizers is seen here."""
     assert {"adamw", "muon", "lion", "lamb", "sgd"} <= {*NAMES} and len(NAMES) > 30
+    assert "nadamuon" in NAMES or not hasattr(muon, "adamuon")  # timm 1.0.22 has neither
 
 
 def plain_muon(weights, grads, buffers, lr, decay, momentum=0.9):
@@ -172,7 +173,7 @@ def test_matrices_of_one_shape_move_together_as_they_do_alone(words, monkeypatch
         ("muon", ["momentum=2"], r"--opt muon --opt_args momentum=2: "),
         ("adamw", ["betas=3"], r"--opt adamw --opt_args betas=3: "),
         ("muon", ["conv_mode=never"], r"conv_mode"),
-        ("muon", ["momentum=nan"], r"--opt_args momentum=nan: "),  # a word to Python
+        ("muon", ["momentum=nan"], r"momentum=nan: (a step fails: |'<=' not supp)"),  # a word; of timm 1.0.22 the second
         ("muon", ["betas=0.9"], r"--opt_args betas=0\.9: a step fails: "),  # of its AdamW part
         ("muon", ["ns_steps=2.5"], r"--opt_args ns_steps=2\.5: a step fails: "),
         ("muon", ["ns_steps=-1"], r"--opt_args ns_steps=-1: must be 1 or more"),
