@@ -173,7 +173,7 @@ def test_matrices_of_one_shape_move_together_as_they_do_alone(words, monkeypatch
         ("muon", ["momentum=2"], r"--opt muon --opt_args momentum=2: "),
         ("adamw", ["betas=3"], r"--opt adamw --opt_args betas=3: "),
         ("muon", ["conv_mode=never"], r"conv_mode"),
-        ("muon", ["momentum=nan"], r"momentum=nan: (a step fails: |'<=' not supp)"),  # a word; of timm 1.0.22 the second
+        ("muon", ["momentum=nan"], r"momentum=nan: (a step fails: |'<=' not supp)"),  # 1.0.22: the second
         ("muon", ["betas=0.9"], r"--opt_args betas=0\.9: a step fails: "),  # of its AdamW part
         ("muon", ["ns_steps=2.5"], r"--opt_args ns_steps=2\.5: a step fails: "),
         ("muon", ["ns_steps=-1"], r"--opt_args ns_steps=-1: must be 1 or more"),
