@@ -64,10 +64,7 @@ def look_at(args: argparse.Namespace) -> dict[str, Survey]:
     """The surveys of train and, where there is one, val."""
     found = {}
     for split in ("train", "val"):
-        try:
-            files = find_images(args.data_path, split, "skip any")
-        except UserError as error:
-            raise UserError(str(error).replace("--data_path", "DIR", 1)) from None
+        files = find_images(args.data_path, split, "skip any", called="DIR ")
         if files is not None:
             found[split] = survey(files, args.most)
             if not found[split].good():

@@ -44,11 +44,22 @@ class Part(list):
     archive = ""
 
 
-def plan(files: ImageFiles, images: int) -> list[Part]:
+def names_in(files: ImageFiles) -> list[str]:
+    """What the images will be called: as in SRC, but below the folder that all of a list's share where a
+    name would lead out of the archive (/data/a.jpg, ../a.jpg)."""
+    names = [files.paths.name(number) for number in range(len(files.paths))]
+    if any(os.path.isabs(name) or os.pardir in name.split(os.sep) for name in names):
+        names = [os.path.abspath(path) for path in files.paths]
+        shared = os.path.commonpath(list(map(os.path.dirname, names)))
+        names = [os.path.relpath(name, shared) for name in names]
+    return names
+
+
+def plan(files: ImageFiles, names: list[str], images: int) -> list[Part]:
     """What goes where: archives of `images` images each, of one split each."""
     splits = defaultdict(list)
-    for number in range(len(files.paths)):
-        top = files.paths.name(number).split(os.sep)[0]
+    for number, name in enumerate(names):
+        top = name.split(os.sep)[0]
         splits[top if SPLIT.fullmatch(top) else ""].append(number)
     if "" in splits:  # what lies beside the splits belongs to none
         splits = {"": sorted(number for numbers in splits.values() for number in numbers)}
@@ -57,7 +68,7 @@ def plan(files: ImageFiles, images: int) -> list[Part]:
         if split == "" or split.lower().startswith("train"):
             random.Random(0).shuffle(numbers)
         for count, start in enumerate(range(0, len(numbers), images)):
-            part = Part((files.paths[i], files.paths.name(i)) for i in numbers[start : start + images])
+            part = Part((files.paths[i], names[i]) for i in numbers[start : start + images])
             part.archive = f"{split}{'-' if split else ''}{count:05d}.tar"
             parts.append(part)
     return parts
@@ -125,16 +136,13 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.images < 1:
         raise UserError(f"--images {args.images}: must be at least 1")
-    try:
-        files = find_images(args.src, "", "skip any")
-    except UserError as error:
-        raise UserError(str(error).replace("--data_path", "SRC", 1)) from None
+    files = find_images(args.src, "", "skip any", called="SRC ")
     args.own = os.path.join(args.target, ".make_shards")
-    names = "\0".join(files.paths.name(i) for i in range(len(files.paths)))
+    names = names_in(files)
     settings = {name: getattr(args, name) for name in ("source", "images", "short", "quality")}
-    settings["files"] = hashlib.sha256(os.fsencode(names)).hexdigest()
+    settings["files"] = hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
     take_target(args, Path(args.own), settings)
-    parts = plan(files, args.images)
+    parts = plan(files, names, args.images)
     splits = Counter()
     for part in parts:
         splits[part.archive.rpartition("-")[0]] += len(part)

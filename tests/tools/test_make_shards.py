@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -67,6 +68,22 @@ def test_the_archives_are_the_folders_data_mixed_and_the_same_bytes_each_time(tm
     files = find_images(tmp_path / "one")
     shards = files.paths.columns["shard"]
     assert [np.unique(files.labels[shards == i]).tolist() for i in range(3)] == [[0, 1]] * 3
+
+
+def test_of_a_list_each_image_keeps_a_name_inside_the_archive(tmp_path, source):
+    inside = sorted(path.relative_to(source) for path in source.rglob("train/*/*.*"))
+    for name, folder, listed in (
+        ("near", source, inside),
+        ("far", tmp_path / "lists", [*(source / path for path in inside[:-1]), f"../src/{inside[-1]}"]),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / "list.txt").write_text("".join(f"{path}\n" for path in listed), encoding="utf-8")
+        assert run(folder / "list.txt", tmp_path / name) == 0
+        with tarfile.open(next((tmp_path / name).glob("*.tar"))) as tar:
+            names, below = sorted(tar.getnames()), source if name == "near" else source / "train"
+            assert names == sorted(str((source / path).relative_to(below)) for path in inside)
+            one = tar.extractfile(names[0]).read()
+        assert one == (below / names[0]).read_bytes()
 
 
 def test_made_smaller_as_by_resize_dataset(tmp_path, source):

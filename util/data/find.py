@@ -125,7 +125,10 @@ def bad_limit(count: int) -> int:
 
 
 def find_images(
-    data_path: str | Path | Sequence[str], split: str = "train", bad_images: str = "error"
+    data_path: str | Path | Sequence[str],
+    split: str = "train",
+    bad_images: str = "error",
+    called: str = "--data_path ",
 ) -> ImageFiles | None:
     """Finds the images of a split and looks at the first bytes of each. Of several `data_path` those of all,
     in their order, archives among them as one pattern; labels are those of all classes together.
@@ -138,8 +141,9 @@ def find_images(
     Hidden files and folders are passed over, links are followed. The order is ImageFolder's.
 
     Args:
-        split: the subfolder, by any name that people use; for "train" `data_path` itself where there is none.
+        split: the subfolder, by any name people use; for "" or a missing "train", `data_path` itself.
         bad_images: "error", or "skip" to leave out what is no image, at most 1 % of the set, or "skip any".
+        called: what errors call `data_path`, before its value.
 
     Returns:
         None when there is no split of that name.
@@ -150,29 +154,27 @@ def find_images(
     if not isinstance(data_path, str | os.PathLike):
         from util.data.several import join, sets_of
 
-        found = [find_images(path, split, bad_images) for path in sets_of(data_path)]
-        return join([files for files in found if files is not None])
+        found = [find_images(path, split, bad_images, called) for path in sets_of(data_path, called)]
+        return join([files for files in found if files is not None], called)
     root = os.fspath(data_path)
-    place = f"--data_path {root or repr(root)}"
+    place = f"{called}{root or repr(root)}"
     is_folder = os.path.isdir(root)
-    if is_folder and (folder := split_folder(root, split)):
+    if is_folder and (folder := split_folder(root, split, called)):
         root = folder
-        place, split = f"--data_path {root}", split and "train"
+        place, split = f"{called}{root}", split and "train"
     if names_archives(root):
         from util.data.archives import open_archives
 
         if (found := open_archives(root, split, place)) is None:
             return None
         files = _arrange(found[1], root, place, found[0].of_folders)
-    elif is_folder:
-        if split not in ("", "train"):
-            return None
-        files = _search(root, place)
-    elif not os.path.isfile(root):
+    elif not is_folder and not os.path.isfile(root):
         what = "neither a folder nor a file" if os.path.exists(root) else "does not exist"
         raise UserError(f"{place}: {what}")
-    elif split != "train":
+    elif split not in ("", "train"):
         return None
+    elif is_folder:
+        files = _search(root, place)
     else:
         paths = _read_list(root, place)
         files = ImageFiles(root, paths.root, paths)

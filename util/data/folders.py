@@ -124,7 +124,7 @@ def _list(path: str, name: str) -> Folder:
     return folder
 
 
-def split_folder(root: str, split: str) -> str | None:
+def split_folder(root: str, split: str, called: str = "--data_path ") -> str | None:
     """The folder of a split, under the name as it is or another that people use; UserError for two others."""
     if os.path.isdir(path := os.path.join(root, split)):
         return path
@@ -132,7 +132,7 @@ def split_folder(root: str, split: str) -> str | None:
     found = {os.stat(path).st_ino: path for name in names if os.path.isdir(path := os.path.join(root, name))}
     if len(found) > 1:
         names = " and ".join(os.path.basename(path) for path in found.values())
-        raise UserError(f"--data_path {printable(root)}: {names} could both be {split}/; rename one")
+        raise UserError(f"{called}{printable(root)}: {names} could both be {split}/; rename one")
     return next(iter(found.values()), None)
 
 

@@ -39,10 +39,7 @@ def find_inputs(
         is_list = path.lower().endswith(".txt") and os.path.isfile(path)
         if is_list or os.path.isdir(path) or names_archives(path):
             # With "" for the split, the folder itself is searched
-            try:
-                files = find_images(path, "train" if is_list else "", in_folders)
-            except UserError as error:
-                raise UserError(str(error).removeprefix("--data_path ")) from None
+            files = find_images(path, "", in_folders, called="")
             found += files.paths
             names += [files.paths.name(i) for i in range(len(files.paths))]
             skipped += files.skipped

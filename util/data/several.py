@@ -87,22 +87,22 @@ class Selection(Sequence):
         return self.rows.nbytes + self.pages.nbytes + sum(names.nbytes for names in self.lists)
 
 
-def sets_of(paths: Iterable[str | os.PathLike]) -> list[str]:
+def sets_of(paths: Iterable[str | os.PathLike], called: str) -> list[str]:
     """Data paths that are a set each. Archives are parts of one, as where a shell has written out `*.tar`."""
     paths = [os.fspath(path) for path in paths]
     archives = [path for path in paths if is_archive(path) and not os.path.isdir(path)]
     if twice := [path for path in archives if archives.count(path) > 1]:
-        raise UserError(f"--data_path {printable(twice[0])}: is given twice")
+        raise UserError(f"{called}{printable(twice[0])}: is given twice")
     return [Archives.of(archives) if path in archives else path for path in paths if path not in archives[1:]]
 
 
-def join(found: list):
+def join(found: list, called: str):
     """`ImageFiles` of several places as one set, None of none; without labels unless all have some."""
     if len(found) < 2:
         return found[0] if found else None
     sources = [files.source for files in found]
     if twice := [source for source in sources if sources.count(source) > 1]:
-        raise UserError(f"--data_path {printable(twice[0])}: is given twice")
+        raise UserError(f"{called}{printable(twice[0])}: is given twice")
     joined = replace(
         found[0],
         source=" and ".join(sources),
