@@ -458,3 +458,32 @@ def test_logs_of_a_timed_save_do_not_differ(images, tmp_path):
     first, second = log_of(tmp_path / "a"), log_of(tmp_path / "b")
     assert first == second and json.loads(first)["epoch"] == 0
     assert same(weights(tmp_path / "a/checkpoint-0.pth"), weights(tmp_path / "b/checkpoint-0.pth"))
+
+
+LEAVING = """
+import sys
+import torch
+import torch.distributed as dist
+from util.processes import collectives, group
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+for i in range(50):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{i}", rank=rank, world_size=2)
+    for _ in range(2):
+        collectives.all_reduce_sum(torch.ones(1))
+    group.shut_down()
+"""
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8), reason="newer torch lets the threads go on"
+)
+def test_leaving_waits_for_no_thread_that_waits_for_us(tmp_path):
+    """One of 50 hung with torch 2.6, before `shut_down` let gloo's threads finish."""
+    command = [sys.executable, "-c", LEAVING]
+    children = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=REPO) for rank in range(2)]
+    try:
+        assert [child.wait(timeout=90) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
