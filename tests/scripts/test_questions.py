@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_utils import TINY, TINY_MAE, fill
+from golden_utils import TINY, TINY_MAE, fill, skip_without_fake_gpu
 from image_utils import picture
 from PIL import Image
 from test_engine_pretrain import make_args
@@ -191,6 +191,7 @@ def test_training_draws_from_the_steps_generator_and_evaluation_by_image():
 
 def test_on_a_gpu_nothing_waits_for_it():
     """Tensors without values, as torch's compiler uses them: reading one, or mixing devices, is an error."""
+    skip_without_fake_gpu()
     with FakeTensorMode():
         images = torch.rand(2, 3, 32, 32, device="cuda")
         numbers = torch.rand(2, DRAWS + 16, device="cuda")

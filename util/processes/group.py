@@ -175,7 +175,7 @@ def shut_down() -> None:
 
         barrier()
         watch.stop()
-        # torch < 2.8 holds Python's lock while it waits for gloo's threads, which may need it to let go of the
-        # last tensors (pytorch/pytorch#154976); they have it meanwhile
+        # torch < 2.8 holds Python's lock while it waits for gloo's threads, which may need it to let go of
+        # the last tensors (pytorch/pytorch#154976); they have it meanwhile
         time.sleep(0.05)
         dist.destroy_process_group()
