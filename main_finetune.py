@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = classifier.build_classifier(args, drop_path_rate=args.drop_path)
     if args.eval:
-        classifier.load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint, val_set)
         evaluate_and_report(val_loader, model.to(device), device, args, val_set, report=True)
         shut_down()
         return

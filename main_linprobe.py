@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     put_on_probe(model)
     model_without_ddp = model.to(device)
     if args.eval:
-        classifier.load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint, val_set)
         evaluate_and_report(val_loader, model, device, args, val_set, report=True)
         shut_down()
         return

@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model = segment.build_segmenter(args, drop_path_rate=args.drop_path if args.mode == "finetune" else 0.0)
     if args.eval:
-        classifier.load_for_eval(model, checkpoint)
+        classifier.load_for_eval(model, checkpoint, val_set)
         predict = probabilities(model.to(device).eval(), device, args)
         segment.evaluate_masks(segment.whole_images(val_set, args), predict, args, device, names, report=True)
         return shut_down()

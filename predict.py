@@ -118,7 +118,7 @@ def check_args(args: argparse.Namespace) -> None:
         warn(f"--features {args.features}: becomes {text}")
     for flag in ("csv", "features", "loss"):
         if getattr(args, flag) is not None:
-            output.check_output(f"--{flag}", getattr(args, flag))
+            output.check_output(f"--{flag}", getattr(args, flag), args.resume, *args.images)
 
 
 def read_names(path: str, count: int) -> list[str]:

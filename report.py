@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
     device, output = resolve_device(args.device), Path(args.output or Path(args.runs[0]) / "report.html")
     if args.output:
         check_output("--output", args.output)
+        if not args.output.lower().endswith((".html", ".htm")):
+            raise UserError(f"--output {args.output}: must end in .html")
     runs = [(run, is_at_work(run), read_record(run).get("environment", "")) for run in args.runs]
     write_report(runs, output, args.images, device)
 

@@ -136,7 +136,7 @@ def draw_study(panels: dict[str, dict[str, list[float]]]) -> Image.Image:
         draw.text((left + WIDTH / 2, MARGIN), heading, INK, font, anchor="ma")
 
         def place(value: float, left=left, low=low, high=high) -> float:
-            return left + 16 + (value - low) / (high - low) * (WIDTH - 32)
+            return left + 30 + (value - low) / (high - low) * (WIDTH - 60)  # room for numbers
 
         for tick in range(round((high - low) / step) + 1):
             x = place(low + tick * step)

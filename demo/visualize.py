@@ -52,6 +52,7 @@ from util.weights.flags import add_decoder_args, add_weights_args
 from util.weights.size import at_size, describe_file
 
 DEMO_ROWS = 5  # when no image is named
+MOST_ROWS = 20  # when nobody says how many
 MAX_PIXELS = 170_000_000  # of a picture: viewers (and Pillow) refuse larger ones
 
 
@@ -99,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--save_images", metavar="DIR",
          help="also write each panel as a file of its own: NUMBER-NAME-PANEL.png")
     flag("--rows", type=at_least(1), metavar="N",
-         help=f"draw N of the images, evenly spread (default: all, {DEMO_ROWS} of the demo set)")
+         help=f"draw N images, evenly spread (default: all up to {MOST_ROWS}, {DEMO_ROWS} of the demo set)")
     flag("--pages", default="first", choices=["first", "all"],
          help="of files with several pages or pictures: the first one is an image, or all are")
     flag("--bad_images", default="error", choices=["error", "skip"],
@@ -118,7 +119,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--mask_ratio {ratio}: must lie between 0 and 1, both excluded")
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: must end in .png")
-    check_output("--output", args.output)
+    check_output("--output", args.output, *args.images, kind=".png")
     check_flags(args, get_args_parser())
     if args.full_size and args.mask_file:
         raise UserError("--full_size and --mask_file: give one of them")
@@ -133,7 +134,9 @@ def choose_images(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str
         log("no image given: the shipped model, and painted pictures that it has not seen")
     if args.images:
         files, names = find_inputs(args.images, args.bad_images, args.pages)
-        rows = args.rows or len(files.paths)
+        if not args.rows and len(files.paths) > MOST_ROWS:
+            log(f"drawing {MOST_ROWS} of {len(files.paths):,} images, evenly spread; --rows N draws more")
+        rows = args.rows or MOST_ROWS
     else:
         files: ImageFiles = find_images(ensure_demo_data(log=log), "val")
         names, rows = PathList(map(files.paths.name, range(len(files.paths)))), args.rows or DEMO_ROWS

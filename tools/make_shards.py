@@ -14,6 +14,7 @@ DST/.make_shards/unreadable.txt; the exit status is then 1.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -34,7 +35,7 @@ from util.data.find import ImageFiles, find_images
 from util.data.members import SPLIT
 from util.data.read import BadImage, Place, open_file, sniff_header
 from util.errors import UserError
-from util.files import counted, printable, replacing
+from util.files import counted, printable, replacing, some
 from util.sizes import default_workers
 
 
@@ -52,6 +53,10 @@ def names_in(files: ImageFiles) -> list[str]:
         names = [os.path.abspath(path) for path in files.paths]
         shared = os.path.commonpath(list(map(os.path.dirname, names)))
         names = [os.path.relpath(name, shared) for name in names]
+    names = list(map(os.path.normpath, names))
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        where = f"SRC {printable(files.source)}: holds {some(twice, 3)} more than once"
+        raise UserError(f"{where}, which one set of archives cannot; pack its parts one by one")
     return names
 
 
@@ -99,8 +104,9 @@ def pack(task: tuple[argparse.Namespace, Part]) -> tuple[Counter, list[tuple[str
     args, part = task
     target, notes = Path(args.target, part.archive), Path(args.own, f"{part.archive}.json")
     if target.exists() and notes.exists():
-        known = json.loads(notes.read_text(encoding="utf-8"))
-        return Counter(done=len(part)), list(map(tuple, known))
+        with contextlib.suppress(ValueError):  # half-written notes: once more
+            known = json.loads(notes.read_text(encoding="utf-8"))
+            return Counter(done=len(part)), list(map(tuple, known))
     unreadable, counts = [], Counter(archives=1)
     try:
         with replacing(target, args.spare) as temporary:

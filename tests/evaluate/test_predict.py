@@ -340,6 +340,11 @@ def test_pages(tmp_path, capsys):
         (["--top_k", "0"], "--top_k 0: must be at least 1"),
         (["--csv", "missing/out.csv"], "--csv missing/out.csv: cannot be written"),
         (["--csv", "images"], "--csv images: is a folder"),
+        (["--csv", "c.pth"], "--csv c.pth: is what this command reads"),
+        (["short.txt", "--csv", "short.txt"], "--csv short.txt: is what this command reads"),
+        (["--csv", "other.pth"], "--csv other.pth: is there, and weights or images by its name"),
+        (["--features", "a.PNG"], "--features a.PNG: is there, and weights or images by its name"),
+        pytest.param(["--csv", "pipe"], "--csv pipe: is no regular file", marks=pytest.mark.needs("posix")),
         (["--features", "missing/out.npz"], "--features missing/out.npz: cannot be written"),
         (["--feature_kind", "cls"], "--feature_kind cls: needs --features"),
         (["--class_names", "missing.txt"], "--class_names missing.txt: cannot be read"),
@@ -357,6 +362,10 @@ def test_flags_that_cannot_work(tmp_path, folder, flags, message, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("one\ntwo\n")
     save(tmp_path / "c.pth", classifier())
+    (tmp_path / "other.pth").touch()
+    (tmp_path / "a.PNG").touch()
+    if "pipe" in flags:
+        os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=message):
         run("--resume", "c.pth", *HEADS, "images", *flags)
     assert not list(tmp_path.glob("*.csv")) and not list(tmp_path.glob("*.npz"))

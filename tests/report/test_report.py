@@ -409,3 +409,11 @@ def test_the_page_in_a_browser(trained, tmp_path):
         assert printed.startswith(b"%PDF")
     assert luminance["light"] > luminance["dark"] == luminance["phone"]
     print(f"screenshots: {tmp_path}")
+
+
+@pytest.mark.parametrize("flags", [["--output_dir", ""], ["--report", "--eval"]])
+def test_a_page_that_cannot_be_written_is_refused_at_once(flags):
+    script = main_finetune if "--eval" in flags else main_pretrain
+    parser = ArgumentParser(parents=[script.get_args_parser()])
+    with pytest.raises(UserError, match="--report: is a page of a training"):
+        script.main(parse_args(parser, ["--report", "--device", "cpu", "--resume", "x.pth", *flags]))

@@ -15,6 +15,17 @@ from util.run.meters import MetricLogger, SmoothedValue, peak_memory_mb
 from util.run.run_log import StepCurves, make_log_writer, trim_log, write_log
 
 
+@pytest.mark.parametrize("left_after", [1, 3, 9])
+def test_the_time_of_a_step_where_the_loop_is_left_early(left_after, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    for number in MetricLogger().log_every(range(5), 1):
+        now += 2
+        if number + 1 == left_after:
+            break
+    assert "(2.0000 s / it" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_smoothed_value_mixes_numbers_and_tensors():
     meter = SmoothedValue(window_size=2)
     for value in (1.0, torch.tensor(2.0), 6):

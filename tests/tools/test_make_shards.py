@@ -1,6 +1,7 @@
 """A data set packed into archives: the same data, mixed, the same bytes, and going on after a kill."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from tools import make_shards
 from util.data.find import find_images
 from util.data.read import read_image
+from util.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,23 @@ def test_of_a_list_each_image_keeps_a_name_inside_the_archive(tmp_path, source):
             assert names == sorted(str((source / path).relative_to(below)) for path in inside)
             one = tar.extractfile(names[0]).read()
         assert one == (below / names[0]).read_bytes()
+
+
+def test_images_of_one_name_are_refused_before_anything_is_written(tmp_path, source):
+    (tmp_path / "list.txt").write_text("src/train/c0/000.jpg\n./src/train/c0/000.jpg\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"SRC .*list\.txt: holds src/train/c0/000\.jpg more than once"):
+        run(tmp_path / "list.txt", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_half_written_notes_are_written_again(tmp_path, source):
+    run(source, tmp_path / "dst")
+    before = tars(tmp_path / "dst")
+    notes = sorted((tmp_path / "dst" / ".make_shards").glob("*.tar.json"))
+    for path, rest in zip(notes, (b"", b"\xff{"), strict=True):
+        path.write_bytes(rest)
+    assert run(source, tmp_path / "dst") == 0 and tars(tmp_path / "dst") == before
+    assert [json.loads(path.read_text(encoding="utf-8")) for path in notes] == [[], []]
 
 
 def test_made_smaller_as_by_resize_dataset(tmp_path, source):

@@ -94,6 +94,29 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(images, recorder, 
     assert [call[0] for call in calls.calls].count(fails) == 1 and calls.calls[-1][0] == fails
 
 
+@pytest.mark.parametrize("how", ["leaves", "cannot be imported"])
+def test_a_tracker_that_exits_or_cannot_be_imported_ends_no_training(
+    images, recorder, how, monkeypatch, capsys
+):
+    calls = recorder()
+    if how == "leaves":
+        calls.scalars = lambda *_: sys.exit(3)
+    else:
+        monkeypatch.setitem(sys.modules, "util.trackers.wandb", None)  # as import does for what fails
+    assert len(run(images, "--tracker", "wandb", "tensorboard")) == 2
+    kind = "SystemExit: 3" if how == "leaves" else "ModuleNotFoundError"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--tracker wandb" in line]
+    assert len(lines) == 1 and kind in lines[0]
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "PACKAGES", {"nobody": "nobody-skinny"})
+    (tmp_path / "nobody").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="--tracker nobody: is not installed; pip install nobody-skinny"):
+        several.check_installed(["nobody"])
+
+
 def test_a_resumed_run_is_the_same_run_there(images, recorder):
     calls = recorder()
     run(images, "--tracker", "wandb", "--max_steps", "3", "--track_checkpoints")

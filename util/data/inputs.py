@@ -1,6 +1,7 @@
 """Images named on a command line: files, folders and lists of files, in the order given; some to look at."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from util.data.depth import depth_of, view
 from util.data.examine import add_pages, count_pages
 from util.data.find import ImageFiles, PathList, find_images
-from util.data.folders import names_archives
+from util.data.folders import count_kinds, names_archives
 from util.data.read import BadImage, Place, sniff_header
 from util.data.several import Selection
 from util.data.transforms import normalize_batch
@@ -33,7 +34,7 @@ def find_inputs(
     Raises:
         UserError: nothing there, no images, or files that are none.
     """
-    found, names, skipped = [], [], []
+    found, names, skipped, others = [], [], [], Counter()
     in_folders = "skip any" if bad_images == "skip" else bad_images
     for path in paths:
         is_list = path.lower().endswith(".txt") and os.path.isfile(path)
@@ -43,6 +44,7 @@ def find_inputs(
             found += files.paths
             names += [files.paths.name(i) for i in range(len(files.paths))]
             skipped += files.skipped
+            others += files.kinds
         elif not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
         elif (reason := sniff_header(path)) is None:
@@ -55,6 +57,8 @@ def find_inputs(
     if skipped:
         left_out = some((f"{path} ({reason})" for path, reason in skipped), 3)
         warn(f"{counted(len(skipped), 'file')} left out, not readable as images: {left_out}")
+    if others:
+        warn(f"{counted(others.total(), 'other file')} ignored: {count_kinds(others)}")
     if not found:
         raise UserError("no images: none of the files named is readable")
     source = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

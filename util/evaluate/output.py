@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from util.data.read import IMG_EXTENSIONS
 from util.data.targets import Targets
 from util.errors import UserError
 from util.evaluate.predict import Predictions
 from util.files import check_writable, printable, replacing, replacing_folder, shown
+
+NOT_OURS = (*IMG_EXTENSIONS, ".pth", ".pt", ".bin", ".safetensors")  # what no table replaces
 
 
 def table(
@@ -48,10 +51,19 @@ def aligned(rows: list, right: Container[int]) -> str:
     return "\n".join(lines)
 
 
-def check_output(flag: str, path: str) -> None:
-    """Raises UserError unless a file can be written at `path`; leaves what is there alone."""
+def check_output(flag: str, path: str, *inputs: str, kind: str = "") -> None:
+    """Raises UserError unless a file can be written at `path` without harm to weights or images that a
+    command may read, its `inputs` above all; leaves what is there alone. kind: extension of a picture.
+    """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path}: is a folder; name a file")
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise UserError(f"{flag} {path}: is no regular file; name another")
+        if any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+            raise UserError(f"{flag} {path}: is what this command reads; name another file")
+        if path.lower().endswith(NOT_OURS) and not kind:
+            raise UserError(f"{flag} {path}: is there, and weights or images by its name; name another file")
     check_writable(flag, os.path.dirname(path) or ".", f"{path}:", make=False)
 
 

@@ -69,6 +69,7 @@ def _write_reports(predictions, folder, args, dataset) -> None:
         if table and folder is not None:
             with replacing(folder / "per_class.txt") as temporary:
                 temporary.write_text(table + "\n", encoding="utf-8")
+            log(f"this table: {printable(folder / 'per_class.txt')}")
         if args.save_predictions:
             if dataset.targets.task == "class":
                 names = dataset.classes + [f"class {i}" for i in range(len(dataset.classes), args.nb_classes)]

@@ -170,14 +170,16 @@ def start_from(
     return report
 
 
-def load_for_eval(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads a checkpoint's weights into `model`; raises UserError, naming what differs, unless they fit."""
+def load_for_eval(model: torch.nn.Module, checkpoint: Checkpoint, val_set) -> None:
+    """Loads a checkpoint's weights into `model`, and says what evaluates them on which images; raises
+    UserError, naming what differs, unless they fit."""
     source, content, _ = checkpoint
     state = model_state(content, f"--resume {source}")
     check_state(model, state, f"--resume {source}")
     model.load_state_dict(state)
     if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
         warn(f"--resume {source}: has weights that are not finite")
+    log(f"data: evaluation: {val_set.describe()}")
     log(f"evaluating {printable(source)}" + (f", epoch {content['epoch']}" if "epoch" in content else ""))
 
 

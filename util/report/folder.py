@@ -78,7 +78,8 @@ def read_run(path: str, going_on: bool, environment: str) -> RunFolder:
     try:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        advice = "its first epoch is not over; try again then" if going_on or environment else advice
+        if going_on or environment:
+            advice = "its first epoch is not over; let it go on, and try again then"
         raise UserError(f"{path}: holds no log.txt; {advice}") from None
     except OSError as error:
         raise UserError(f"{path}/log.txt: cannot be read ({error.strerror})") from None

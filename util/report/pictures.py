@@ -45,7 +45,7 @@ def written(run: RunFolder, most: int) -> Iterator[tuple[str, Image.Image]]:
         try:
             if path.is_file():
                 yield title, Image.open(path).convert("RGB")
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             run.notes.append(f"{path.name} cannot be read ({error}).")
 
 

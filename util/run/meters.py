@@ -165,8 +165,8 @@ class MetricLogger:
                 clock.waited += time.perf_counter() - asked
                 if item is self:
                     break
+                clock.steps += 1  # before the loop may be left: at the end its steps are done
                 yield item
-                clock.steps += 1
                 if bar is not None:
                     bar.update()
                 if number % print_freq == 0 or number == length - 1:

@@ -62,28 +62,28 @@ def open_run(args: argparse.Namespace, check_args: Callable, parser: argparse.Ar
 
     Args:
         args: of the script; gets distributed, rank, world_size, gpu, and loses `given`.
-        check_args: the script's, which raises UserError for flags that cannot work.
-        parser: the script's.
+        check_args, parser: the script's; the former raises UserError for flags that cannot work.
     """
     from util.trackers.several import check_installed
 
-    given = take_given(args, parser)
+    given, trains = take_given(args, parser), not getattr(args, "eval", False)
     args.log_dir = args.log_dir if "log_dir" in given else args.output_dir
-    # From the first second: a scheduler may want its nodes back while images are listed or a model is
-    # compiled; the run then saves after its first step. An evaluation has nothing to save
-    if not getattr(args, "eval", False):
+    # From the first second: a scheduler may want its nodes back while images are listed; then it saves early
+    if trains:
         signals.install()
     init_distributed_mode(args)
     check_args(args)
-    if not getattr(args, "eval", False):
+    if getattr(args, "report", False) and not (trains and args.output_dir):
+        raise UserError("--report: is a page of a training that has an --output_dir")
+    if trains:
         check_installed(args.tracker)
-    if not getattr(args, "eval", False) and is_main_process() and os.path.isdir(args.output_dir or ""):
+    if trains and is_main_process() and os.path.isdir(args.output_dir or ""):
         # Before anything in it is read; one that is not there is made later
         owner.claim(args.output_dir, waits=args.resume == "auto")
     device = resolve_device(args.device, args.gpu)
     amp_dtype = resolve_amp_dtype(args.amp_dtype, device)
-    pin_memory = args.pin_mem and device.type == "cuda"
-    return Run(device, amp_dtype, prepare_device(device, amp_dtype), given, pin_memory)
+    pinned = args.pin_mem and device.type == "cuda"
+    return Run(device, amp_dtype, prepare_device(device, amp_dtype), given, pinned)
 
 
 def train_loader(

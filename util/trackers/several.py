@@ -30,7 +30,10 @@ def check_installed(names: list[str]) -> None:
     if "none" in names and len(set(names)) > 1:
         raise UserError(f"--tracker {' '.join(names)}: none stands alone")
     for name in names:
-        if name in PACKAGES and importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name) if name in PACKAGES else None
+        if name in PACKAGES and (
+            found is None or found.origin is None
+        ):  # a mere folder of that name has none
             raise UserError(f"--tracker {name}: is not installed; pip install {PACKAGES[name]}")
 
 
@@ -58,20 +61,21 @@ class Tracked:
 
     def __init__(self, name: str, run_id: str | None, output_dir: str, log_dir: str, checkpoints: bool):
         self.name, self.run_id, self.handle, self.values, self.x = name, run_id, None, {}, None
+        self.failed = False
         self.output_dir, self.log_dir = output_dir, log_dir or output_dir or "."
-        self.module = importlib.import_module(f"util.trackers.{name}")
         self.checkpoints, self.sent = checkpoints, set()
 
     def _try(self, function: str, *args):
         """What the tracker's `function` returns; after the first failure nothing is called any more."""
-        if self.module is None:
+        if self.failed:
             return None
         try:
-            return getattr(self.module, function)(*args)
-        except Exception as error:  # other people's code, on a network: whatever it is, training goes on
+            return getattr(importlib.import_module(f"util.trackers.{self.name}"), function)(*args)
+        # Other people's code, on a network: whatever it is, training goes on
+        except (Exception, SystemExit) as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             warn(f"--tracker {self.name}: no more of it from here on ({text})")
-            self.module = None
+            self.failed = True
 
     def add_run(self, text: str, settings: dict, metrics, step: int) -> None:
         """Starts the run there, or goes on with it if it is the run of the same id."""
