@@ -295,6 +295,22 @@ def test_images_after_a_list_of_ratios(capsys):
     assert "'photo.jpg' is no number (name images before it)" in err and len(err.splitlines()) == 1
 
 
+def test_of_a_large_folder_some_images_are_drawn(tmp_path, drawn, capsys):
+    checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"norm_pix_loss": False})
+    make_folder(tmp_path / "images", 22)
+    run("--resume", checkpoint, *HEADS, tmp_path / "images", "--output", tmp_path / "x.png")
+    assert "drawing 20 of 22 images, evenly spread; --rows N draws more" in capsys.readouterr().out
+    assert sum(text.endswith(".jpg") for text in drawn) == 20 and "021.jpg" in drawn
+    run("--resume", checkpoint, *HEADS, tmp_path / "images", "--output", tmp_path / "x.png", "--rows", "22")
+    assert "drawing" not in capsys.readouterr().out
+    one = tmp_path / "one.png"
+    Image.new("RGB", (32, 32)).save(one)
+    before = one.read_bytes()
+    with pytest.raises(UserError, match=r"--output .*one\.png: is what this command reads"):
+        run("--resume", checkpoint, *HEADS, one, "--output", one)
+    assert one.read_bytes() == before
+
+
 def test_too_many_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "MAX_PIXELS", 400_000)
     checkpoint = save(tmp_path / "c.pth", tiny_mae(), args={"norm_pix_loss": False})

@@ -291,6 +291,10 @@ def test_files_folders_lists_and_bad_images(tmp_path, folder, capsys):
     assert names == ["002.jpg", "deep/val/004.jpg", *whole_folder, "001.jpg"]
     whole = load(out)["features"]
 
+    (folder / "scan.xyz").touch()
+    run(*words, folder)
+    assert "1 other file ignored: 1 .xyz" in capsys.readouterr().err
+
     # A file that looks like a picture and turns out to be none: found while reading, its row is left out
     (folder / "001.jpg").write_bytes((folder / "001.jpg").read_bytes()[:300])
     with pytest.raises(UserError, match=r"001\.jpg: .*--bad_images skip"):

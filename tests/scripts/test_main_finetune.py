@@ -466,6 +466,9 @@ def test_evaluation_of_classes_without_names(pictures, tmp_path, capsys):
     with pytest.raises(UserError, match=r"has 9 classes without names, but .* has 3"):
         run(main_finetune, "--eval", resume=path, data_path=pictures, output_dir=tmp_path)
     run(main_finetune, "--eval --nb_classes 9", resume=path, data_path=pictures, output_dir=tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "data: evaluation: 24 images in 3 classes in" in told
+    assert f"this table: {tmp_path / 'out' / 'per_class.txt'}" in told
     table = (tmp_path / "out" / "per_class.txt").read_text().splitlines()
     names = [line.split()[0] for line in table[1:]]
     assert names in (["bright", "dark", "red"], ["bright", "dark", "red", "(other"])
