@@ -30,12 +30,12 @@ from util.cli.parser import ArgumentParser, run_script
 from util.compute.blocks import CPU_HAS_MATRIX_UNIT
 from util.compute.precision import resolve_device
 from util.data.examine import settle_range
-from util.data.find import find_images
+from util.data.find import bad_limit, find_images
 from util.data.survey import Survey, duplicates, pixel_statistics, survey
 from util.data.transforms import channel_stats
 from util.errors import TrainingError, UserError
 from util.evaluate.output import check_output, replacing_output
-from util.files import printable, some
+from util.files import counted, printable, some
 from util.processes.collectives import log as say
 from util.recipes.choose import choose, words
 from util.sizes import image_size
@@ -96,8 +96,7 @@ def describe(found: dict[str, Survey]) -> list[str]:
             lines.append(f"  constant images: {flat:,}")
         if part.bad:
             text = some((f"{printable(path)} ({reason})" for path, reason in part.bad), 3)
-            text += "; --bad_images skip leaves out 1 % at most"
-            lines.append(f"  unreadable: {len(part.bad):,}: {text}")
+            lines.append(f"  unreadable: {len(part.bad):,}: {text}; --bad_images skip leaves out 1 % at most")
     names, parts = list(found), list(found.values())
     exact, near = duplicates(parts)
     for kind, pairs in (("the same file", exact), ("nearly the same picture", near)):
@@ -217,6 +216,9 @@ def main(args: argparse.Namespace) -> None:
     say("\n".join(describe(found)))
 
     train, images = found["train"], len(found["train"].files.paths)
+    if len(train.bad) > (most := bad_limit(images + len(train.files.skipped))):
+        bad = f"DIR {printable(args.data_path)}: {counted(len(train.bad), 'file')} of train cannot be read"
+        raise UserError(f"{bad}, and --bad_images skip leaves out {most} at most; repair or remove them")
     looks = train.good()
     heights, widths = zip(*(look.size for look in looks), strict=True)
     shape = statistics.median_low(heights), statistics.median_low(widths)
@@ -247,13 +249,15 @@ def main(args: argparse.Namespace) -> None:
     say("\nWhy:\n" + "\n".join(f"- {reason}" for reason in reasons))
     if cost:
         hours, size = hours_of(flags, images, cost), cost["checkpoint"] / 2**20
+        within = f" of the {args.hours:g} hours there are" if args.hours else ""
         say(
-            f"\nCost, from a short run here on {device}: {_duration(hours)} (a step: "
+            f"\nCost, from a short run here on {device}: {_duration(hours)}{within} (a step: "
             f"{cost['step']:.3f} s), {cost['memory']:.0f} MB of memory,\n"
             f"{size * 4:.0f} MB of disk (checkpoints of {size:.0f} MB)"
         )
     if args.write:
-        write(args.write, [*command, *OUTPUT], f"python plan.py {printable(args.data_path)}")
+        limit = f" --hours {args.hours:g}" if args.hours else ""
+        write(args.write, [*command, *OUTPUT], f"python plan.py {printable(args.data_path)}{limit}")
         say(f"\nwrote {args.write}: python main_pretrain.py @{args.write}")
 
 

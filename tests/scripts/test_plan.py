@@ -226,6 +226,22 @@ def test_bad_input_is_one_line(words, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_more_bad_images_than_training_leaves_out_are_told_instead_of_a_command(tmp_path, capsys):
+    make_folder(tmp_path / "d", 4)
+    for name in "ab":
+        (tmp_path / "d" / f"{name}.jpg").write_bytes(b"<html>")
+    words = [tmp_path / "d", "--no_trial", "--device", "cpu"]
+    with pytest.raises(
+        UserError, match="2 files of train cannot be read, and --bad_images skip leaves out 1"
+    ):
+        plan.main(parse(plan.get_args_parser, [str(word) for word in words]))
+    told = capsys.readouterr().out
+    assert "unreadable: 2" in told and "Command" not in told
+    (tmp_path / "d" / "a.jpg").unlink()  # one is left out
+    plan.main(parse(plan.get_args_parser, [str(word) for word in words]))
+    assert "--bad_images skip" in capsys.readouterr().out.partition("Command")[2]
+
+
 @pytest.mark.slow
 def test_the_printed_command_runs_and_costs_what_was_said(data, tmp_path):
     told = run("plan.py", data, "--device", "cpu", "--hours", "0.01").stdout
