@@ -36,6 +36,7 @@ STUDIES = sorted(path.stem.removeprefix("study_") for path in REPO.glob("recipes
 COLUMNS = {"val_loss": ("held-out loss", 4), "knn": ("k-NN (%)", 1), "linear": ("linear probe (%)", 1)}
 TIMES = {"seconds": "time (s)", "processor": "processor time (s)"}
 COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (120, 94, 20)]
+LOSS_FLAGS = {"--mask_ratio", "--mask", "--target", "--norm_pix_loss", "--visible_loss"}  # of another loss
 LABEL, WIDTH, LINE, MARGIN = 230, 300, 26, 18  # of the names, a panel, a row, the border, in pixels
 
 
@@ -107,6 +108,8 @@ def write_table(args: argparse.Namespace, runs: list[Run]) -> str:
         cells = [in_words(own[name], number) for name, number in digits.items()]
         lines.append([row.name, f"{len(states)} of {args.seeds}", *cells] + [row.paper] * paper)
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if any(set(row.flags) & LOSS_FLAGS for row in rows):
+        text += "\nHeld-out losses of other targets or masks are no comparison; k-NN and probe are.\n"
     for name, content in {"study.md": text, "study.json": json.dumps(record, indent=1) + "\n"}.items():
         with replacing(place / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

@@ -151,6 +151,11 @@ def test_a12_gradients_keep_their_places_from_the_first_step_on():
             model.zero_grad()
         assert places[0] == places[1] == places[2]
         assert same(frozen, model.state_dict())
+        probe = torch.nn.BatchNorm1d(2)  # a model with buffers, as main_linprobe.py's
+        wrapped = parallel.wrap_model(probe, torch.device("cpu"))
+        wrapped(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+        assert wrapped.broadcast_buffers and probe.num_batches_tracked == 1
+        torch.testing.assert_close(probe.running_mean, torch.tensor([0.2, 0.3]))
     finally:
         torch.distributed.destroy_process_group()
 

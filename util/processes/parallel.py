@@ -126,8 +126,9 @@ def _settle_buckets(wrapped: torch.nn.parallel.DistributedDataParallel) -> None:
     of three or more processes are added up depends on the place in a bucket: the first step of a resumed run
     would round otherwise than the same step of an undisturbed one.
     """
-    model = wrapped.module
+    model, broadcasts = wrapped.module, wrapped.broadcast_buffers
     wrapped.module = _FirstEntries([p for p in model.parameters() if p.requires_grad])
+    wrapped.broadcast_buffers = False  # which this module has none of, and torch 2.14 refuses to send none
     wrapped().backward()
-    wrapped.module = model
+    wrapped.module, wrapped.broadcast_buffers = model, broadcasts
     model.zero_grad()
