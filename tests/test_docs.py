@@ -5,6 +5,7 @@ import ast
 import importlib
 import itertools
 import json
+import os
 import re
 import runpy
 import shlex
@@ -304,5 +305,8 @@ def test_marked_blocks_run(tmp_path):
     assert marked
     for body in marked:
         body = re.sub(r"^python ", f"{sys.executable} ", body, flags=re.M)
-        result = subprocess.run(["bash", "-e", "-c", body], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run(
+            ["bash", "-e", "-c", body], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "MAE_DEMO_DATA": str(tmp_path / "demo_data")},
+        )  # fmt: skip
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
