@@ -30,10 +30,8 @@ def check_installed(names: list[str]) -> None:
     if "none" in names and len(set(names)) > 1:
         raise UserError(f"--tracker {' '.join(names)}: none stands alone")
     for name in names:
-        found = importlib.util.find_spec(name) if name in PACKAGES else None
-        if name in PACKAGES and (
-            found is None or found.origin is None
-        ):  # a mere folder of that name has none
+        # A mere folder of that name is found too, but has no origin
+        if name in PACKAGES and not getattr(importlib.util.find_spec(name), "origin", None):
             raise UserError(f"--tracker {name}: is not installed; pip install {PACKAGES[name]}")
 
 
