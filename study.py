@@ -108,7 +108,7 @@ def write_table(args: argparse.Namespace, runs: list[Run]) -> str:
         cells = [in_words(own[name], number) for name, number in digits.items()]
         lines.append([row.name, f"{len(states)} of {args.seeds}", *cells] + [row.paper] * paper)
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if any(set(row.flags) & LOSS_FLAGS for row in rows):
+    if len({_of_loss(row.flags) for row in rows}) > 1:
         text += "\nHeld-out losses of other targets or masks are no comparison; k-NN and probe are.\n"
     for name, content in {"study.md": text, "study.json": json.dumps(record, indent=1) + "\n"}.items():
         with replacing(place / name) as temporary:
@@ -117,6 +117,15 @@ def write_table(args: argparse.Namespace, runs: list[Run]) -> str:
     if panels := {title: values for title, values in panels.items() if any(values.values())}:
         save_png(draw_study(panels), place / "study.png")
     return text
+
+
+def _of_loss(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a row's flags those, with their values, that change what the loss is of."""
+    kept, words = False, []
+    for word in flags:
+        kept = word.split("=")[0] in LOSS_FLAGS if word.startswith("--") else kept
+        words += [word] * kept
+    return tuple(words)
 
 
 def draw_study(panels: dict[str, dict[str, list[float]]]) -> Image.Image:

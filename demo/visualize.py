@@ -119,7 +119,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--mask_ratio {ratio}: must lie between 0 and 1, both excluded")
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: must end in .png")
-    check_output("--output", args.output, *args.images, kind=".png")
+    check_output("--output", args.output, *args.images, picture=True)
     check_flags(args, get_args_parser())
     if args.full_size and args.mask_file:
         raise UserError("--full_size and --mask_file: give one of them")

@@ -222,6 +222,13 @@ def test_built_in_rows_are_taken(name):
     assert flags and flags <= known
 
 
+def test_rows_of_other_losses_are_told_apart_by_their_values():
+    one, same = ("--norm_pix_loss", "--mask_ratio", "0.75"), ("--norm_pix_loss", "--mask_ratio", "0.75")
+    assert study._of_loss((*one, "--epochs", "3")) == study._of_loss(("--opt", "muon", *same)) == one
+    assert study._of_loss(("--mask_ratio=0.5", "--epochs", "3")) == ("--mask_ratio=0.5",)
+    assert study._of_loss(("--epochs", "3")) == ()
+
+
 def test_the_paper_stands_beside_its_rows():
     rows = {row.name: row.paper for row in read_rows(REPO / "recipes" / "study_masks.txt")}
     assert rows["random 0.75"] == "84.9 / 73.5" and rows["inverse block 0.75"] == ""

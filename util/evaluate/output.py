@@ -51,9 +51,9 @@ def aligned(rows: list, right: Container[int]) -> str:
     return "\n".join(lines)
 
 
-def check_output(flag: str, path: str, *inputs: str, kind: str = "") -> None:
+def check_output(flag: str, path: str, *inputs: str, picture: bool = False) -> None:
     """Raises UserError unless a file can be written at `path` without harm to weights or images that a
-    command may read, its `inputs` above all; leaves what is there alone. kind: extension of a picture.
+    command may read, its `inputs` above all; leaves what is there alone. picture: what is written is one.
     """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path}: is a folder; name a file")
@@ -62,7 +62,7 @@ def check_output(flag: str, path: str, *inputs: str, kind: str = "") -> None:
             raise UserError(f"{flag} {path}: is no regular file; name another")
         if any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
             raise UserError(f"{flag} {path}: is what this command reads; name another file")
-        if path.lower().endswith(NOT_OURS) and not kind:
+        if path.lower().endswith(NOT_OURS) and not picture:
             raise UserError(f"{flag} {path}: is there, and weights or images by its name; name another file")
     check_writable(flag, os.path.dirname(path) or ".", f"{path}:", make=False)
 
